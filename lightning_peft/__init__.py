@@ -1,0 +1,61 @@
+"""Parameter-efficient fine-tuning for PyTorch Lightning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_peft.callbacks.peft_callback import PeftCallback
+    from lightning_peft.callbacks.loading import load_from_checkpoint
+    from lightning_peft.data.module import TextDataModule
+    from lightning_peft.handle import Adapter, adapt, load_adapter
+    from lightning_peft.methods import BottleneckAdapter, LoRA, PromptTuning, Selective
+    from lightning_peft.module import PeftModule
+    from lightning_peft.tasks import CausalLM, TextClassification
+
+__version__ = "0.1.0"
+
+# Where each public name lives: imported when asked for, so that `import lightning_peft` loads neither Lightning
+# nor transformers, and the core works without them.
+_HOMES = {
+    "Adapter": "handle",
+    "BottleneckAdapter": "methods",
+    "CausalLM": "tasks",
+    "LoRA": "methods",
+    "PeftCallback": "callbacks.peft_callback",
+    "PeftModule": "module",
+    "PromptTuning": "methods",
+    "Selective": "methods",
+    "TextClassification": "tasks",
+    "TextDataModule": "data",
+    "adapt": "handle",
+    "load_adapter": "handle",
+    "load_from_checkpoint": "callbacks.loading",
+}
+
+__all__ = [
+    "Adapter",
+    "BottleneckAdapter",
+    "CausalLM",
+    "LoRA",
+    "PeftCallback",
+    "PeftModule",
+    "PromptTuning",
+    "Selective",
+    "TextClassification",
+    "TextDataModule",
+    "adapt",
+    "load_adapter",
+    "load_from_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,152 @@
+"""The plan: what an adapter trains where, in numbers and as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.nn import Linear, Module
+
+from lightning_peft.core.inject import adapters_of, base_tensors
+from lightning_peft.core.matching import base_modules, class_of, is_conv1d, is_within, output_heads
+from lightning_peft.core.tree import AdapterTree
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of a plan: parameters of one kind in places that differ by their layer's number only.
+
+    Attributes:
+        place: the modules' name, with ``*`` for the layers' numbers.
+        what: what trains there.
+        modules: how many modules.
+        parameters: how many trained parameters.
+        bytes: what these take, without gradients and optimizer states.
+    """
+
+    place: str
+    what: str
+    modules: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter trains, and what share of the model that is.
+
+    Attributes:
+        method: the method's name.
+        rows: one for each place.
+        trainable: trained parameters.
+        total: parameters of the base.
+        trainable_bytes: bytes of the trained parameters.
+        linears: linear layers of the base, output heads aside.
+        covered: how many of them are adapted or train.
+        notes: sentences on what a person might not expect.
+    """
+
+    method: str
+    rows: tuple[PlanRow, ...]
+    trainable: int
+    total: int
+    trainable_bytes: int
+    linears: int
+    covered: int
+    notes: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Trained parameters divided by the base's."""
+        return self.trainable / max(1, self.total)
+
+    def __str__(self) -> str:
+        """The plan as plain text, for logs and narrow terminals."""
+        lines = [f"{self.method}: {self.summary}"]
+        width = max((len(r.place) for r in self.rows), default=0)
+        lines += [f"  {r.place:<{width}}  {r.what}, {r.modules} x, {r.parameters:,} parameters" for r in self.rows]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    @property
+    def summary(self) -> str:
+        """One line: how much trains of how much."""
+        return (
+            f"trains {self.trainable:,} parameters ({100 * self.share:.2f}% of the base's {self.total:,}, "
+            f"{self.trainable_bytes / 2**20:.2f} MiB)"
+        )
+
+
+def plan_of(model: Module, name: str) -> Plan:
+    """The plan of one adapter of a model.
+
+    Args:
+        model: the root.
+        name: the adapter's name.
+
+    Returns:
+        The plan, as things stand now.
+    """
+    adapters = adapters_of(model)
+    assert adapters is not None
+    tree: AdapterTree = adapters[name]  # type: ignore[assignment]
+    record = tree.record
+    method = type(record.method).__name__
+    entries: list[tuple[str, str, str, int, int]] = []
+    for place, layer in tree.layers.items():
+        new = place in record.copies and any(is_within(n, [place]) for n in record.new)
+        what = "new, trains in full" if new else "a copy, trains in full" if place in record.copies else method
+        for p in layer.parameters():
+            if p.requires_grad:
+                entries.append((place, what, place, p.numel(), p.numel() * p.element_size()))
+    tensors = base_tensors(model)
+    for key in record.in_place:
+        p, owner = tensors[key], key.rpartition(".")[0]
+        what = "new, trains in place" if key in record.new else "trains in place"
+        entries.append((owner, what, owner, p.numel(), p.numel() * p.element_size()))
+    rows = _grouped(entries)
+    parameters = [p for p in model.parameters() if id(p) not in {id(q) for q in adapters.parameters()}]
+    linears, covered = _coverage(model, tree)
+    return Plan(
+        method=method,
+        rows=rows,
+        trainable=sum(r.parameters for r in rows),
+        total=sum(p.numel() for p in parameters),
+        trainable_bytes=sum(r.bytes for r in rows),
+        linears=linears,
+        covered=covered,
+        notes=_notes(record.new, record.originals is None, method),
+    )
+
+
+def _grouped(entries: list[tuple[str, str, str, int, int]]) -> tuple[PlanRow, ...]:
+    rows: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+    for place, what, module, count, size in entries:
+        pattern = ".".join("*" if part.isdigit() else part for part in place.split("."))
+        rows.setdefault((pattern or "(model)", what), []).append((module, count, size))
+    return tuple(
+        PlanRow(place, what, len({m for m, _, _ in items}), sum(c for _, c, _ in items), sum(s for _, _, s in items))
+        for (place, what), items in rows.items()
+    )
+
+
+def _coverage(model: Module, tree: AdapterTree) -> tuple[int, int]:
+    heads = output_heads(model)
+    modules = base_modules(model)
+    names = [
+        n
+        for n, m in modules.items()
+        if (issubclass(class_of(m), Linear) or is_conv1d(m)) and not is_within(n, heads)
+    ]
+    places = [n for n in tree.layers if n]
+    trained = {k.rpartition(".")[0] for k in tree.record.in_place}
+    covered = [n for n in names if is_within(n, places) or n in trained]
+    return len(names), len(covered)
+
+
+def _notes(new: list[str], no_originals: bool, method: str) -> tuple[str, ...]:
+    notes: list[str] = []
+    if new:
+        shown = ", ".join(new[:4]) + (", ..." if len(new) > 4 else "")
+        notes.append(f"New in this model, so trained and saved without being asked for: {shown}")
+    if no_originals:
+        notes.append(f"{method} trains in place and keeps no originals: the base cannot be given back")
+    return tuple(notes)

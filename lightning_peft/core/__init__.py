@@ -1,0 +1,1 @@
+"""How any ``nn.Module`` is adapted in place; needs torch alone."""

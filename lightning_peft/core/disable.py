@@ -1,0 +1,48 @@
+"""The base itself, for as long as a ``with`` block lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.nn import Module
+
+from lightning_peft.core.inject import adapters_of, base_tensors, kept_originals
+from lightning_peft.core.merge import merge, unmerge
+from lightning_peft.core.tree import AdapterTree
+
+
+@contextmanager
+def disabled(model: Module) -> Iterator[None]:
+    """Makes the model the base: no adapter runs, merged ones are taken out, trained base parameters are swapped.
+
+    Args:
+        model: the root.
+
+    Yields:
+        Nothing; on leaving, the earlier state is back, an error in the block included.
+
+    Raises:
+        RuntimeError: if a method trained the base in place and kept no originals.
+    """
+    adapters = adapters_of(model)
+    assert adapters is not None
+    trees: dict[str, AdapterTree] = dict(adapters.items())  # type: ignore[arg-type]
+    originals = [item for t in trees.values() for item in kept_originals(t, "disabled()").items()]
+    merged = [n for n, t in trees.items() if t.record.merged is not None]
+    for name in reversed(merged):
+        unmerge(model, name)
+    active = adapters.switch.active
+    tensors = base_tensors(model)
+    trained = {n: tensors[n].data for n, _ in originals}
+    adapters.switch.active = ()
+    for name, value in originals:
+        tensors[name].data = value
+    try:
+        yield
+    finally:
+        for name, value in trained.items():
+            tensors[name].data = value
+        adapters.switch.active = active
+        for name in merged:
+            merge(model, name)

@@ -1,0 +1,308 @@
+"""Putting an adapter into a model and taking it out again."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+
+import torch
+from torch.nn import Module, MultiheadAttention, TransformerEncoder, TransformerEncoderLayer
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_peft.core.adapted import Adapters, Site, attach, detach, site_of
+from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.core.layer import AdapterLayer, SavedModule
+from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
+from lightning_peft.core.method import Method, Placement
+from lightning_peft.core.new_heads import new_modules, new_parameters
+from lightning_peft.core.tree import AdapterTree, Record
+
+
+def adapters_of(model: Module) -> Adapters | None:
+    """The model's adapters, or None if it is not the root of an adapted model."""
+    found = model._modules.get("adapters")
+    return found if isinstance(found, Adapters) else None
+
+
+def inject(
+    model: Module, method: Method, name: str = "default", *, also_in_place: Sequence[str] = ()
+) -> AdapterTree:
+    """Freezes a model, puts the layers of a method around its modules and makes the new adapter the active one.
+
+    Nothing is changed if anything about the method does not fit the model.
+
+    Args:
+        model: any module; it is adapted in place.
+        method: the recipe.
+        name: the adapter's name; letters, digits, ``_`` and ``-``.
+        also_in_place: parameters of the base that train in place beside those that the method chooses: new ones
+            that a saved adapter brings along.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ValueError: if the name is taken or unusable, if something in the model is already called ``adapters``,
+            or if the method does not fit the model.
+    """
+    adapters = _checked_adapters(model, name)
+    before = {n: p.requires_grad for n, p in _base_parameters(model).items()}
+    new = new_parameters(model)
+    placement = method.place(model)
+    copies, single = _copies(model, method, placement, new)
+    in_place = list(dict.fromkeys([*placement.in_place, *single, *also_in_place]))
+    layers = placement.layers | {n: SavedModule(_plain(model.get_submodule(n))) for n in copies}
+    if not layers and not in_place:
+        raise ValueError(f"{type(method).__name__} finds nothing to train in {class_of(model).__name__}")
+    _refuse_unreachable(model, layers)
+    _refuse_shared_in_place(adapters, in_place)
+
+    if adapters is None:
+        adapters = Adapters()
+        adapters.requires_grad_before = before
+        adapters.base_fingerprint = fingerprint(model, without=new)
+    originals = None
+    if placement.keep_originals:
+        tensors = base_tensors(model)
+        moving = [*in_place, *_moving_statistics(model, in_place)]
+        originals = {n: tensors[n].detach().clone() for n in moving}
+    record = Record(method, sorted(placement.layers), copies, new, in_place, originals)
+    tree = AdapterTree(record, layers)
+    tree.train(model.training)
+    adapters[name] = tree
+    _connect(model, adapters, name, tree)
+    return tree
+
+
+def eject(model: Module, name: str) -> None:
+    """Takes an adapter out; with the last one the model is what it was before.
+
+    Args:
+        model: the root.
+        name: the adapter's name.
+
+    Raises:
+        RuntimeError: if the method trained the base in place and kept no originals.
+    """
+    adapters = adapters_of(model)
+    assert adapters is not None
+    tree: AdapterTree = adapters[name]  # type: ignore[assignment]
+    originals = kept_originals(tree, "remove()")
+    tensors = base_tensors(model)
+    for key, value in originals.items():
+        tensors[key].data = value
+    adapters.switch.active = tuple(n for n in adapters.switch.active if n != name)
+    del adapters[name]
+    for module in base_modules(model).values():
+        site = site_of(module)
+        if site is not None:
+            site.layers.pop(name, None)
+    in_place = {n for other in adapters.values() for n in other.record.in_place}  # type: ignore[union-attr]
+    _set_in_place(model, adapters, in_place)
+    for key, parameter in _base_parameters(model).items():
+        parameter.requires_grad_(key in in_place if len(adapters) else adapters.requires_grad_before.get(key, True))
+    if not len(adapters):
+        training = {n: m.training for n, m in base_modules(model).items()}
+        del model._modules["adapters"]
+        for key, module in base_modules(model).items():
+            if site_of(module) is not None and site_of(module).frozen_statistics:  # type: ignore[union-attr]
+                training[key] = model.training
+            detach(module)
+            module.training = training[key]
+
+
+def kept_originals(tree: AdapterTree, call: str) -> dict[str, torch.Tensor]:
+    """The starting values of what an adapter trains in place.
+
+    Args:
+        tree: the adapter.
+        call: what asks for them, for the error.
+
+    Raises:
+        RuntimeError: if the method was told to keep none.
+    """
+    if tree.record.originals is None:
+        raise RuntimeError(
+            f"{call}: {type(tree.record.method).__name__} trains the base in place and was told not to keep the "
+            "originals (keep_originals=False), so the base cannot be given back; load it anew, or adapt with "
+            "keep_originals=True"
+        )
+    return tree.record.originals
+
+
+def base_tensors(model: Module) -> dict[str, torch.Tensor]:
+    """The base's parameters and buffers by name, adapters left out.
+
+    Args:
+        model: the root of an adapted model.
+    """
+    adapters = adapters_of(model)
+    inside = set() if adapters is None else {id(b) for b in adapters.buffers()}
+    buffers = {n: b for n, b in model.named_buffers() if id(b) not in inside}
+    return {**_base_parameters(model), **buffers}
+
+
+def _moving_statistics(model: Module, in_place: list[str]) -> list[str]:
+    """Running statistics of the batch norms that train: they move with the parameters."""
+    owners = {n.rpartition(".")[0] for n in in_place}
+    return [
+        f"{name}.{buffer}" if name else buffer
+        for name, module in base_modules(model).items()
+        if name in owners and _has_statistics(module)
+        for buffer in module._buffers
+    ]
+
+
+def _has_statistics(module: Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats
+
+
+def _checked_adapters(model: Module, name: str) -> Adapters | None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(Adapters, name):
+        raise ValueError(f"an adapter's name consists of letters, digits, '_' and '-', but got {name!r}")
+    adapters = adapters_of(model)
+    if adapters is None and hasattr(model, "adapters"):
+        raise ValueError(
+            f"{class_of(model).__name__} already has an attribute 'adapters', where the adapters would go; "
+            "rename it, or adapt a submodule"
+        )
+    if adapters is None:
+        taken = [n for n, m in base_modules(model).items() if site_of(m) is not None]
+        if taken:
+            raise ValueError(
+                f"{taken[0] or 'the model'!r} is already adapted as part of another model; adapt the outermost "
+                "model only, or remove() the other adapter first"
+            )
+    if adapters is not None and name in adapters:
+        raise ValueError(f"there is already an adapter {name!r}; its names are {sorted(adapters)}")
+    return adapters
+
+
+def _base_parameters(model: Module) -> dict[str, torch.nn.Parameter]:
+    adapters = adapters_of(model)
+    inside = set() if adapters is None else {id(p) for p in adapters.parameters()}
+    return {n: p for n, p in model.named_parameters() if id(p) not in inside}
+
+
+def _copies(
+    model: Module, method: Method, placement: Placement, new: list[str]
+) -> tuple[list[str], list[str]]:
+    """Modules that train as copies, and single new parameters that train in place."""
+    asked: list[str] = []
+    if method.modules_to_save:
+        asked = match_modules(model, method.modules_to_save, option="modules_to_save")
+        clash = [n for n in placement.layers if n and is_within(n, asked)]
+        if clash:
+            raise ValueError(
+                f"modules_to_save={method.modules_to_save!r} trains {asked} in full, but {clash} would also get "
+                f"{type(method).__name__} layers; take them out of target_modules"
+            )
+    covered = set(placement.in_place)
+    whole, single = new_modules(model, [n for n in new if n not in covered])
+    copies = [*asked, *(n for n in whole if not is_within(n, [*asked, *placement.layers]))]
+    outermost = [n for n in copies if not is_within(n, [c for c in copies if c != n])]
+    return outermost, [n for n in single if not is_within(n, outermost)]
+
+
+def _plain(module: Module) -> Module:
+    """The module itself if nothing in it is adapted, else a copy from which adapters are taken off."""
+    if all(site_of(m) is None for m in module.modules()):
+        return module
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        detach(part)
+    return twin
+
+
+def _refuse_unreachable(model: Module, layers: dict[str, AdapterLayer]) -> None:
+    for name in layers:
+        parent, _, child = name.rpartition(".")
+        if child and isinstance(model.get_submodule(parent), MultiheadAttention):
+            raise ValueError(
+                f"{name!r} is read by nn.MultiheadAttention and never called, so an adapter on it would do "
+                f"nothing; name the attention module {parent or 'itself'!r} instead"
+            )
+
+
+def _refuse_shared_in_place(adapters: Adapters | None, in_place: list[str]) -> None:
+    if adapters is None:
+        return
+    for name, tree in adapters.items():
+        shared = sorted(set(in_place) & set(tree.record.in_place))  # type: ignore[union-attr]
+        if shared:
+            raise ValueError(
+                f"the adapter {name!r} already trains {shared[0]!r} in place ({len(shared)} shared parameters); "
+                "two adapters can share trained modules only as copies (modules_to_save)"
+            )
+
+
+def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) -> None:
+    """The part of an injection that changes the model; nothing in it can fail for a reason of the user's."""
+    attach(model, adapters.switch, is_root=True)
+    model._modules["adapters"] = adapters
+    for place, layer in tree.layers.items():
+        attach(model.get_submodule(place), adapters.switch).layers[name] = layer
+    in_place = {n for other in adapters.values() for n in other.record.in_place}  # type: ignore[union-attr]
+    for key, parameter in _base_parameters(model).items():
+        parameter.requires_grad_(key in in_place)
+    _set_in_place(model, adapters, in_place)
+    _freeze_statistics(model, adapters)
+    _leave_fused_path(model, adapters)
+    adapters.switch.active = (name,)
+
+
+def _set_in_place(model: Module, adapters: Adapters, names: set[str]) -> None:
+    """Tells each module which of its parameters train in place: they become float32 and stay it."""
+    owners: dict[str, list[str]] = {}
+    trained = {id(p) for n, p in _base_parameters(model).items() if n in names}
+    attention = [n for n, m in base_modules(model).items() if isinstance(m, MultiheadAttention)]
+    for owner, module in base_modules(model).items():
+        for key, parameter in module._parameters.items():
+            if id(parameter) in trained:
+                parent = owner.rpartition(".")[0]
+                inside = parent in attention and owner != parent
+                place, key_there = (parent, f"{owner.rpartition('.')[2]}.{key}") if inside else (owner, key)
+                owners.setdefault(place, []).append(key_there)
+    for owner, module in base_modules(model).items():
+        site = site_of(module)
+        if owner in owners:
+            site = attach(module, adapters.switch)
+            site.base.in_place = tuple(owners[owner])
+            _make_float32(module, site)
+        elif site is not None:
+            site.base.in_place = ()
+            site.base.cast_to = None
+        if site is not None and site.idle:
+            detach(module)
+
+
+def _make_float32(module: Module, site: Site) -> None:
+    for key in site.base.in_place:
+        parameter = module.get_parameter(key)
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            site.base.cast_to = parameter.dtype
+            parameter.data = parameter.data.float()
+
+
+def _freeze_statistics(model: Module, adapters: Adapters) -> None:
+    """Keeps batch norms that do not train in eval mode: their running statistics are part of the base."""
+    for module in base_modules(model).values():
+        if _has_statistics(module):
+            trains = any(p.requires_grad for p in module.parameters(recurse=False))
+            site = site_of(module)
+            if trains:
+                if site is not None:
+                    site.frozen_statistics = False
+                continue
+            attach(module, adapters.switch).frozen_statistics = True
+            module.eval()
+
+
+def _leave_fused_path(model: Module, adapters: Adapters) -> None:
+    """Keeps torch's encoder layers that hold an adapted module off the path that would read past it."""
+    for module in base_modules(model).values():
+        if isinstance(module, (TransformerEncoderLayer, TransformerEncoder)) and any(
+            site_of(part) is not None for part in module.modules() if part is not module
+        ):
+            attach(module, adapters.switch).off_fused_path = True

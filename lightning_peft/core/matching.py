@@ -1,0 +1,203 @@
+"""From patterns to modules: exact names, dotted suffixes, regular expressions, ``"all-linear"``, layer numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from torch.nn import Linear, Module, MultiheadAttention
+
+from lightning_peft.core.adapted import Adapters, site_of
+from lightning_peft.core.problems import nearest
+
+ALL_LINEAR = "all-linear"
+
+
+def class_of(module: Module) -> type[Module]:
+    """The module's class before adaptation."""
+    site = site_of(module)
+    return type(module) if site is None else site.base.cls
+
+
+def is_conv1d(module: Module) -> bool:
+    """Whether it is transformers' ``Conv1D``: a Linear with its weight stored as ``(in, out)``."""
+    return any(c.__name__ == "Conv1D" and hasattr(module, "nf") for c in type(module).__mro__)
+
+
+def base_modules(model: Module) -> dict[str, Module]:
+    """The model's modules by name, adapters left out, shared ones once.
+
+    Args:
+        model: the root.
+    """
+    found: dict[str, Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, Adapters):
+            inside = (*inside, f"{name}.")
+            continue
+        found[name] = module
+    return found
+
+
+def output_heads(model: Module) -> list[str]:
+    """Names of the modules that turn hidden states into the task's output, in models that say so.
+
+    These are, for each transformers model below the root, its output embeddings and whatever lies beside its
+    trunk (``base_model_prefix``), such as ``classifier`` or ``score``.
+
+    Args:
+        model: the root.
+    """
+    modules = base_modules(model)
+    names = {id(m): n for n, m in modules.items()}
+    heads: set[str] = set()
+    for name, module in modules.items():
+        trunk = getattr(module, "base_model_prefix", None)
+        if not isinstance(trunk, str) or not hasattr(module, "get_output_embeddings"):
+            continue
+        output = module.get_output_embeddings()
+        if isinstance(output, Module) and id(output) in names:
+            heads.add(names[id(output)])
+        if trunk and isinstance(module._modules.get(trunk), Module):
+            prefix = f"{name}." if name else ""
+            children = (n for n in module._modules if n not in (trunk, "adapters"))
+            heads.update(f"{prefix}{n}" for n in children if _has_parameters(module._modules[n]))
+    return sorted(heads)
+
+
+def _has_parameters(module: Module | None) -> bool:
+    return module is not None and next(module.parameters(), None) is not None
+
+
+def is_within(name: str, parents: Iterable[str]) -> bool:
+    """Whether a dotted name is one of the parents or lies below one."""
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a list's pattern names a module: exactly, or as a dotted suffix."""
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def layer_number(name: str) -> tuple[str, int] | None:
+    """The stack and the number of the layer that a module lies in.
+
+    Args:
+        name: the module's dotted name; its first number counts.
+
+    Returns:
+        ``("encoder.layer", 3)`` for ``encoder.layer.3.output.dense``, or None outside any numbered stack.
+    """
+    found = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", name)
+    return (found.group(1) or "", int(found.group(2))) if found else None
+
+
+def match_modules(
+    model: Module,
+    target: str | Sequence[str],
+    *,
+    exclude: str | Sequence[str] | None = None,
+    layers: int | Sequence[int] | None = None,
+    suits: Callable[[Module], bool] | None = None,
+    kinds: str = "module",
+    option: str = "target_modules",
+) -> list[str]:
+    """The modules that patterns mean, in the model's order.
+
+    Args:
+        model: the root; the names are relative to it.
+        target: a list of exact names or dotted suffixes, a string as a regular expression that matches the
+            whole name, or ``"all-linear"`` for every Linear and Conv1D but the output head.
+        exclude: patterns in the same two forms, taken away again.
+        layers: only modules in layers of these numbers.
+        suits: tells a module that the method can work on; a match by name that does not suit is an error.
+        kinds: what ``suits`` stands for, for the error.
+        option: the option's name, for the error.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: if a pattern, an excluded one or a layer's number matches nothing, or what it matches does
+            not suit; the nearest names are listed.
+    """
+    modules = base_modules(model)
+    if target == ALL_LINEAR:
+        found = _all_linear(model, modules)
+    else:
+        candidates = {n: m for n, m in modules.items() if n}
+        named = _match(candidates, target, option)
+        found = [n for n in named if suits is None or suits(modules[n])]
+        if isinstance(target, str):
+            groups = [(repr(target), named)]
+        else:
+            groups = [(repr(p), [n for n in named if matches(n, p)]) for p in target]
+        for pattern, hits in groups:
+            if suits is not None and not any(suits(modules[n]) for n in hits):
+                first = hits[0]
+                raise ValueError(
+                    f"{option}: {pattern} matches {first!r}, a {class_of(modules[first]).__name__}; "
+                    f"expected {kinds}"
+                )
+    if exclude:
+        gone = set(_match({n: modules[n] for n in found}, exclude, "exclude_modules"))
+        found = [n for n in found if n not in gone]
+        if not found:
+            raise ValueError(f"exclude_modules={exclude!r} leaves nothing of {option}={target!r}")
+    if layers is not None:
+        found = _in_layers(found, [layers] if isinstance(layers, int) else list(layers))
+    return found
+
+
+def _all_linear(model: Module, modules: dict[str, Module]) -> list[str]:
+    heads = output_heads(model)
+    found: list[str] = []
+    attention: list[str] = []
+    for name, module in modules.items():
+        if isinstance(module, MultiheadAttention):
+            attention.append(name)
+            found.append(name)
+        elif (isinstance(module, Linear) or is_conv1d(module)) and not is_within(name, attention):
+            found.append(name)
+    found = [n for n in found if not is_within(n, heads)]
+    if not found:
+        raise ValueError(
+            f"target_modules='all-linear' found no Linear in {class_of(model).__name__}, output head aside; "
+            "name the modules instead"
+        )
+    return found
+
+
+def _match(modules: dict[str, Module], patterns: str | Sequence[str], option: str) -> list[str]:
+    if isinstance(patterns, str):
+        try:
+            expression = re.compile(patterns)
+        except re.error as error:
+            raise ValueError(f"{option}={patterns!r} is no regular expression: {error}") from error
+        found = [n for n in modules if expression.fullmatch(n)]
+        if not found:
+            hint = nearest(patterns, modules)
+            raise ValueError(
+                f"{option}={patterns!r}, a regular expression for the whole name, matches no module{hint}"
+            )
+        return found
+    if not patterns:
+        raise ValueError(f"{option} is empty; name at least one module")
+    lost = [p for p in patterns if not any(matches(n, p) for n in modules)]
+    if lost:
+        hints = [f"{p!r} matches no module{nearest(p, modules)}" for p in lost]
+        raise ValueError(f"{option}: " + "; ".join(hints))
+    return [n for n in modules if any(matches(n, p) for p in patterns)]
+
+
+def _in_layers(names: list[str], wanted: list[int]) -> list[str]:
+    numbers = {n: layer_number(n) for n in names}
+    present = sorted({number[1] for number in numbers.values() if number is not None})
+    lost = [w for w in wanted if w not in present]
+    if lost:
+        there = f"0 to {present[-1]}" if present == list(range(len(present))) and present else present
+        raise ValueError(f"layers_to_transform: no module in layer {lost}; the matched modules lie in layers {there}")
+    return [n for n, number in numbers.items() if number is not None and number[1] in wanted]

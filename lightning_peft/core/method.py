@@ -1,0 +1,79 @@
+"""What a method is to the core: a recipe that says which layers go where and which parameters train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch.nn import Module
+
+from lightning_peft.core.layer import AdapterLayer
+
+
+@dataclass
+class Placement:
+    """What a method does to one model.
+
+    Attributes:
+        layers: the adapter layer for each module, by the module's name below the root (``""`` is the root).
+        in_place: names of the base's parameters that train in place.
+        keep_originals: whether the starting values of ``in_place`` are kept, so that the base can be given back.
+    """
+
+    layers: dict[str, AdapterLayer] = field(default_factory=dict)
+    in_place: list[str] = field(default_factory=list)
+    keep_originals: bool = True
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A parameter-efficient method: a dataclass whose fields are its options.
+
+    Attributes:
+        learning_rate: the rate for AdamW that suits the method; `PeftModule` takes it when none is given.
+        modules_to_save: modules that train in full, as copies that the adapter owns.
+        peft_type: Hugging Face PEFT's name for the method, or None where it has none.
+        mergeable: whether its layers are changes of weights.
+    """
+
+    learning_rate: float
+    modules_to_save: list[str] | None
+    peft_type: ClassVar[str | None]
+    mergeable: ClassVar[bool]
+
+    def place(self, model: Module) -> Placement:
+        """Chooses the modules of a model and makes their layers; changes nothing in the model."""
+        ...
+
+
+@runtime_checkable
+class PeftFormat(Protocol):
+    """The file form of a method that Hugging Face PEFT knows under its ``peft_type``."""
+
+    def peft_config(self, model: Module, placed: Sequence[str]) -> dict[str, Any]:
+        """The method's own fields of ``adapter_config.json``.
+
+        Args:
+            model: the adapted model.
+            placed: names of the modules that carry a layer.
+        """
+        ...
+
+    def peft_name(self, key: str, model: Module) -> str:
+        """The name in a PEFT file of one of the adapter's tensors.
+
+        Args:
+            key: the tensor's name in the adapter, such as ``layers.0.q_proj.lora_A``.
+            model: the adapted model.
+        """
+        ...
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any]) -> Method:
+        """The method that an ``adapter_config.json`` describes.
+
+        Raises:
+            ValueError: if it asks for something that is not supported here.
+        """
+        ...

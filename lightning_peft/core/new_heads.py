@@ -1,0 +1,49 @@
+"""Parameters that the base's checkpoint lacked: they were just initialised, so every method trains them."""
+
+from __future__ import annotations
+
+from torch.nn import Module
+
+from lightning_peft.core.adapted import Adapters
+from lightning_peft.core.matching import base_modules
+
+
+def new_parameters(model: Module) -> list[str]:
+    """Names of the parameters that ``from_pretrained`` did not find in the checkpoint.
+
+    transformers marks what it loaded (``_is_hf_initialized`` on the parameter). A model without any mark,
+    made from a config or by hand, has no new parameters: then all of it is the base.
+
+    Args:
+        model: the root.
+    """
+    new: list[str] = []
+    adapters = {id(p) for m in model.modules() if isinstance(m, Adapters) for p in m.parameters()}
+    for prefix, module in base_modules(model).items():
+        if not hasattr(module, "base_model_prefix") or any(prefix.startswith(n) for n in new):
+            continue
+        named = dict(module.named_parameters(prefix=prefix))
+        loaded = {n for n, p in named.items() if getattr(p, "_is_hf_initialized", False)}
+        if loaded:
+            new += [n for n in named if n not in loaded and id(named[n]) not in adapters]
+    return sorted(set(new))
+
+
+def new_modules(model: Module, parameters: list[str]) -> tuple[list[str], list[str]]:
+    """The largest modules that are new as a whole, and the new parameters outside them.
+
+    Args:
+        model: the root.
+        parameters: names of the new parameters.
+
+    Returns:
+        Names of modules, and names of single parameters whose module also holds loaded ones.
+    """
+    new = {id(p) for n, p in model.named_parameters() if n in set(parameters)}
+    whole: list[str] = []
+    for name, module in base_modules(model).items():
+        inside = [id(p) for p in module.parameters()]
+        if name and inside and all(p in new for p in inside) and not any(name.startswith(f"{w}.") for w in whole):
+            whole.append(name)
+    rest = [n for n in parameters if not any(n.startswith(f"{w}.") for w in whole)]
+    return whole, rest

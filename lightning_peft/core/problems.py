@@ -1,0 +1,66 @@
+"""Errors that help: all problems at once, and the nearest name to a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The end of an error's sentence about an unknown name.
+
+    Args:
+        name: what was given.
+        known: what would have been right.
+        count: how many near names to list.
+
+    Returns:
+        ``"; did you mean 'a' or 'b'?"``, or the first known names where none is near.
+    """
+    names = sorted(set(known))
+    near = difflib.get_close_matches(name, names, n=count, cutoff=0.6)
+    if not near:
+        tail = name.rpartition(".")[2]
+        ends = {n.rpartition(".")[2] for n in names}
+        near = difflib.get_close_matches(tail, sorted(ends), n=count, cutoff=0.4)
+    if near:
+        return "; did you mean " + " or ".join(repr(n) for n in near) + "?"
+    return "; known: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else ""
+
+
+def raise_problems(subject: str, problems: Iterable[str | None]) -> None:
+    """Raises one error for all that is wrong.
+
+    Args:
+        subject: what was being made.
+        problems: a sentence for each problem; None and empty ones are passed over.
+
+    Raises:
+        ValueError: if there is a problem.
+    """
+    found = [p for p in problems if p]
+    if found:
+        raise ValueError(f"{subject}: " + "; ".join(found))
+
+
+_NO_OPTIONS = frozenset(
+    ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
+)
+
+
+def refuse_unknown(method: str, config: Mapping[str, object], known: Iterable[str]) -> None:
+    """Refuses a foreign adapter configuration that asks for more than is understood here.
+
+    Args:
+        method: the method's name, for the error.
+        config: an ``adapter_config.json``.
+        known: the fields that are understood; others may be there as long as they are empty or false.
+
+    Raises:
+        ValueError: if another field has a value.
+    """
+    understood = {*known, *_NO_OPTIONS}
+    extra = sorted(k for k, v in config.items() if k not in understood and v)
+    if extra:
+        shown = ", ".join(f"{k}={config[k]!r}" for k in extra)
+        raise ValueError(f"{method}: this adapter uses {shown}, which is not supported here")

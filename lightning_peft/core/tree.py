@@ -1,0 +1,91 @@
+"""An adapter: one module that mirrors the names of the base's modules, with adapter layers as its leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from lightning_peft.core.layer import AdapterLayer, moved_only
+from lightning_peft.core.method import Method
+
+
+@dataclass
+class Record:
+    """What is known of an adapter beside its tensors.
+
+    Attributes:
+        method: the recipe it was made by.
+        layers: names of the modules that carry a layer of the method's own.
+        copies: names of the modules that train as copies (``modules_to_save`` and new heads).
+        new: names of the parameters that the base's checkpoint lacked.
+        in_place: names of the base's parameters that train in place.
+        originals: their starting values, or None where the method keeps none.
+        merged: for each merged parameter (module, name) the original and the merged one; None when unmerged.
+    """
+
+    method: Method
+    layers: list[str]
+    copies: list[str]
+    new: list[str]
+    in_place: list[str]
+    originals: dict[str, Tensor] | None
+    merged: dict[tuple[str, str], tuple[Parameter, Parameter]] | None = None
+
+
+class AdapterTree(Module):
+    """One adapter, registered at the root of the model as ``adapters[name]``; its ``state_dict()`` is the adapter.
+
+    Args:
+        record: what is known of it.
+        layers: the layers by the name of the module that they adapt.
+    """
+
+    def __init__(self, record: Record, layers: dict[str, AdapterLayer]) -> None:
+        super().__init__()
+        self.record = record
+        self._layers = (layers,)  # a tuple, so that the dictionary's modules are not registered twice
+        for name in sorted(layers, key=lambda n: n.count(".") if n else -1):
+            _place(self, name, layers[name])
+
+    @property
+    def layers(self) -> dict[str, AdapterLayer]:
+        """The layers by module name."""
+        return self._layers[0]
+
+    def train(self, mode: bool = True) -> AdapterTree:
+        """Sets the mode of every layer, that of the root included."""
+        super().train(mode)
+        if "" in self.layers:
+            self.layers[""].train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTree:
+        super()._apply(moved_only(fn), recurse)
+        return self
+
+
+def _place(tree: Module, name: str, layer: AdapterLayer) -> None:
+    """Puts a layer where its module's name says; names of children go into ``_modules`` as they are, because
+    ``add_module`` refuses those that a Module has as attributes, such as ``type`` or ``weight``.
+    """
+    if not name:
+        # The root's own layer has no name to stand under: its tensors belong at the top. The dictionaries are
+        # shared, so that whatever moves or loads the tree reaches the layer.
+        tree._parameters = layer._parameters
+        tree._buffers = layer._buffers
+        tree._non_persistent_buffers_set = layer._non_persistent_buffers_set
+        return
+    *parents, leaf = name.split(".")
+    node: Module = tree
+    for parent in parents:
+        child = node._modules.get(parent)
+        if child is None:
+            child = Module()
+            node._modules[parent] = child
+        node = child
+    if node._modules.get(leaf) is not None or leaf in node._parameters:
+        raise ValueError(f"the adapter already has something at {name!r}; two layers cannot share a module's name")
+    node._modules[leaf] = layer

@@ -1,0 +1,1 @@
+"""Adapter files in and out, generic over what a method declares of its file form."""

@@ -1,0 +1,230 @@
+"""An adapter's folder: tensors, Hugging Face's configuration where there is one, and a manifest of our own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Module
+
+from lightning_peft.core.inject import adapters_of, base_tensors
+from lightning_peft.core.matching import base_modules, matches
+from lightning_peft.core.method import Method, PeftFormat
+from lightning_peft.core.tree import AdapterTree
+from lightning_peft.formats.hf_peft import adapter_config, has_peft_format, method_from_peft
+from lightning_peft.methods.config import method_from_config, method_to_config
+
+TENSORS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+MANIFEST = "lightning_peft.json"
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What an adapter's folder says, its tensors apart.
+
+    Attributes:
+        path: the folder.
+        method: the method.
+        copies: modules that it trained in full, or patterns of such.
+        in_place: base parameters that it trained in place.
+        fingerprint: of the base, or None where the folder has none.
+        info: what was written beside it, such as ``labels``.
+        foreign: whether another library wrote the folder.
+    """
+
+    path: Path
+    method: Method
+    copies: list[str]
+    in_place: list[str]
+    fingerprint: str | None
+    info: dict[str, Any]
+    foreign: bool
+
+    def method_for(self, model: Module) -> Method:
+        """The method with what it saved in full named, so that a base without new heads gets them too."""
+        names = list(base_modules(model))
+        # peft lists every name that a classifier may have, whether the model has it or not
+        copies = [c for c in self.copies if not self.foreign or any(matches(n, c) for n in names)]
+        return cast(Method, replace(cast(Any, self.method), modules_to_save=copies or None))
+
+
+def base_description(model: Module) -> dict[str, Any]:
+    """The base's name, revision and fingerprint, in plain values.
+
+    Args:
+        model: the adapted model.
+    """
+    config = getattr(model, "config", None)
+    adapters = adapters_of(model)
+    return {
+        "name": getattr(config, "name_or_path", None) or None,
+        "revision": getattr(config, "_commit_hash", None),
+        "fingerprint": None if adapters is None else adapters.base_fingerprint,
+    }
+
+
+def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> Path:
+    """Writes an adapter; the folder appears as a whole or not at all.
+
+    Args:
+        model: the adapted model.
+        name: the adapter's name.
+        path: the folder.
+        info: plain values for the manifest.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: if the folder already holds an adapter.
+    """
+    held = [f for f in (TENSORS, PEFT_CONFIG, MANIFEST) if (path / f).exists()]
+    if held:
+        raise FileExistsError(f"{path} already holds an adapter ({held[0]}); choose another folder or move it away")
+    tree = _tree(model, name)
+    names = _file_names(model, tree)
+    tensors = {names[k]: t.detach().cpu().contiguous() for k, t in _live_tensors(model, tree).items()}
+    base = base_description(model)
+    manifest = {
+        "format": 1,
+        "method": method_to_config(tree.record.method),
+        "base": base,
+        "copies": tree.record.copies,
+        "in_place": tree.record.in_place,
+        "tensors": {k: list(t.shape) for k, t in sorted(tensors.items())},
+        "info": info,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        # safetensors refuses tensors that share memory: tied parameters are written once for each name
+        save_file({k: t.clone() for k, t in tensors.items()}, scratch / TENSORS, metadata={"format": "pt"})
+        if has_peft_format(tree.record.method):
+            _write_json(scratch / PEFT_CONFIG, adapter_config(model, tree.record, base))
+        _write_json(scratch / MANIFEST, manifest)
+        scratch.chmod(0o755)
+        if path.exists():
+            for file in scratch.iterdir():
+                os.replace(file, path / file.name)
+        else:
+            scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return path
+
+
+def read_folder(path: Path) -> SavedAdapter:
+    """Reads what an adapter's folder says.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        FileNotFoundError: if it holds no adapter.
+        ValueError: if its method is not supported.
+    """
+    if (path / MANIFEST).is_file():
+        saved = json.loads((path / MANIFEST).read_text())
+        method = method_from_config(saved["method"])
+        print_of_base = saved["base"]["fingerprint"]
+        return SavedAdapter(path, method, saved["copies"], saved["in_place"], print_of_base, saved["info"], False)
+    if (path / PEFT_CONFIG).is_file():
+        config = json.loads((path / PEFT_CONFIG).read_text())
+        method = method_from_peft(config)
+        return SavedAdapter(path, method, config.get("modules_to_save") or [], [], None, {}, True)
+    there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "no such folder"
+    raise FileNotFoundError(f"{path} holds no adapter ({MANIFEST} or {PEFT_CONFIG}); there is: {there}")
+
+
+def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool = True) -> None:
+    """Fills a freshly injected adapter from its folder; everything is checked before anything is written.
+
+    Args:
+        model: the adapted model.
+        name: the adapter's name.
+        saved: what the folder says.
+        check_base: whether another base is refused.
+
+    Raises:
+        ValueError: if the base is another one, or a tensor is missing, unexpected or of another shape.
+        FileNotFoundError: if the tensors are missing.
+    """
+    mine = base_description(model)["fingerprint"]
+    if check_base and None not in (saved.fingerprint, mine) and saved.fingerprint != mine:
+        raise ValueError(
+            f"{saved.path} was trained on another base: fingerprint {saved.fingerprint}, but this model has {mine}; "
+            "load the base that it names, or pass check_base=False if you know better"
+        )
+    tree = _tree(model, name)
+    names = _file_names(model, tree)
+    try:
+        stored = load_file(saved.path / TENSORS)
+    except SafetensorError as error:
+        raise ValueError(f"{saved.path / TENSORS} cannot be read, it may be cut short: {error}") from error
+    if saved.foreign:
+        stored = _without_base_copies(model, stored, set(names.values()))
+    live = _live_tensors(model, tree)
+    _check_tensors(saved.path, {names[k]: t for k, t in live.items()}, stored)
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(stored[names[key]])
+
+
+def _tree(model: Module, name: str) -> AdapterTree:
+    adapters = adapters_of(model)
+    assert adapters is not None
+    return cast(AdapterTree, adapters[name])
+
+
+def _live_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
+    base = base_tensors(model)
+    moving = list(tree.record.originals) if tree.record.originals else tree.record.in_place
+    return {**tree.state_dict(keep_vars=True), **{n: base[n] for n in moving}}
+
+
+def _file_names(model: Module, tree: AdapterTree) -> dict[str, str]:
+    method = tree.record.method
+    keys = _live_tensors(model, tree)
+    if isinstance(method, PeftFormat) and has_peft_format(tree.record.method):
+        return {k: method.peft_name(k, model) for k in keys}
+    return {k: k for k in keys}
+
+
+def _without_base_copies(model: Module, stored: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    """Leaves out base weights that peft wrote beside an adapter on an embedding, if they are the base's own."""
+    base = {f"base_model.model.{k}": t for k, t in base_tensors(model).items()}
+    kept: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        own = base.get(key.replace(".base_layer.", "."))
+        if key in expected or own is None or not torch.equal(own.detach().cpu().to(tensor.dtype), tensor):
+            kept[key] = tensor
+    return kept
+
+
+def _check_tensors(path: Path, wanted: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    problems: list[str] = []
+    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+    if missing:
+        problems.append(f"{len(missing)} missing, such as {missing[0]}")
+    if extra:
+        problems.append(f"{len(extra)} unexpected, such as {extra[0]}")
+    for key in sorted(set(wanted) & set(stored)):
+        if wanted[key].shape != stored[key].shape:
+            problems.append(f"{key} is {tuple(stored[key].shape)}, expected {tuple(wanted[key].shape)}")
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ValueError(f"the tensors in {path / TENSORS} do not fit this model: {shown}")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,78 @@
+"""The names and fields of Hugging Face PEFT's adapter files."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch.nn import Module
+
+import lightning_peft.methods as methods
+from lightning_peft.core.matching import class_of
+from lightning_peft.core.method import Method, PeftFormat
+from lightning_peft.core.tree import Record
+
+_TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+def has_peft_format(method: Method) -> bool:
+    """Whether Hugging Face PEFT knows the method."""
+    return method.peft_type is not None and isinstance(method, PeftFormat)
+
+
+def adapter_config(model: Module, record: Record, base: dict[str, Any]) -> dict[str, Any]:
+    """What goes into ``adapter_config.json``.
+
+    Args:
+        model: the adapted model.
+        record: the adapter's record.
+        base: the base's ``name`` and ``revision``.
+
+    Returns:
+        The fields; keys are sorted when written.
+    """
+    method = record.method
+    assert isinstance(method, PeftFormat)
+    name = class_of(model).__name__
+    return {
+        "peft_type": record.method.peft_type,
+        "task_type": next((t for ending, t in _TASK_TYPES.items() if name.endswith(ending)), None),
+        "base_model_name_or_path": base["name"],
+        "revision": base["revision"],
+        "inference_mode": True,
+        "modules_to_save": record.copies or None,
+        **method.peft_config(model, record.layers),
+    }
+
+
+def method_from_peft(config: dict[str, Any]) -> Method:
+    """The method that an ``adapter_config.json`` describes.
+
+    Args:
+        config: the file's content.
+
+    Raises:
+        ValueError: if the method, or an option that it uses, is not supported.
+    """
+    known = {
+        cls.peft_type: cls
+        for _, cls in inspect.getmembers(methods, inspect.isclass)
+        if getattr(cls, "peft_type", None) is not None
+    }
+    kind = config.get("peft_type")
+    if kind is None:
+        raise ValueError(
+            "adapter_config.json names no peft_type, so it is not Hugging Face PEFT's (AdapterHub uses the same "
+            "file name); expected one of " + ", ".join(sorted(known))
+        )
+    if kind not in known:
+        raise ValueError(f"adapters of the kind {kind!r} are not supported; expected one of {sorted(known)}")
+    made: Method = known[kind].from_peft_config(config)
+    return made

@@ -1,0 +1,201 @@
+"""The library's face without Lightning: adapt a model, hold on to its adapter, save it and load it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from lightning_peft.analysis.plan import Plan, plan_of
+from lightning_peft.core.disable import disabled
+from lightning_peft.core.inject import adapters_of, eject, inject
+from lightning_peft.core.merge import merge, unmerge
+from lightning_peft.core.method import Method
+from lightning_peft.core.problems import nearest
+from lightning_peft.core.tree import AdapterTree
+from lightning_peft.formats.folder import load_into, read_folder, save_folder
+
+
+class Adapter:
+    """A handle on one adapter of a model. It holds nothing of its own: several may exist, and all agree.
+
+    Args:
+        model: the adapted model.
+        name: the adapter's name.
+
+    Raises:
+        ValueError: if the model has no such adapter.
+    """
+
+    def __init__(self, model: Module, name: str = "default") -> None:
+        adapters = adapters_of(model)
+        known = [] if adapters is None else list(adapters)
+        if name not in known:
+            raise ValueError(f"the model has no adapter {name!r}{nearest(name, known)}")
+        self.model = model
+        self.name = name
+
+    @property
+    def tree(self) -> AdapterTree:
+        """The adapter itself: a module whose layers carry the names of the modules that they adapt.
+
+        Raises:
+            RuntimeError: if it has been removed.
+        """
+        adapters = adapters_of(self.model)
+        if adapters is None or self.name not in adapters:
+            raise RuntimeError(f"the adapter {self.name!r} has been removed from the model")
+        return adapters[self.name]  # type: ignore[return-value]
+
+    @property
+    def method(self) -> Method:
+        """The method that it was made by."""
+        return self.tree.record.method
+
+    @property
+    def plan(self) -> Plan:
+        """What trains where, and what share of the model that is."""
+        return plan_of(self.model, self.name)
+
+    def parameters(self) -> list[Parameter]:
+        """Everything that the adapter trains, the base's own parameters of selective methods included."""
+        named = dict(self.model.named_parameters())
+        own = [p for p in self.tree.parameters() if p.requires_grad]
+        return [*own, *(named[n] for n in self.tree.record.in_place)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name, base parameters that train in place included."""
+        named = dict(self.model.named_parameters())
+        return {**self.tree.state_dict(), **{n: named[n].detach() for n in self.tree.record.in_place}}
+
+    def activate(self) -> None:
+        """Makes this the only active adapter; which parameters train stays as it is."""
+        adapters = adapters_of(self.model)
+        assert adapters is not None
+        if self.tree.record.merged is None:
+            adapters.switch.active = (self.name,)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """A ``with`` block in which the model is the base.
+
+        Raises:
+            RuntimeError: on entering, if the method kept no originals of what it trains in place.
+        """
+        return disabled(self.model)
+
+    def remove(self) -> Module:
+        """Takes the adapter out of the model.
+
+        Returns:
+            The model; after its last adapter it is the base again, names, classes and values.
+
+        Raises:
+            RuntimeError: if the method kept no originals of what it trains in place.
+        """
+        unmerge(self.model, self.name)
+        eject(self.model, self.name)
+        return self.model
+
+    def merge(self) -> None:
+        """Adds the adapter's change to the weights; the outputs stay, the extra work goes.
+
+        Raises:
+            ValueError: if the method is no change of weights, or a value is not finite.
+        """
+        merge(self.model, self.name)
+
+    def unmerge(self) -> None:
+        """Undoes `merge`, to the bit."""
+        unmerge(self.model, self.name)
+
+    def merge_and_unload(self) -> Module:
+        """Merges for good and takes the adapter's layers out.
+
+        Returns:
+            The model, a plain one with changed weights.
+
+        Raises:
+            ValueError: if the method cannot be merged.
+        """
+        merge(self.model, self.name)
+        record = self.tree.record
+        record.merged, record.originals = None, {}
+        eject(self.model, self.name)
+        return self.model
+
+    def save(self, path: str | Path, **info: Any) -> Path:
+        """Writes the adapter into a folder, in Hugging Face PEFT's format where that knows the method.
+
+        Args:
+            path: a folder that holds no adapter yet; it is made if it does not exist.
+            **info: plain values for the folder's manifest, such as ``labels``.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: if the folder already holds an adapter.
+        """
+        return save_folder(self.model, self.name, Path(path), info)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how much trains of how much."""
+        print(self.plan.summary)
+
+
+def adapt(model: Module, method: Method, name: str = "default") -> Adapter:
+    """Adapts a model in place: freezes it and puts the method's layers around its modules.
+
+    Args:
+        model: any module.
+        method: what to do, such as ``LoRA(r=8)``.
+        name: the adapter's name.
+
+    Returns:
+        The handle.
+
+    Raises:
+        ValueError: if the method does not fit the model; nothing is changed then.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_peft import LoRA
+        >>> adapter = adapt(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), LoRA(r=2))
+        >>> adapter.plan.trainable
+        52
+    """
+    inject(model, method, name)
+    return Adapter(model, name)
+
+
+def load_adapter(model: Module, path: str | Path, name: str = "default", *, check_base: bool = True) -> Adapter:
+    """Puts a saved adapter into a model; folders written by Hugging Face's ``peft`` load too.
+
+    Args:
+        model: the base that the adapter was trained on.
+        path: the adapter's folder.
+        name: the name that it gets here.
+        check_base: refuse a base with another fingerprint than the one it was trained on.
+
+    Returns:
+        The handle.
+
+    Raises:
+        FileNotFoundError: if the folder holds no adapter.
+        ValueError: if the base is another one, or a tensor is missing, unexpected or of another shape; the
+            model is left as it was.
+    """
+    saved = read_folder(Path(path))
+    inject(model, saved.method_for(model), name, also_in_place=saved.in_place)
+    try:
+        load_into(model, name, saved, check_base=check_base)
+    except BaseException:
+        tree: Any = adapters_of(model)[name]  # type: ignore[index]
+        if tree.record.originals is None:
+            tree.record.originals = {}
+        eject(model, name)
+        raise
+    return Adapter(model, name)

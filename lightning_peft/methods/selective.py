@@ -1,0 +1,152 @@
+"""Selective fine-tuning: a chosen part of the base's own parameters trains, the rest is frozen.
+
+Sources: biases only, BitFit (Ben Zaken et al., arXiv 2106.10199); norms (arXiv 2302.08106 for language models);
+the last layers (Lee et al., arXiv 2210.11466); embeddings, the head alone and full fine-tuning as in common use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn import Embedding, GroupNorm, LayerNorm, Module, RMSNorm
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_peft.core.matching import base_modules, class_of, is_within, layer_number, match_modules, output_heads
+from lightning_peft.core.method import Placement
+from lightning_peft.core.new_heads import new_parameters
+from lightning_peft.core.problems import nearest, raise_problems
+
+_KINDS = ("bias", "norm", "embedding", "head", "weight")
+
+
+@dataclass
+class Selective:
+    """Trains the base parameters that meet every given condition; new heads train in any case.
+
+    Args:
+        target_modules: parameters in these modules and below them; a list of exact names or dotted suffixes, or
+            a regular expression for the whole name of a module. None takes any.
+        layers_to_transform: parameters in layers of these numbers. None takes any.
+        last_layers: parameters in the last so many layers of each stack, 1 or more. None takes any.
+        parameter_types: parameters of one of these kinds: ``"bias"``, ``"norm"``, ``"embedding"``, ``"head"``
+            (the output head), ``"weight"`` (all others). None takes any.
+        keep_originals: keep the starting values, so that ``disabled()`` and ``remove()`` give back the base. It
+            costs a second copy of what trains.
+        modules_to_save: modules that train in full, as copies that the adapter owns.
+        learning_rate: suits AdamW; a small one for many parameters, a large one for few.
+
+    Raises:
+        ValueError: if a kind of parameter is unknown or a number is out of its range.
+    """
+
+    target_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    last_layers: int | None = None
+    parameter_types: list[str] | None = None
+    keep_originals: bool = True
+    modules_to_save: list[str] | None = None
+    learning_rate: float = 2e-4
+
+    peft_type: ClassVar[str | None] = None
+    mergeable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        both = self.layers_to_transform is not None and self.last_layers is not None
+        raise_problems(
+            "Selective",
+            [
+                *(
+                    f"parameter_types has {kind!r}{nearest(kind, _KINDS)}"
+                    for kind in self.parameter_types or []
+                    if kind not in _KINDS
+                ),
+                f"last_layers must be 1 or more, but got {self.last_layers}"
+                if self.last_layers is not None and self.last_layers < 1
+                else None,
+                "layers_to_transform and last_layers exclude each other" if both else None,
+                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
+            ],
+        )
+
+    def place(self, model: Module) -> Placement:
+        """The names of the parameters that train in place; no module gets a layer.
+
+        Args:
+            model: the root; it is not changed.
+
+        Raises:
+            ValueError: if no parameter meets all conditions.
+        """
+        names = _trainable_names(model)
+        if self.target_modules is not None:
+            places = match_modules(model, self.target_modules)
+            names = [n for n in names if is_within(n, places)]
+        if self.layers_to_transform is not None or self.last_layers is not None:
+            names = self._in_layers(names)
+        if self.parameter_types is not None:
+            kinds = _kinds(model)
+            wanted = set(self.parameter_types)
+            names = [n for n in names if kinds[n] & wanted]
+        new = set(new_parameters(model))
+        if not names and not new:
+            raise ValueError(
+                f"Selective: no parameter of {class_of(model).__name__} meets {self._conditions()}; "
+                "list named_parameters() of the model and name its modules in target_modules"
+            )
+        return Placement(in_place=[n for n in names if n not in new], keep_originals=self.keep_originals)
+
+    def _in_layers(self, names: Sequence[str]) -> list[str]:
+        numbers = {n: number for n in names if (number := layer_number(n)) is not None}
+        counts: dict[str, int] = {}
+        for stack, i in numbers.values():
+            counts[stack] = max(counts.get(stack, 0), i + 1)
+        if self.last_layers is not None:
+            if not counts:
+                raise ValueError("Selective: last_layers finds no numbered stack of layers; use target_modules")
+            if self.last_layers > max(counts.values()):
+                raise ValueError(f"Selective: last_layers={self.last_layers}, but the model has {max(counts.values())}")
+            last = self.last_layers
+            return [n for n, (stack, i) in numbers.items() if i >= counts[stack] - last]
+        layers = self.layers_to_transform
+        wanted = [layers] if isinstance(layers, int) else list(layers or [])
+        lost = [i for i in wanted if all(i != number[1] for number in numbers.values())]
+        if lost:
+            there = sorted({number[1] for number in numbers.values()})
+            raise ValueError(f"Selective: layers_to_transform={lost} matches no layer; there are {there}")
+        return [n for n, (_, i) in numbers.items() if i in wanted]
+
+    def _conditions(self) -> str:
+        fields = ("target_modules", "layers_to_transform", "last_layers", "parameter_types")
+        given = {f: getattr(self, f) for f in fields if getattr(self, f) is not None}
+        return ", ".join(f"{k}={v!r}" for k, v in given.items()) or "no condition"
+
+
+def _is_norm(module: Module) -> bool:
+    known = (LayerNorm, GroupNorm, RMSNorm, _NormBase)
+    # transformers defines an RMSNorm of its own for each model, with no common class
+    return isinstance(module, known) or class_of(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+
+
+def _kinds(model: Module) -> dict[str, set[str]]:
+    """The kinds of each parameter: a norm's bias is both of ``norm`` and of ``bias``."""
+    heads = output_heads(model)
+    found: dict[str, set[str]] = {}
+    for place, module in base_modules(model).items():
+        for key in module._parameters:
+            name = f"{place}.{key}" if place else key
+            tests = {
+                "bias": key.endswith("bias"),
+                "norm": _is_norm(module),
+                "embedding": isinstance(module, Embedding),
+                "head": is_within(name, heads),
+            }
+            found[name] = {kind for kind, holds in tests.items() if holds} or {"weight"}
+    return found
+
+
+def _trainable_names(model: Module) -> list[str]:
+    """Floating-point base parameters by name, tied ones once."""
+    owned = {id(p) for m in base_modules(model).values() for p in m._parameters.values() if p is not None}
+    return [n for n, p in model.named_parameters() if id(p) in owned and p.is_floating_point()]

@@ -1,0 +1,1 @@
+"""Autograd functions, each beside its plain-PyTorch reference; need torch alone."""
