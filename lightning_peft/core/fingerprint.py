@@ -34,6 +34,6 @@ def fingerprint(model: Module, without: Iterable[str] = ()) -> str | None:
         flat = tensor.detach().reshape(-1)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if flat.numel():
-            chosen = torch.linspace(0, flat.numel() - 1, _SAMPLES).long().to(flat.device)
+            chosen = torch.arange(_SAMPLES, device=flat.device) * (flat.numel() - 1) // (_SAMPLES - 1)
             digest.update(flat[chosen].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -16,6 +16,7 @@ from lightning_peft.core.layer import AdapterLayer, SavedModule
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
+from lightning_peft.core.routing import Switch
 from lightning_peft.core.tree import AdapterTree, Record
 
 
@@ -275,6 +276,22 @@ def _set_in_place(model: Module, adapters: Adapters, names: set[str]) -> None:
             site.base.cast_to = None
         if site is not None and site.idle:
             detach(module)
+
+
+def keep_float32(model: Module, outside: Module) -> None:
+    """Makes what trains outside an adapted submodule float32 too, whatever the model is cast to later.
+
+    Args:
+        model: the whole model.
+        outside: the adapted submodule, which has seen to its own parameters.
+    """
+    inside = {id(m) for m in outside.modules()}
+    for module in list(model.modules()):
+        names = tuple(n for n, p in module._parameters.items() if p is not None and p.requires_grad)
+        if names and id(module) not in inside:
+            site = attach(module, Switch())
+            site.base.in_place = names
+            _make_float32(module, site)
 
 
 def _make_float32(module: Module, site: Site) -> None:

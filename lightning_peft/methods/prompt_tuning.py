@@ -211,14 +211,15 @@ class _Prepend(AdapterLayer):
             raise ValueError("PromptTuning puts its vectors before token ids; pass input_ids, not inputs_embeds")
         cached = _cached_tokens(values.get("past_key_values"))
         length = source.shape[1]
-        mask = self._mask(values.get("attention_mask"), source, length + max(cached - self.n, 0))
+        given = values.get("attention_mask")
+        mask = self._mask(given, source, length + max(cached - self.n, 0))
         values["attention_mask"] = mask
         new = length if cached else self.n + length
         if "position_ids" in self.names:
             values["position_ids"] = self._positions(values.get("position_ids"), mask, new)
         if cached:  # the prompt is in the cache
             return base(**values)
-        self._extend(values, source)
+        self._extend(values, source, given)
         output = base(**values)
         return self._trimmed(output, length) if self.trim else output
 
@@ -238,7 +239,8 @@ class _Prepend(AdapterLayer):
                 f"{self.n} virtual tokens and {given.shape[1]} of text exceed the model's {room} positions; cut "
                 f"the text to {room - self.n}, or take fewer virtual tokens"
             )
-        return torch.cat([given.new_ones(given.shape[0], self.n), given], 1)
+        ones = given.new_ones(given.shape[0], self.n)
+        return torch.cat([ones, given], 1) if self.trim else _after_padding(given, ones, given)
 
     def _positions(self, given: Tensor | None, mask: Tensor, new: int) -> Tensor:
         """From the extended mask, so that a padded row counts like the row alone; given ones are moved on."""
@@ -247,10 +249,13 @@ class _Prepend(AdapterLayer):
         prefix = torch.arange(new - given.shape[-1], device=given.device).expand(given.shape[0], -1)
         return torch.cat([prefix + self.first_position, given + self.n], -1)
 
-    def _extend(self, values: dict[str, Any], source: Tensor) -> None:
-        batch, length = source.shape[:2]
+    def _extend(self, values: dict[str, Any], source: Tensor, mask: Tensor | None) -> None:
+        batch, length = source.shape
         stand_ins = -torch.arange(1, self.n + 1, device=source.device).expand(batch, -1)
-        values["input_ids"] = torch.cat([stand_ins, source], 1)
+        if self.trim or mask is None:
+            values["input_ids"] = torch.cat([stand_ins, source], 1)
+        else:
+            values["input_ids"] = _after_padding(source, stand_ins, mask)
         types = values.get("token_type_ids")
         if types is not None:
             values["token_type_ids"] = torch.cat([types.new_zeros(batch, self.n), types], 1)
@@ -270,6 +275,19 @@ class _Prepend(AdapterLayer):
     def _text_part(self, part: Any, length: int) -> Any:
         long = isinstance(part, Tensor) and part.dim() >= 2 and part.shape[1] == self.n + length
         return part[:, self.n :] if long else part
+
+
+def _after_padding(row: Tensor, inserted: Tensor, mask: Tensor) -> Tensor:
+    """Inserts ``n`` columns before each row's first token; ``(batch, tokens)`` -> ``(batch, n + tokens)``.
+
+    An encoder that counts relative positions over the padding too (T5) sees the same distances with any padding.
+    """
+    n, total = inserted.shape[1], inserted.shape[1] + row.shape[1]
+    first = mask.long().argmax(1, keepdim=True)
+    place = torch.arange(total, device=row.device).expand(row.shape[0], -1)
+    before, within = place < first, (place >= first) & (place < first + n)
+    text = row.gather(1, torch.where(before, place, place - n).clamp_min(0))
+    return torch.where(within, inserted.gather(1, (place - first).clamp(0, n - 1)), text)
 
 
 def _cached_tokens(cache: Any) -> int:
@@ -293,5 +311,5 @@ class _ExtendCrossMask(AdapterLayer):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if mask is not None and states is not None and states.shape[1] == self.n + mask.shape[1]:
-            kwargs["encoder_attention_mask"] = torch.cat([mask.new_ones(len(mask), self.n), mask], 1)
+            kwargs["encoder_attention_mask"] = _after_padding(mask, mask.new_ones(len(mask), self.n), mask)
         return base(*args, **kwargs)

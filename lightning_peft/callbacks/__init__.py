@@ -1,0 +1,1 @@
+"""Lightning callbacks and what they share with `PeftModule`."""

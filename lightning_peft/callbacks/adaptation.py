@@ -1,0 +1,198 @@
+"""The one way in which a LightningModule gets its adapter, used by `PeftCallback` and `PeftModule` alike."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import HalfPrecision
+
+from lightning_peft.core.adapted import Adapters
+from lightning_peft.core.inject import adapters_of, keep_float32
+from lightning_peft.core.method import Method
+from lightning_peft.core.partial_state import PartialState
+from lightning_peft.core.problems import nearest
+from lightning_peft.formats.folder import base_description
+from lightning_peft.handle import Adapter, adapt
+from lightning_peft.methods.config import method_to_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.nn import Module
+
+KEY = "lightning_peft"
+"""Where a Lightning checkpoint says which adapters it holds."""
+
+_FORMAT = 1
+
+
+def adapt_lightning_module(module: LightningModule, method: Method, path: str = "", name: str = "default") -> Adapter:
+    """Adapts a LightningModule, or one submodule of it, once; and makes its checkpoints hold what trains.
+
+    Args:
+        module: the module, with everything that is to be adapted built.
+        method: what to do.
+        path: the submodule to adapt; ``""`` takes the whole module as the base.
+        name: the adapter's name.
+
+    Returns:
+        The handle; the one that exists if the module was adapted before by the same method.
+
+    Raises:
+        ValueError: if the submodule does not exist, or another method or submodule was adapted before.
+    """
+    root = _submodule(module, path)
+    if adapters_of(root) is not None:
+        adapter = Adapter(root, name)
+        if method_to_config(adapter.method) != method_to_config(method):
+            raise ValueError(
+                f"the module is already adapted by {adapter.method}, but got {method}; remove() the first adapter, "
+                "or start from a fresh module"
+            )
+        return adapter
+    elsewhere = [n for n, m in module.named_modules() if isinstance(m, Adapters)]
+    if elsewhere:
+        raise ValueError(
+            f"the module is already adapted at {elsewhere[0].removesuffix('adapters').rstrip('.') or 'its root'!r}, "
+            f"but got model={path or None!r}"
+        )
+    precision = module._trainer.precision_plugin if module._trainer is not None else None
+    with default_dtype(torch.float32):
+        if precision is not None:
+            # What a plugin replaces or casts, it must have replaced before: a layer that it exchanges after the
+            # injection would lose its adapter (BitsandbytesPrecision), a cast weight its float32 copy.
+            precision.convert_module(root)
+        adapter = adapt(root, method, name)
+        if isinstance(precision, HalfPrecision):
+            keep_float32(module, outside=root)
+    PartialState(module, path)
+    return adapter
+
+
+def checkpoint_record(root: Module, path: str, state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says about its adapters: method, base and tensors, in plain values.
+
+    Args:
+        root: the adapted submodule.
+        path: its name in the LightningModule.
+        state: the checkpoint's ``state_dict``.
+    """
+    adapters = adapters_of(root)
+    assert adapters is not None
+    methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
+    return {
+        "format": _FORMAT,
+        "model": path,
+        "methods": methods,
+        "base": base_description(root),
+        "tensors": sorted(state),
+        "trained": _trained(root),
+    }
+
+
+def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
+    """Compares a checkpoint with the module that is to take it.
+
+    Args:
+        root: the adapted submodule.
+        checkpoint: the checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint holds no adapter, belongs to another base or another method, or lacks
+            tensors that it lists.
+    """
+    record = record_of(checkpoint)
+    base, mine = record["base"]["fingerprint"], base_description(root)["fingerprint"]
+    if None not in (base, mine) and base != mine:
+        raise ValueError(
+            f"the checkpoint was made on another base: {record['base']['name'] or 'unnamed'} with fingerprint {base}, "
+            f"but this model has {mine}; build the model from the base that it names"
+        )
+    adapters = adapters_of(root)
+    assert adapters is not None
+    methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
+    if methods != record["methods"]:
+        raise ValueError(f"the checkpoint's method is {record['methods']}, but the module was adapted by {methods}")
+    if record["trained"] != _trained(root):
+        # Optimizer states are matched to parameters by their order alone
+        raise ValueError(
+            f"the checkpoint trained {len(record['trained'])} tensors in another order or number than this module "
+            f"({len(_trained(root))}); its optimizer's states would go to the wrong ones"
+        )
+    lost = sorted(set(record["tensors"]) - set(checkpoint["state_dict"]))
+    if lost:
+        raise ValueError(f"the checkpoint lacks {len(lost)} of the tensors that it lists, such as {lost[0]}")
+
+
+def _trained(root: Module) -> list[str]:
+    return [n for n, p in root.named_parameters() if p.requires_grad]
+
+
+def random_state() -> dict[str, Any]:
+    """The state of all random generators in plain containers; Lightning's checkpoints hold none."""
+    kind, keys, *rest = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Puts the random generators where they were, so that a resumed run draws what it would have drawn.
+
+    Args:
+        state: as `random_state` gives it.
+    """
+    torch.set_rng_state(state["torch"].cpu())
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's record of its adapters.
+
+    Args:
+        checkpoint: the checkpoint.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    record: dict[str, Any] | None = checkpoint.get(KEY)
+    if record is None:
+        raise ValueError(
+            "the checkpoint says nothing of an adapter: it was made without PeftCallback or PeftModule; load it "
+            "with your module's own load_from_checkpoint"
+        )
+    return record
+
+
+def _submodule(module: LightningModule, path: str) -> Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        known = [n for n, _ in module.named_modules() if n]
+        raise ValueError(f"{type(module).__name__} has no submodule {path!r}{nearest(path, known)}") from error
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Undoes the default dtype in which a true 16-bit plugin lets ``configure_model`` build."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,175 @@
+"""PeftCallback: one line in the Trainer adapts any LightningModule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from typing_extensions import override
+
+from lightning_peft.analysis.report import print_plan
+from lightning_peft.callbacks.adaptation import (
+    KEY,
+    adapt_lightning_module,
+    check_record,
+    checkpoint_record,
+)
+from lightning_peft.core.inject import adapters_of
+from lightning_peft.core.method import Method
+from lightning_peft.handle import Adapter
+
+_PENDING = "_peft_pending"
+
+
+@dataclass
+class Pending:
+    """What is to be done to a LightningModule as soon as its modules are built.
+
+    Attributes:
+        method: the method.
+        path: the submodule to adapt.
+        name: the adapter's name.
+    """
+
+    method: Method
+    path: str
+    name: str
+
+    def carry_out(self, module: LightningModule) -> Adapter:
+        """Adapts the module, or finds that it is."""
+        return adapt_lightning_module(module, self.method, self.path, self.name)
+
+
+class PeftCallback(Callback):
+    """Adapts the LightningModule: freezes it, injects a method, and keeps checkpoints to what trains.
+
+    The same model is seen by fit, validate, test and predict; a checkpoint resumes with ``ckpt_path`` and is
+    loaded by `load_from_checkpoint`.
+
+    Args:
+        method: the method, such as ``LoRA(r=8)``.
+        model: the name of the submodule to adapt and freeze; what lies outside stays as it is. None takes the
+            whole LightningModule as the base.
+        name: the adapter's name.
+        print_plan: print what trains where, once.
+
+    Raises:
+        TypeError: if ``method`` is no method.
+
+    Example:
+        >>> from lightning_peft import LoRA, PeftCallback
+        >>> PeftCallback(LoRA(r=4), model="backbone").method.r
+        4
+    """
+
+    def __init__(
+        self, method: Method, model: str | None = None, name: str = "default", *, print_plan: bool = True
+    ) -> None:
+        if not isinstance(method, Method):
+            raise TypeError(
+                f"PeftCallback expects a method such as LoRA(r=8), but got {method!r}, a {type(method).__name__}; "
+                "a plain string means that the config group was not found"
+            )
+        self.method = method
+        self.model = model or ""
+        self.name = name
+        self.print_plan = print_plan
+        self._checked = False
+        self._printed = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return f"PeftCallback[{self.name}]"
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Arranges that the module is adapted right after its ``setup`` and ``configure_model``."""
+        await_modules(pl_module, Pending(self.method, self.model, self.name))
+
+    def adapter(self, pl_module: LightningModule) -> Adapter:
+        """The handle on the adapter, once the module is adapted.
+
+        Args:
+            pl_module: the module.
+        """
+        return Adapter(pl_module.get_submodule(self.model), self.name)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._checked = False
+        if self.print_plan and not self._printed:
+            self._printed = True
+            rank_zero_only(print_plan)(self.adapter(pl_module).plan)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Once a fit, names the trainable parameters that got no gradient."""
+        if self._checked:
+            return
+        self._checked = True
+        warn_of_missing_gradients(pl_module)
+
+
+def warn_of_missing_gradients(module: LightningModule) -> None:
+    """Names the trainable parameters that the first backward pass gave no gradient.
+
+    Args:
+        module: the module, after its first backward.
+    """
+    without = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    if without:
+        shown = ", ".join(without[:6]) + (f" and {len(without) - 6} more" if len(without) > 6 else "")
+        rank_zero_warn(
+            f"no gradient reached {len(without)} trainable parameters: {shown}. They do not learn; leave their "
+            "modules out (exclude_modules), or see why the loss does not depend on them."
+        )
+
+
+def await_modules(module: LightningModule, pending: Pending) -> None:
+    """Patches a LightningModule to adapt itself at the end of ``configure_model``, and to say so in checkpoints.
+
+    Args:
+        module: the module.
+        pending: what to do.
+
+    Raises:
+        ValueError: if something else is already arranged.
+    """
+    before = module.__dict__.get(_PENDING)
+    if before is not None and (before.path, before.name) != (pending.path, pending.name):
+        raise ValueError(
+            f"the module is already to be adapted at {before.path or 'its root'!r} as {before.name!r}, but got "
+            f"{pending.path or 'its root'!r} as {pending.name!r}; use one PeftCallback"
+        )
+    module.__dict__[_PENDING] = pending
+    # Bound module-level functions: they survive pickling and deepcopy, and Lightning sees them as overridden.
+    # functools.wraps would make it look through to the original and skip the hook.
+    for hook in (configure_model, on_save_checkpoint, on_load_checkpoint):
+        module.__dict__[hook.__name__] = MethodType(hook, module)
+
+
+def configure_model(self: LightningModule) -> None:
+    """Builds the module as its class does, then adapts it."""
+    type(self).configure_model(self)
+    self.__dict__[_PENDING].carry_out(self)
+
+
+def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Adds to the checkpoint which adapters it holds, for which base."""
+    type(self).on_save_checkpoint(self, checkpoint)
+    path = self.__dict__[_PENDING].path
+    root = self.get_submodule(path)
+    if adapters_of(root) is not None:
+        checkpoint[KEY] = checkpoint_record(root, path, checkpoint["state_dict"])
+
+
+def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Refuses a checkpoint of another base or method before its weights are loaded."""
+    type(self).on_load_checkpoint(self, checkpoint)
+    root = self.get_submodule(self.__dict__[_PENDING].path)
+    if adapters_of(root) is not None:
+        check_record(root, checkpoint)

@@ -1,0 +1,62 @@
+"""Checkpoints that hold what trains: state-dict hooks that leave the untouched base out and do not miss it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.nn import Module
+
+from lightning_peft.core.inject import adapters_of
+from lightning_peft.core.tree import AdapterTree
+
+
+class PartialState:
+    """Hooks on a module whose submodule is adapted; strict loading stays strict for everything that was saved.
+
+    What is kept is fixed when the adapter is injected and never read from ``requires_grad``: every adapter, every
+    base parameter that trains, all buffers, and all that lies outside the adapted submodule.
+
+    Args:
+        module: the module that gets saved, such as a LightningModule.
+        path: the adapted submodule's name in it; ``""`` if it is the module itself.
+    """
+
+    def __init__(self, module: Module, path: str) -> None:
+        self.base = f"{path}." if path else ""
+        root = module.get_submodule(path)
+        adapters = adapters_of(root)
+        assert adapters is not None
+        trees: list[AdapterTree] = list(adapters.values())  # type: ignore[arg-type]
+        self.kept = {f"{self.base}{n}" for tree in trees for n in tree.record.in_place}
+        self.kept |= {f"{self.base}{n}" for n, _ in root.named_buffers()}
+        self._prefix = ""
+        module.register_state_dict_post_hook(self.leave_out)
+        module.register_load_state_dict_pre_hook(self.note_prefix)
+        module.register_load_state_dict_post_hook(self.forgive)
+
+    def is_untouched(self, key: str) -> bool:
+        """Whether a key of the module's state is a base parameter that never trains.
+
+        Args:
+            key: the key, without what stands before the module's own names.
+        """
+        if not key.startswith(self.base) or key.startswith(f"{self.base}adapters."):
+            return False
+        return key not in self.kept
+
+    def leave_out(self, module: Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+        """Takes the untouched base out of a state dict that is being made."""
+        for key in list(state):
+            if key.startswith(prefix) and self.is_untouched(key[len(prefix) :]):
+                del state[key]
+
+    def note_prefix(self, module: Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Keeps what stands before the names, which the hook after loading is not told."""
+        self._prefix = prefix
+
+    def forgive(self, module: Module, incompatible: Any) -> None:
+        """Takes the untouched base out of the keys that a loaded state dict lacks."""
+        missing = incompatible.missing_keys
+        missing[:] = [
+            k for k in missing if not (k.startswith(self._prefix) and self.is_untouched(k[len(self._prefix) :]))
+        ]

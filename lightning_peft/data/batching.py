@@ -1,0 +1,127 @@
+"""Batches of rows of similar length, in an order that a seed and an epoch fix, and that a run can rejoin."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Generator
+from torch import distributed as dist
+from torch.utils.data import DataLoader, Sampler
+
+_POOL = 50
+"""Batches that are sorted together: enough to make neighbours alike, few enough to leave the order random."""
+
+
+class LengthGroupedBatches(Sampler[list[int]]):
+    """Cuts a shuffled data set into batches of similar length; every rank gets its share.
+
+    The order depends on the seed and the epoch alone, never on the global random state.
+
+    Args:
+        lengths: each row's length.
+        batch_size: rows in a batch, on each rank.
+        seed: fixes the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> LengthGroupedBatches:
+        """Itself: Lightning tells the epoch to the batch sampler's sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order.
+
+        Args:
+            epoch: the epoch that begins.
+        """
+        self.epoch = epoch
+
+    def batches(self) -> list[list[int]]:
+        """All batches of this rank, in order; each rank has as many."""
+        shuffler = random.Random(f"{self.seed}-{self.epoch}")
+        order = list(range(len(self.lengths)))
+        shuffler.shuffle(order)
+        size = self.batch_size * _ranks()[1]
+        pools = [order[i : i + size * _POOL] for i in range(0, len(order), size * _POOL)]
+        ordered = [i for pool in pools for i in sorted(pool, key=lambda i: self.lengths[i], reverse=True)]
+        groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        shuffler.shuffle(groups)
+        rank, ranks = _ranks()
+        # the last group may be short: it is filled from its own beginning, so that no rank waits for another
+        return [(g * ranks)[rank::ranks][: max(1, -(-len(g) // ranks))] if ranks > 1 else g for g in groups]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.batches()
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // (self.batch_size * _ranks()[1]))
+
+
+def _ranks() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader that Lightning can resume in the middle of an epoch.
+
+    It draws nothing from the global random state, so a resumed run does not drift from an uninterrupted one.
+
+    Args:
+        rows: the data set.
+        batches: the batch sampler.
+        **options: as DataLoader takes them.
+    """
+
+    def __init__(self, rows: Sequence[Any], batches: LengthGroupedBatches, **options: Any) -> None:
+        generator = Generator()
+        generator.manual_seed(batches.seed)
+        self._skip = _Skipping(batches)
+        super().__init__(rows, batch_sampler=self._skip, generator=generator, **options)  # type: ignore[arg-type]
+        self._trainer: Any = None
+
+    def follow(self, trainer: Any) -> None:
+        """Lets the loader know the trainer: its progress says how many batches were trained on, prefetched or not.
+
+        Args:
+            trainer: the trainer.
+        """
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch were trained on."""
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress
+        done = progress.current.completed + (progress.current.processed > progress.current.completed)
+        return {"batches": done % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Skips what was trained on, in the next epoch that is iterated.
+
+        Args:
+            state: as `state_dict` gives it.
+        """
+        self._skip.next_time = state["batches"]
+
+
+class _Skipping(Sampler[list[int]]):
+    """A batch sampler that leaves out the first batches of one epoch."""
+
+    def __init__(self, batches: LengthGroupedBatches) -> None:
+        self.sampler = batches
+        self.next_time = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        skip, self.next_time = self.next_time, 0
+        yield from self.sampler.batches()[skip:]
+
+    def __len__(self) -> int:
+        return len(self.sampler)

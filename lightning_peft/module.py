@@ -1,0 +1,308 @@
+"""PeftModule: a ready LightningModule that fine-tunes a Hugging Face model with a method."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.nn import Module
+from torchmetrics import MeanMetric, MetricCollection
+from typing_extensions import Self, override
+
+from lightning_peft.analysis.report import print_plan
+from lightning_peft.callbacks.adaptation import (
+    KEY,
+    adapt_lightning_module,
+    check_record,
+    checkpoint_record,
+    default_dtype,
+    random_state,
+    restore_random_state,
+)
+from lightning_peft.callbacks.peft_callback import warn_of_missing_gradients
+from lightning_peft.core.inject import adapters_of
+from lightning_peft.core.method import Method
+from lightning_peft.core.problems import nearest
+from lightning_peft.formats.folder import load_into, read_folder
+from lightning_peft.handle import Adapter
+from lightning_peft.methods.config import method_from_config, method_to_config
+from lightning_peft.tasks import Task, task_from_config
+from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.token_mean import TokenMean
+
+_OPTIMIZER = {"name": "AdamW", "lr": None, "weight_decay": 0.0}
+_SCHEDULER = {"name": "linear", "warmup": 0.06}
+
+
+class PeftModule(LightningModule):
+    """Fine-tunes a Hugging Face model: builds it, adapts it, trains, evaluates and predicts.
+
+    Losses are normalised by the number of units (examples, or supervised tokens) of the whole optimizer step,
+    over its micro-batches and ranks: gradient accumulation does not change the result.
+
+    Args:
+        model: a folder, a hub name, or a dictionary with the fields of `BaseModel`; or a model that is already
+            built, which then has to be given again to ``load_from_checkpoint``.
+        method: the method, or its plain values.
+        task: the task, its name, or its plain values.
+        optimizer: ``{"name": "AdamW", "lr": ..., ...}``: a class of ``torch.optim`` and its options. Without a
+            rate the method's own is taken.
+        scheduler: ``{"name": "linear", "warmup": 0.06}``: one of transformers' schedules, and the share of the
+            steps that warm up.
+        generation: options of ``generate`` for prediction.
+
+    Raises:
+        ValueError: if an optimizer, a schedule or an option is unknown.
+    """
+
+    def __init__(
+        self,
+        model: str | dict[str, Any] | Module,
+        method: Method | dict[str, Any],
+        task: Task | str | dict[str, Any] = "text_classification",
+        optimizer: dict[str, Any] | None = None,
+        scheduler: dict[str, Any] | None = None,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.method = method_from_config(method) if isinstance(method, dict) else method
+        if not isinstance(self.method, Method):
+            raise TypeError(f"PeftModule expects a method such as LoRA(r=8), but got {self.method!r}")
+        self.task: Task = task_from_config(task) if isinstance(task, (str, dict)) else task
+        self.optimizer = {**_OPTIMIZER, **(optimizer or {})}
+        self.scheduler = {**_SCHEDULER, **(scheduler or {})}
+        self.generation = dict(generation or {})
+        self._check_options()
+        self.model: Module | None = None
+        self._given = (model,) if isinstance(model, Module) else ()
+        self.base = None if isinstance(model, Module) else BaseModel.of(model)
+        self._tokenizer: Any = None
+        self.mean = TokenMean()
+        self.val_loss = MeanMetric()
+        self.metrics: MetricCollection | None = None
+        self._random_state: dict[str, Any] | None = None
+        self._checked = False
+        self._save_plain_hparams()
+
+    def _check_options(self) -> None:
+        names = [n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer"]
+        if self.optimizer["name"] not in names:
+            raise ValueError(f"optimizer {self.optimizer['name']!r} is unknown{nearest(self.optimizer['name'], names)}")
+        from transformers import SchedulerType
+
+        schedules = [s.value for s in SchedulerType]
+        if self.scheduler["name"] not in schedules:
+            raise ValueError(f"scheduler {self.scheduler['name']!r} is unknown{nearest(self.scheduler['name'], schedules)}")
+        if not 0 <= self.scheduler["warmup"] < 1:
+            raise ValueError(f"scheduler.warmup must be at least 0 and below 1, but got {self.scheduler['warmup']}")
+
+    def _save_plain_hparams(self) -> None:
+        """Plain containers only: anything else makes ``torch.load(weights_only=True)`` refuse the checkpoint."""
+        values = {
+            "method": method_to_config(self.method),
+            "task": self.task.to_config(),
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "generation": self.generation,
+        }
+        if self.base is not None:
+            values["model"] = self.base.to_config()
+        self.save_hyperparameters(values, logger=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            spec = self.base or BaseModel(str(getattr(self._given[0], "name_or_path", "")))
+            self._tokenizer = spec.load_tokenizer()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._tokenizer = value
+
+    @property
+    def adapter(self) -> Adapter:
+        """The handle on the adapter.
+
+        Raises:
+            RuntimeError: if the model is not built yet.
+        """
+        if self.model is None:
+            raise RuntimeError("the model is not built yet; call configure_model(), which Trainer does")
+        return Adapter(self.model)
+
+    @override
+    def configure_model(self) -> None:
+        """Builds the model and adapts it, once."""
+        if self.model is None:
+            with default_dtype(torch.float32):
+                self.model = self._given[0] if self._given else cast(BaseModel, self.base).load(self.task)
+            self.metrics = self.task.metrics()
+        adapt_lightning_module(self, self.method, "model")
+        self._save_plain_hparams()
+
+    @override
+    def setup(self, stage: str) -> None:
+        self._refuse_long_texts()
+
+    def _refuse_long_texts(self) -> None:
+        """Virtual tokens plus text must fit the model's positions: said here, not in the first step."""
+        data = getattr(self._trainer, "datamodule", None)
+        length, virtual = getattr(data, "max_length", None), getattr(self.method, "num_virtual_tokens", 0)
+        if length is None or not virtual or self.base is None:
+            return
+        limit = self.base.positions()
+        if limit is not None and length + virtual > limit:
+            raise ValueError(
+                f"{virtual} virtual tokens and max_length={length} of text exceed the model's {limit} positions; set "
+                f"data.max_length={limit - virtual} or less"
+            )
+
+    def forward(self, **inputs: Any) -> Any:
+        """Runs the adapted model; what it takes and gives is the Hugging Face model's."""
+        assert self.model is not None
+        return self.model(**inputs)
+
+    @override
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        total, count = self.task.loss(self(**self.task.inputs(batch)), batch)
+        shown = total.detach() / count.clamp_min(1)
+        self.log("train/loss", shown, prog_bar=True, batch_size=int(count))
+        return self.mean.scaled(total, count)
+
+    @override
+    def on_after_backward(self) -> None:
+        if not self._checked:
+            self._checked = True
+            warn_of_missing_gradients(self)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.mean.normalise(self.parameters(), self.trainer.accumulate_grad_batches)
+
+    @override
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    @override
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        outputs = self(**self.task.inputs(batch))
+        total, count = self.task.loss(outputs, batch)
+        self.val_loss.update(total / count.clamp_min(1), weight=count)
+        assert self.metrics is not None
+        self.task.update(self.metrics, outputs, batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        assert self.metrics is not None
+        loss = self.val_loss.compute()
+        values = {"loss": loss, **self.metrics.compute()}
+        if self.task.peft_task_type == "CAUSAL_LM":
+            values["perplexity"] = torch.exp(loss)
+        self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, prog_bar=True)
+        self.val_loss.reset()
+        self.metrics.reset()
+
+    @override
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        return self.task.predict(self.model, batch, self.tokenizer, **self.generation)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        from transformers import get_scheduler
+
+        options = {k: v for k, v in self.optimizer.items() if k != "name"}
+        if options["lr"] is None:
+            options["lr"] = self.method.learning_rate
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = getattr(torch.optim, self.optimizer["name"])(trained, **options)
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = math.ceil(self.scheduler["warmup"] * steps)
+        schedule = get_scheduler(self.scheduler["name"], optimizer, warmup, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @override
+    def on_fit_start(self) -> None:
+        self._checked = False
+        rank_zero_only(print_plan)(self.adapter.plan)
+
+    @override
+    def on_train_start(self) -> None:
+        if self._random_state is not None and self.trainer.world_size == 1:
+            restore_random_state(self._random_state)
+        self._random_state = None
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.model is not None
+        checkpoint[KEY] = checkpoint_record(self.model, "model", checkpoint["state_dict"])
+        checkpoint[KEY]["random_state"] = random_state()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.model is not None
+        check_record(self.model, checkpoint)
+        saved = task_from_config(checkpoint["hyper_parameters"]["task"])
+        if saved.to_config() != self.task.to_config():
+            raise ValueError(
+                f"the checkpoint's task is {saved.to_config()}, but this run's is {self.task.to_config()}; resume with "
+                "the same data and labels"
+            )
+        self._random_state = checkpoint[KEY].get("random_state")
+
+    def save_adapter(self, path: str | Path) -> Path:
+        """Exports the adapter, with what it takes to predict from the folder alone.
+
+        Args:
+            path: a folder that holds no adapter yet.
+
+        Returns:
+            The folder.
+        """
+        info: dict[str, Any] = {"task": self.task.to_config(), "generation": self.generation}
+        if self.base is not None:
+            info["model"] = self.base.to_config()
+        return self.adapter.save(path, **info)
+
+    @classmethod
+    def from_adapter(cls, path: str | Path, model: str | dict[str, Any] | Module | None = None) -> Self:
+        """Builds the base and puts an exported adapter on it.
+
+        Args:
+            path: the adapter's folder.
+            model: the base; None takes the one that the folder names.
+
+        Returns:
+            The module, ready to predict.
+
+        Raises:
+            ValueError: if the folder does not say which task or base it belongs to, or the base is another one.
+        """
+        saved = read_folder(Path(path))
+        base = model or saved.info.get("model")
+        if base is None or "task" not in saved.info:
+            raise ValueError(
+                f"{path} does not name its task and base: it was not exported by PeftModule; build the model "
+                "yourself and call load_adapter(model, path)"
+            )
+        module = cls(base, saved.method, saved.info["task"], generation=saved.info.get("generation"))
+        module.configure_model()
+        assert module.model is not None
+        load_into(module.model, "default", saved)
+        return module

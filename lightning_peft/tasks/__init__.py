@@ -1,0 +1,8 @@
+"""What a kind of task means: the model's head, how examples become tensors, the loss and the metrics."""
+
+from lightning_peft.tasks.causal_lm import CausalLM
+from lightning_peft.tasks.registry import task_from_config
+from lightning_peft.tasks.task import Task
+from lightning_peft.tasks.text_classification import TextClassification
+
+__all__ = ["CausalLM", "Task", "TextClassification", "task_from_config"]

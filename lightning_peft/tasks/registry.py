@@ -1,0 +1,34 @@
+"""Tasks by their names."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from lightning_peft.core.problems import nearest
+from lightning_peft.tasks.causal_lm import CausalLM
+from lightning_peft.tasks.task import Task
+from lightning_peft.tasks.text_classification import TextClassification
+
+_TASKS: dict[str, Any] = {"text_classification": TextClassification, "causal_lm": CausalLM}
+
+
+def task_from_config(config: str | dict[str, Any]) -> Task:
+    """The task that a name or a dictionary stands for.
+
+    Args:
+        config: ``"causal_lm"``, or ``{"name": "text_classification", "labels": [...]}``.
+
+    Raises:
+        ValueError: if the task or an option of it is unknown.
+    """
+    options = {"name": config} if isinstance(config, str) else dict(config)
+    name = str(options.pop("name", ""))
+    if name not in _TASKS:
+        raise ValueError(f"task {name!r} is unknown{nearest(name, _TASKS)}")
+    known = [f.name for f in fields(_TASKS[name])]
+    unknown = [o for o in options if o not in known]
+    if unknown:
+        raise ValueError(f"task {name!r} has no option {unknown[0]!r}{nearest(unknown[0], known)}")
+    task: Task = _TASKS[name](**options)
+    return task
