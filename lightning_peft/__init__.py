@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_peft.callbacks.peft_callback import PeftCallback
     from lightning_peft.callbacks.loading import load_from_checkpoint
+    from lightning_peft.callbacks.peft_callback import PeftCallback
     from lightning_peft.data.module import TextDataModule
     from lightning_peft.handle import Adapter, adapt, load_adapter
     from lightning_peft.methods import BottleneckAdapter, LoRA, PromptTuning, Selective

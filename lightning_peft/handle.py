@@ -171,7 +171,9 @@ def adapt(model: Module, method: Method, name: str = "default") -> Adapter:
     return Adapter(model, name)
 
 
-def load_adapter(model: Module, path: str | Path, name: str = "default", *, check_base: bool = True) -> Adapter:
+def load_adapter(
+    model: Module, path: str | Path, name: str = "default", *, check_base: bool = True
+) -> Adapter:
     """Puts a saved adapter into a model; folders written by Hugging Face's ``peft`` load too.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import MeanMetric, MetricCollection
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightning_peft.analysis.report import print_plan
 from lightning_peft.callbacks.adaptation import (
@@ -25,7 +25,6 @@ from lightning_peft.callbacks.adaptation import (
     restore_random_state,
 )
 from lightning_peft.callbacks.peft_callback import warn_of_missing_gradients
-from lightning_peft.core.inject import adapters_of
 from lightning_peft.core.method import Method
 from lightning_peft.core.problems import nearest
 from lightning_peft.formats.folder import load_into, read_folder
@@ -90,16 +89,24 @@ class PeftModule(LightningModule):
         self._save_plain_hparams()
 
     def _check_options(self) -> None:
-        names = [n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer"]
+        names = [
+            n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer"
+        ]
         if self.optimizer["name"] not in names:
-            raise ValueError(f"optimizer {self.optimizer['name']!r} is unknown{nearest(self.optimizer['name'], names)}")
+            raise ValueError(
+                f"optimizer {self.optimizer['name']!r} is unknown{nearest(self.optimizer['name'], names)}"
+            )
         from transformers import SchedulerType
 
         schedules = [s.value for s in SchedulerType]
         if self.scheduler["name"] not in schedules:
-            raise ValueError(f"scheduler {self.scheduler['name']!r} is unknown{nearest(self.scheduler['name'], schedules)}")
+            raise ValueError(
+                f"scheduler {self.scheduler['name']!r} is unknown{nearest(self.scheduler['name'], schedules)}"
+            )
         if not 0 <= self.scheduler["warmup"] < 1:
-            raise ValueError(f"scheduler.warmup must be at least 0 and below 1, but got {self.scheduler['warmup']}")
+            raise ValueError(
+                f"scheduler.warmup must be at least 0 and below 1, but got {self.scheduler['warmup']}"
+            )
 
     def _save_plain_hparams(self) -> None:
         """Plain containers only: anything else makes ``torch.load(weights_only=True)`` refuse the checkpoint."""

@@ -63,7 +63,9 @@ class Plan:
         """The plan as plain text, for logs and narrow terminals."""
         lines = [f"{self.method}: {self.summary}"]
         width = max((len(r.place) for r in self.rows), default=0)
-        lines += [f"  {r.place:<{width}}  {r.what}, {r.modules} x, {r.parameters:,} parameters" for r in self.rows]
+        lines += [
+            f"  {r.place:<{width}}  {r.what}, {r.modules} x, {r.parameters:,} parameters" for r in self.rows
+        ]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     @property
@@ -93,7 +95,9 @@ def plan_of(model: Module, name: str) -> Plan:
     entries: list[tuple[str, str, str, int, int]] = []
     for place, layer in tree.layers.items():
         new = place in record.copies and any(is_within(n, [place]) for n in record.new)
-        what = "new, trains in full" if new else "a copy, trains in full" if place in record.copies else method
+        what = (
+            "new, trains in full" if new else "a copy, trains in full" if place in record.copies else method
+        )
         for p in layer.parameters():
             if p.requires_grad:
                 entries.append((place, what, place, p.numel(), p.numel() * p.element_size()))
@@ -123,7 +127,13 @@ def _grouped(entries: list[tuple[str, str, str, int, int]]) -> tuple[PlanRow, ..
         pattern = ".".join("*" if part.isdigit() else part for part in place.split("."))
         rows.setdefault((pattern or "(model)", what), []).append((module, count, size))
     return tuple(
-        PlanRow(place, what, len({m for m, _, _ in items}), sum(c for _, c, _ in items), sum(s for _, _, s in items))
+        PlanRow(
+            place,
+            what,
+            len({m for m, _, _ in items}),
+            sum(c for _, c, _ in items),
+            sum(s for _, _, s in items),
+        )
         for (place, what), items in rows.items()
     )
 

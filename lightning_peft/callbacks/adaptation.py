@@ -31,7 +31,9 @@ KEY = "lightning_peft"
 _FORMAT = 1
 
 
-def adapt_lightning_module(module: LightningModule, method: Method, path: str = "", name: str = "default") -> Adapter:
+def adapt_lightning_module(
+    module: LightningModule, method: Method, path: str = "", name: str = "default"
+) -> Adapter:
     """Adapts a LightningModule, or one submodule of it, once; and makes its checkpoints hold what trains.
 
     Args:
@@ -117,7 +119,9 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
     assert adapters is not None
     methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
     if methods != record["methods"]:
-        raise ValueError(f"the checkpoint's method is {record['methods']}, but the module was adapted by {methods}")
+        raise ValueError(
+            f"the checkpoint's method is {record['methods']}, but the module was adapted by {methods}"
+        )
     if record["trained"] != _trained(root):
         # Optimizer states are matched to parameters by their order alone
         raise ValueError(
@@ -184,7 +188,9 @@ def _submodule(module: LightningModule, path: str) -> Module:
         return module.get_submodule(path)
     except AttributeError as error:
         known = [n for n, _ in module.named_modules() if n]
-        raise ValueError(f"{type(module).__name__} has no submodule {path!r}{nearest(path, known)}") from error
+        raise ValueError(
+            f"{type(module).__name__} has no submodule {path!r}{nearest(path, known)}"
+        ) from error
 
 
 @contextmanager

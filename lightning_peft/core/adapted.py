@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module, ModuleDict, Parameter, Sequential, TransformerEncoder, TransformerEncoderLayer
+from torch.nn import (
+    Linear,
+    Module,
+    ModuleDict,
+    Parameter,
+    Sequential,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 from lightning_peft.core.layer import AdapterLayer, moved_only
 from lightning_peft.core.routing import Switch, bind

@@ -102,7 +102,9 @@ def eject(model: Module, name: str) -> None:
     in_place = {n for other in adapters.values() for n in other.record.in_place}  # type: ignore[union-attr]
     _set_in_place(model, adapters, in_place)
     for key, parameter in _base_parameters(model).items():
-        parameter.requires_grad_(key in in_place if len(adapters) else adapters.requires_grad_before.get(key, True))
+        parameter.requires_grad_(
+            key in in_place if len(adapters) else adapters.requires_grad_before.get(key, True)
+        )
     if not len(adapters):
         training = {n: m.training for n, m in base_modules(model).items()}
         del model._modules["adapters"]

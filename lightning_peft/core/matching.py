@@ -199,5 +199,7 @@ def _in_layers(names: list[str], wanted: list[int]) -> list[str]:
     lost = [w for w in wanted if w not in present]
     if lost:
         there = f"0 to {present[-1]}" if present == list(range(len(present))) and present else present
-        raise ValueError(f"layers_to_transform: no module in layer {lost}; the matched modules lie in layers {there}")
+        raise ValueError(
+            f"layers_to_transform: no module in layer {lost}; the matched modules lie in layers {there}"
+        )
     return [n for n, number in numbers.items() if number is not None and number[1] in wanted]

@@ -77,7 +77,9 @@ def _deltas(model: Module, tree: AdapterTree) -> dict[tuple[str, str], Tensor]:
             )
         for key, delta in deltas.items():
             if not torch.isfinite(delta).all():
-                raise ValueError(f"the adapter's change of {place}.{key} is not finite; the base is left as it is")
+                raise ValueError(
+                    f"the adapter's change of {place}.{key} is not finite; the base is left as it is"
+                )
             found[place, key] = delta
     return found
 

@@ -43,7 +43,12 @@ def new_modules(model: Module, parameters: list[str]) -> tuple[list[str], list[s
     whole: list[str] = []
     for name, module in base_modules(model).items():
         inside = [id(p) for p in module.parameters()]
-        if name and inside and all(p in new for p in inside) and not any(name.startswith(f"{w}.") for w in whole):
+        if (
+            name
+            and inside
+            and all(p in new for p in inside)
+            and not any(name.startswith(f"{w}.") for w in whole)
+        ):
             whole.append(name)
     rest = [n for n in parameters if not any(n.startswith(f"{w}.") for w in whole)]
     return whole, rest

@@ -30,7 +30,9 @@ class PartialState:
         self.kept = {f"{self.base}{n}" for tree in trees for n in tree.record.in_place}
         self.kept |= {f"{self.base}{n}" for n, _ in root.named_buffers()}
         self._prefix = ""
-        module.register_state_dict_post_hook(self.leave_out)
+        module.register_state_dict_post_hook(
+            self
+        )  # torch marks the hook, which a bound method does not allow
         module.register_load_state_dict_pre_hook(self.note_prefix)
         module.register_load_state_dict_post_hook(self.forgive)
 
@@ -44,7 +46,7 @@ class PartialState:
             return False
         return key not in self.kept
 
-    def leave_out(self, module: Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    def __call__(self, module: Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         """Takes the untouched base out of a state dict that is being made."""
         for key in list(state):
             if key.startswith(prefix) and self.is_untouched(key[len(prefix) :]):
@@ -58,5 +60,7 @@ class PartialState:
         """Takes the untouched base out of the keys that a loaded state dict lacks."""
         missing = incompatible.missing_keys
         missing[:] = [
-            k for k in missing if not (k.startswith(self._prefix) and self.is_untouched(k[len(self._prefix) :]))
+            k
+            for k in missing
+            if not (k.startswith(self._prefix) and self.is_untouched(k[len(self._prefix) :]))
         ]

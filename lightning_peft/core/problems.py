@@ -44,7 +44,15 @@ def raise_problems(subject: str, problems: Iterable[str | None]) -> None:
 
 
 _NO_OPTIONS = frozenset(
-    ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
+    (
+        "peft_type",
+        "task_type",
+        "inference_mode",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "peft_version",
+    )
 )
 
 

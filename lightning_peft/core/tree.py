@@ -87,5 +87,7 @@ def _place(tree: Module, name: str, layer: AdapterLayer) -> None:
             node._modules[parent] = child
         node = child
     if node._modules.get(leaf) is not None or leaf in node._parameters:
-        raise ValueError(f"the adapter already has something at {name!r}; two layers cannot share a module's name")
+        raise ValueError(
+            f"the adapter already has something at {name!r}; two layers cannot share a module's name"
+        )
     node._modules[leaf] = layer

@@ -54,7 +54,7 @@ class TextDataModule(LightningDataModule):
         validation_files: str | list[str] | None = None,
         test_files: str | list[str] | None = None,
         predict_files: str | list[str] | None = None,
-        columns: dict[str, str] | None = None,
+        columns: dict[str, str | None] | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         max_length: int = 64,
@@ -68,18 +68,29 @@ class TextDataModule(LightningDataModule):
         raise_problems(
             "TextDataModule",
             [
-                *(f"{n} must be 1 or more, but got {v}" for n, v in numbers.items() if v is not None and v < 1),
+                *(
+                    f"{n} must be 1 or more, but got {v}"
+                    for n, v in numbers.items()
+                    if v is not None and v < 1
+                ),
                 f"max_length must be 4 or more, but got {max_length}" if max_length < 4 else None,
                 f"validation_fraction must be above 0 and below 1, but got {validation_fraction}"
                 if not 0 < validation_fraction < 1
                 else None,
                 f"num_workers must be 0 or more, but got {num_workers}" if num_workers < 0 else None,
-                "give a source or train_files" if source is None and not train_files and not predict_files else None,
+                "give a source or train_files"
+                if source is None and not train_files and not predict_files
+                else None,
             ],
         )
         self.source = source
-        self.files = {"train": train_files, "validation": validation_files, "test": test_files, "predict": predict_files}
-        self.columns = dict(columns or {})
+        self.files = {
+            "train": train_files,
+            "validation": validation_files,
+            "test": test_files,
+            "predict": predict_files,
+        }
+        self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.max_length = max_length
@@ -109,7 +120,9 @@ class TextDataModule(LightningDataModule):
             RuntimeError: before `setup` or `connect`.
         """
         if self._task is None:
-            raise RuntimeError("the data knows no task yet; call connect(task, tokenizer), or let a Trainer run setup")
+            raise RuntimeError(
+                "the data knows no task yet; call connect(task, tokenizer), or let a Trainer run setup"
+            )
         return self._task
 
     @override
@@ -197,7 +210,9 @@ class TextDataModule(LightningDataModule):
         try:
             return self.task.encode(self._rows[split], self._tokenizer, self.max_length, training=training)
         except ValueError as error:
-            where = self.files.get(split) or (self.files["train"] if split != "predict" else None) or self.source
+            where = (
+                self.files.get(split) or (self.files["train"] if split != "predict" else None) or self.source
+            )
             raise ValueError(f"data ({split}, {where}): {error}") from error
 
     @override

@@ -108,10 +108,14 @@ def _read_json(path: Path) -> list[Row]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is no JSON: {error.msg} at column {error.colno}") from error
+                raise ValueError(
+                    f"{path}, line {number} is no JSON: {error.msg} at column {error.colno}"
+                ) from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number} is a {type(row).__name__}; expected an object with columns")
+            raise ValueError(
+                f"{path}, row {number} is a {type(row).__name__}; expected an object with columns"
+            )
     return rows
 
 

@@ -90,7 +90,9 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
     """
     held = [f for f in (TENSORS, PEFT_CONFIG, MANIFEST) if (path / f).exists()]
     if held:
-        raise FileExistsError(f"{path} already holds an adapter ({held[0]}); choose another folder or move it away")
+        raise FileExistsError(
+            f"{path} already holds an adapter ({held[0]}); choose another folder or move it away"
+        )
     tree = _tree(model, name)
     names = _file_names(model, tree)
     tensors = {names[k]: t.detach().cpu().contiguous() for k, t in _live_tensors(model, tree).items()}
@@ -137,7 +139,9 @@ def read_folder(path: Path) -> SavedAdapter:
         saved = json.loads((path / MANIFEST).read_text())
         method = method_from_config(saved["method"])
         print_of_base = saved["base"]["fingerprint"]
-        return SavedAdapter(path, method, saved["copies"], saved["in_place"], print_of_base, saved["info"], False)
+        return SavedAdapter(
+            path, method, saved["copies"], saved["in_place"], print_of_base, saved["info"], False
+        )
     if (path / PEFT_CONFIG).is_file():
         config = json.loads((path / PEFT_CONFIG).read_text())
         method = method_from_peft(config)

@@ -45,8 +45,6 @@ def method_from_config(config: dict[str, Any]) -> Method:
     known = [f.name for f in fields(cls)]
     unknown = [o for o in options if o not in known]
     if unknown:
-        raise ValueError(
-            f"{name} has no option " + ", ".join(f"{o!r}{nearest(o, known)}" for o in unknown)
-        )
+        raise ValueError(f"{name} has no option " + ", ".join(f"{o!r}{nearest(o, known)}" for o in unknown))
     made: Method = cls(**options)
     return made

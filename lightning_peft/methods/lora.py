@@ -72,13 +72,17 @@ class LoRA:
         raise_problems(
             "LoRA",
             [
-                f"r must be a whole number of 1 or more, but got {self.r!r}" if not _is_rank(self.r) else None,
+                f"r must be a whole number of 1 or more, but got {self.r!r}"
+                if not _is_rank(self.r)
+                else None,
                 f"lora_alpha must be above 0, but got {self.lora_alpha}" if self.lora_alpha <= 0 else None,
                 f"lora_dropout must be at least 0 and below 1, but got {self.lora_dropout}"
                 if not 0 <= self.lora_dropout < 1
                 else None,
                 f"bias must be one of {biases}, but got {self.bias!r}" if self.bias not in biases else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
+                f"learning_rate must be above 0, but got {self.learning_rate}"
+                if self.learning_rate <= 0
+                else None,
             ],
         )
 

@@ -13,7 +13,14 @@ from typing import ClassVar
 from torch.nn import Embedding, GroupNorm, LayerNorm, Module, RMSNorm
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_peft.core.matching import base_modules, class_of, is_within, layer_number, match_modules, output_heads
+from lightning_peft.core.matching import (
+    base_modules,
+    class_of,
+    is_within,
+    layer_number,
+    match_modules,
+    output_heads,
+)
 from lightning_peft.core.method import Placement
 from lightning_peft.core.new_heads import new_parameters
 from lightning_peft.core.problems import nearest, raise_problems
@@ -66,7 +73,9 @@ class Selective:
                 if self.last_layers is not None and self.last_layers < 1
                 else None,
                 "layers_to_transform and last_layers exclude each other" if both else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
+                f"learning_rate must be above 0, but got {self.learning_rate}"
+                if self.learning_rate <= 0
+                else None,
             ],
         )
 
@@ -104,9 +113,13 @@ class Selective:
             counts[stack] = max(counts.get(stack, 0), i + 1)
         if self.last_layers is not None:
             if not counts:
-                raise ValueError("Selective: last_layers finds no numbered stack of layers; use target_modules")
+                raise ValueError(
+                    "Selective: last_layers finds no numbered stack of layers; use target_modules"
+                )
             if self.last_layers > max(counts.values()):
-                raise ValueError(f"Selective: last_layers={self.last_layers}, but the model has {max(counts.values())}")
+                raise ValueError(
+                    f"Selective: last_layers={self.last_layers}, but the model has {max(counts.values())}"
+                )
             last = self.last_layers
             return [n for n, (stack, i) in numbers.items() if i >= counts[stack] - last]
         layers = self.layers_to_transform

@@ -26,7 +26,9 @@ def count(path: str) -> None:
         calls[path] += 1
 
 
-def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def lora_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
     """The same in plain PyTorch; the fused function is held to it.
 
     Args:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
 
 from lightning_peft.core.problems import nearest
 
@@ -78,13 +80,14 @@ class BaseModel:
 
         options = {**task.model_kwargs(), **self.config}
         with _helpful(self.name_or_path), _quiet():
-            source = _resolve(self.name_or_path)
-            config = transformers.AutoConfig.from_pretrained(source, revision=self.revision)
+            source, local = _resolve(self.name_or_path)
+            where: dict[str, Any] = {"revision": self.revision, "local_files_only": local}
+            config = transformers.AutoConfig.from_pretrained(source, **where)
             if task.peft_task_type == "CAUSAL_LM" and getattr(config, "is_decoder", None) is False:
                 # An encoder such as BERT writes text only if its attention is made causal
                 options.setdefault("is_decoder", True)
             auto = getattr(transformers, task.auto_class)
-            model = auto.from_pretrained(source, revision=self.revision, dtype=torch.float32, **options)
+            model = auto.from_pretrained(source, dtype=torch.float32, **where, **options)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = _pad_token(self.load_tokenizer())
         # Files name the base as the user did, not where a package happens to lie on this machine
@@ -101,7 +104,10 @@ class BaseModel:
         import transformers
 
         with _helpful(self.name_or_path):
-            config = transformers.AutoConfig.from_pretrained(_resolve(self.name_or_path), revision=self.revision)
+            source, local = _resolve(self.name_or_path)
+            config = transformers.AutoConfig.from_pretrained(
+                source, revision=self.revision, local_files_only=local
+            )
         limit: int | None = getattr(config, "max_position_embeddings", None)
         return limit
 
@@ -116,20 +122,40 @@ class BaseModel:
         name = self.tokenizer or self.name_or_path
         revision = self.revision if self.tokenizer is None else None
         with _helpful(name), _quiet():
-            return transformers.AutoTokenizer.from_pretrained(_resolve(name), revision=revision)
+            source, local = _resolve(name)
+            return transformers.AutoTokenizer.from_pretrained(
+                source, revision=revision, local_files_only=local
+            )
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _resolve(name: str) -> str:
-    """The folder to load from: the embedded default's if its package is installed, else the name itself."""
-    if name == EMBEDDED and not Path(name).exists():
-        spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
-        if spec is not None and spec.origin is not None:
-            return str(Path(spec.origin).parent / "model")
-    return name
+def _resolve(name: str) -> tuple[str, bool]:
+    """Where to load from, and whether only this machine may be looked at.
+
+    The embedded default comes from its package, if that is installed.
+    """
+    if Path(name).is_dir():
+        return name, True
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE) if name == EMBEDDED else None
+    if spec is not None and spec.origin is not None:
+        return str(Path(spec.origin).parent / "model"), True
+    return name, not _hub_is_reachable()
+
+
+def _hub_is_reachable() -> bool:
+    """Whether the hub's name can be looked up: without this transformers tries again and again for a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -140,7 +166,11 @@ def _helpful(name: str) -> Iterator[None]:
     except OSError as error:
         if Path(name).is_dir():
             raise
-        hint = f"; install the embedded default with pip install 'lightning-peft[demo]'" if name == EMBEDDED else ""
+        hint = (
+            "; install the embedded default with pip install 'lightning-peft[demo]'"
+            if name == EMBEDDED
+            else ""
+        )
         near = Path(name).parent
         there = [str(p) for p in near.iterdir() if p.is_dir()] if near.is_dir() and near != Path(".") else []
         raise OSError(

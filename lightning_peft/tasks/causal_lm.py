@@ -41,7 +41,9 @@ class CausalLM:
     def learn_from(self, rows: list[dict[str, Any]]) -> None:
         """Nothing: the task knows all that it needs."""
 
-    def encode(self, rows: list[dict[str, Any]], tokenizer: Any, max_length: int, *, training: bool) -> list[dict[str, Any]]:
+    def encode(
+        self, rows: list[dict[str, Any]], tokenizer: Any, max_length: int, *, training: bool
+    ) -> list[dict[str, Any]]:
         """Token ids, and labels that are -100 on the prompt.
 
         Raises:
@@ -49,7 +51,9 @@ class CausalLM:
         """
         return [self._encode(i, row, tokenizer, max_length, training) for i, row in enumerate(rows)]
 
-    def _encode(self, i: int, row: dict[str, Any], tokenizer: Any, max_length: int, training: bool) -> dict[str, Any]:
+    def _encode(
+        self, i: int, row: dict[str, Any], tokenizer: Any, max_length: int, training: bool
+    ) -> dict[str, Any]:
         start = _start(tokenizer)
         prompt = tokenizer(str(row["prompt"]), add_special_tokens=False)["input_ids"]
         if not training:
@@ -92,7 +96,9 @@ class CausalLM:
         metrics.update((logits.argmax(-1) == labels).float())
 
     @torch.no_grad()
-    def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
+    def predict(
+        self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any
+    ) -> list[dict[str, Any]]:
         """The completion that the model writes to each prompt; greedy, 64 tokens at most, unless told otherwise."""
         options = {"max_new_tokens": 64, "do_sample": False, **generation}
         end = _end(tokenizer)

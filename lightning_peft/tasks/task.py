@@ -38,7 +38,9 @@ class Task(Protocol):
         """Takes from the training rows what the task must know, such as the labels."""
         ...
 
-    def encode(self, rows: list[dict[str, Any]], tokenizer: Any, max_length: int, *, training: bool) -> list[dict[str, Any]]:
+    def encode(
+        self, rows: list[dict[str, Any]], tokenizer: Any, max_length: int, *, training: bool
+    ) -> list[dict[str, Any]]:
         """Rows of text as rows of token ids (and labels, unless ``training`` is false: then only the inputs)."""
         ...
 
@@ -62,6 +64,8 @@ class Task(Protocol):
         """Adds a batch to the metrics."""
         ...
 
-    def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
+    def predict(
+        self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any
+    ) -> list[dict[str, Any]]:
         """What the model says to each row, in plain values."""
         ...

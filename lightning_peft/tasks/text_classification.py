@@ -60,12 +60,19 @@ class TextClassification:
             ValueError: if there are fewer than two.
         """
         if self.labels is None:
-            found = sorted({str(r["label"]) for r in rows}, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
+            found = sorted(
+                {str(r["label"]) for r in rows},
+                key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n),
+            )
             if len(found) < 2:
-                raise ValueError(f"classification needs two labels or more, but the training data has only {found}")
+                raise ValueError(
+                    f"classification needs two labels or more, but the training data has only {found}"
+                )
             self.labels = found
 
-    def encode(self, rows: list[dict[str, Any]], tokenizer: Any, max_length: int, *, training: bool) -> list[dict[str, Any]]:
+    def encode(
+        self, rows: list[dict[str, Any]], tokenizer: Any, max_length: int, *, training: bool
+    ) -> list[dict[str, Any]]:
         """Token ids, and the label's number where there is one."""
         ids = tokenizer([str(r["text"]) for r in rows], truncation=True, max_length=max_length)["input_ids"]
         features = [{"input_ids": row} for row in ids]
@@ -74,7 +81,9 @@ class TextClassification:
             for i, row in enumerate(rows):
                 name = str(row["label"])
                 if name not in numbers:
-                    raise ValueError(f"row {i + 1} has the label {name!r}, which training does not know{nearest(name, numbers)}")
+                    raise ValueError(
+                        f"row {i + 1} has the label {name!r}, which training does not know{nearest(name, numbers)}"
+                    )
                 features[i]["labels"] = numbers[name]
         return features
 
@@ -110,7 +119,9 @@ class TextClassification:
         metrics.update(outputs.logits.argmax(-1), batch["labels"])
 
     @torch.no_grad()
-    def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
+    def predict(
+        self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any
+    ) -> list[dict[str, Any]]:
         """The likeliest label of each row and its probability."""
         shares = model(**self.inputs(batch)).logits.float().softmax(-1)
         best, which = shares.max(-1)

@@ -1,0 +1,1 @@
+"""The Hydra config groups, shipped as ``lightning_peft.conf``."""

@@ -1,0 +1,28 @@
+"""One line an epoch, for runs that nobody watches."""
+
+from __future__ import annotations
+
+import time
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+
+class EpochLines(Callback):
+    """Prints the metrics of each epoch where no progress bar is shown: logs, pipes, batch jobs."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or trainer.state.fn != "fit":
+            return
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1}
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        passed = time.perf_counter() - self._began
+        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {passed:.0f} s  {shown}", flush=True)

@@ -1,0 +1,1 @@
+"""The ``lightning-peft`` command; the only place that knows Hydra."""

@@ -1,0 +1,176 @@
+"""What each command does, in the order in which it happens; thin over the library."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_peft.callbacks.epoch_lines import EpochLines
+from lightning_peft.cli.report import print_exported, print_metrics, print_training
+from lightning_peft.core.method import Method
+from lightning_peft.formats.merged import save_merged
+from lightning_peft.module import PeftModule
+
+if TYPE_CHECKING:
+    from lightning_peft.data.module import TextDataModule
+
+
+def train(config: DictConfig) -> float | None:
+    """Trains, keeps the best checkpoint, exports the adapter; returns the monitored metric for a sweeper."""
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    method = _method(config)
+    data: TextDataModule = instantiate(config.data, _convert_="all")
+    options = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(options, dict)
+    module = PeftModule(
+        options["model"],
+        method,
+        options["task"],
+        options["optimizer"],
+        options["scheduler"],
+        options["generation"],
+    )
+    trainer = _trainer(config)
+    trainer.fit(module, data, ckpt_path=_existing(config.ckpt_path), weights_only=True)
+    if trainer.state.status != "finished" or trainer.fast_dev_run:
+        return None
+    best = (
+        Path(cast(Any, trainer.checkpoint_callback).best_model_path) if trainer.checkpoint_callback else None
+    )
+    if best is not None and best.is_file():
+        module = PeftModule.load_from_checkpoint(best, map_location="cpu", weights_only=True)
+    folder = module.save_adapter(Path(config.run_dir) / "adapter")
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    score = (
+        float(cast(Any, trainer.checkpoint_callback).best_model_score)
+        if best
+        else metrics.get(config.monitor)
+    )
+    _write_json(Path(config.run_dir) / "metrics.json", {**metrics, f"best/{config.monitor}": score})
+    print_training(config.monitor, score, best, module, folder)
+    return score
+
+
+def evaluate(config: DictConfig) -> dict[str, float]:
+    """Evaluates a checkpoint or an exported adapter on the validation or test rows."""
+    if config.split not in ("validation", "test"):
+        raise ValueError(f"split must be validation or test, but got {config.split!r}")
+    module, data, trainer = _ready(config)
+    run = trainer.validate if config.split == "validation" else trainer.test
+    (metrics,) = run(module, data, verbose=False)
+    found = {k: float(v) for k, v in metrics.items()}
+    _write_json(Path(config.run_dir) / "metrics.json", found)
+    print_metrics(found)
+    return found
+
+
+def predict(config: DictConfig) -> Path:
+    """Writes one line of JSON for each row: its inputs and what the model says."""
+    output = Path(config.output)
+    if output.exists():
+        raise FileExistsError(f"{output} exists; choose another with output=..., or move it away")
+    module, data, trainer = _ready(config)
+    batches = cast(list[list[dict[str, Any]]], trainer.predict(module, data))
+    said = [row for batch in batches for row in batch]
+    inputs = module.task.input_columns
+    scratch = output.with_name(f".{output.name}.{os.getpid()}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with scratch.open("w", encoding="utf-8") as file:
+        for number, (row, answer) in enumerate(zip(data.rows("predict"), said, strict=True)):
+            line = {"id": number, **{c: row[c] for c in inputs}, **answer}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    scratch.rename(output)
+    print(f"{len(said)} predictions in {output}")
+    return output
+
+
+def export(config: DictConfig) -> Path:
+    """Writes the adapter, or the merged model, from a checkpoint or an adapter's folder."""
+    if config.format not in ("peft", "merged"):
+        raise ValueError(f"format must be peft or merged, but got {config.format!r}")
+    module = load(config.adapter)
+    folder = Path(config.to)
+    if config.format == "merged":
+        assert module.model is not None
+        module.model.eval()
+        save_merged(module.model, "default", folder, module.tokenizer)
+    else:
+        module.save_adapter(folder)
+    print_exported(folder, config.format, module)
+    return folder
+
+
+def load(path: str) -> PeftModule:
+    """The module behind a checkpoint or an exported adapter's folder.
+
+    Args:
+        path: a ``.ckpt`` file or a folder.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return PeftModule.from_adapter(place)
+    if not place.is_file():
+        raise FileNotFoundError(f"adapter={path}: there is no such checkpoint or folder")
+    return PeftModule.load_from_checkpoint(place, map_location="cpu", weights_only=True)
+
+
+def _ready(config: DictConfig) -> tuple[PeftModule, TextDataModule, L.Trainer]:
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    module = load(config.adapter)
+    data: TextDataModule = instantiate(config.data, _convert_="all")
+    return module, data, _trainer(config)
+
+
+def _method(config: DictConfig) -> Method:
+    if not isinstance(config.method, DictConfig):
+        # `+method=lora` outside Hydra's search path gives the bare word
+        raise TypeError(
+            f"method is the word {config.method!r}, no configuration; write method=... without '+'"
+        )
+    method = instantiate(config.method, _convert_="all")
+    if not isinstance(method, Method):
+        raise TypeError(f"method._target_={config.method._target_} is no method of lightning_peft")
+    return method
+
+
+def _trainer(config: DictConfig) -> L.Trainer:
+    # which devices there are and what else one could install is no news to somebody who asked for a run
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    watched = sys.stdout.isatty()
+    callbacks = [instantiate(c, _convert_="all") for c in (config.get("callbacks") or {}).values()]
+    if not watched:
+        callbacks.append(EpochLines())
+    loggers = [instantiate(c, _convert_="all") for c in (config.get("logger") or {}).values()]
+    options = dict(config.trainer)
+    if options["enable_progress_bar"] is None:
+        options["enable_progress_bar"] = watched
+    if options["enable_progress_bar"]:
+        from lightning.pytorch.callbacks import RichProgressBar
+
+        callbacks.append(RichProgressBar())
+    options["enable_checkpointing"] = bool(config.get("callbacks"))
+    return cast(
+        L.Trainer, instantiate(options, callbacks=callbacks, logger=loggers or False, _convert_="all")
+    )
+
+
+def _existing(path: str | None) -> str | None:
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"ckpt_path={path}: there is no such checkpoint")
+    return path
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

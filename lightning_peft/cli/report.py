@@ -1,0 +1,98 @@
+"""What a command says when it is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lightning_peft.module import PeftModule
+
+
+def print_training(
+    monitor: str, score: float | None, best: Path | None, module: PeftModule, folder: Path
+) -> None:
+    """Says what a run reached, where it lies, how small it is, and what to try next.
+
+    Args:
+        monitor: the metric by which the best checkpoint was chosen.
+        score: its best value.
+        best: the best checkpoint.
+        module: the trained module.
+        folder: the exported adapter.
+    """
+    plan = module.adapter.plan
+    shown_best, shown_folder = _short(best), _short(folder)
+    print()
+    if score is not None:
+        print(f"{_spoken(monitor)}  {score:.4f}")
+    if best is not None:
+        full = 3 * 4 * plan.total
+        print(f"best checkpoint      {shown_best}")
+        print(
+            f"  its size           {_size(best.stat().st_size)} (of the full model: {_size(full)} with optimizer states)"
+        )
+    print(f"exported adapter     {shown_folder}")
+    print(f"  its size           {_size(_bytes(folder))} (the full model's weights: {_size(4 * plan.total)})")
+    print("\nNext:")
+    print(f"  lightning-peft eval adapter={shown_folder}")
+    print(f"  lightning-peft predict adapter={shown_folder} output=predictions.jsonl")
+    if module.method.mergeable:
+        print(f"  lightning-peft export adapter={shown_folder} to=merged format=merged")
+    print("  lightning-peft -m method=lora,bitfit,houlsby,prompt_tuning seed=1,2")
+
+
+def print_metrics(metrics: dict[str, float]) -> None:
+    """A table of metrics.
+
+    Args:
+        metrics: name to value.
+    """
+    table = Table("metric", "value")
+    table.columns[1].justify = "right"
+    for name, value in sorted(metrics.items()):
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+
+
+def print_exported(folder: Path, form: str, module: PeftModule) -> None:
+    """Says what was exported and how to load it.
+
+    Args:
+        folder: where.
+        form: ``"peft"`` or ``"merged"``.
+        module: the exported module.
+    """
+    print(f"{folder}  {_size(_bytes(folder))}")
+    if form == "merged":
+        print(f"load it with transformers:  {module.task.auto_class}.from_pretrained({str(folder)!r})")
+    elif module.method.peft_type is not None:
+        print(f"load it with peft:  PeftModel.from_pretrained(base_model, {str(folder)!r})")
+    if form == "peft":
+        print(f"load it here:  PeftModule.from_adapter({str(folder)!r})")
+
+
+def _spoken(monitor: str) -> str:
+    stage, _, metric = monitor.partition("/")
+    stages = {"val": "validation", "test": "test", "train": "training"}
+    return f"{stages.get(stage, stage)} {metric}".ljust(19)
+
+
+def _short(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
