@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_peft.analysis.plan import Plan, plan_of
+from lightning_peft.core.adapters import adapters_of, switch_of, tree_of
 from lightning_peft.core.disable import disabled
-from lightning_peft.core.inject import adapters_of, eject, inject
+from lightning_peft.core.inject import eject, inject
 from lightning_peft.core.merge import merge, unmerge
 from lightning_peft.core.method import Method
 from lightning_peft.core.problems import nearest
@@ -48,7 +49,7 @@ class Adapter:
         adapters = adapters_of(self.model)
         if adapters is None or self.name not in adapters:
             raise RuntimeError(f"the adapter {self.name!r} has been removed from the model")
-        return adapters[self.name]  # type: ignore[return-value]
+        return tree_of(self.model, self.name)
 
     @property
     def method(self) -> Method:
@@ -73,10 +74,8 @@ class Adapter:
 
     def activate(self) -> None:
         """Makes this the only active adapter; which parameters train stays as it is."""
-        adapters = adapters_of(self.model)
-        assert adapters is not None
         if self.tree.record.merged is None:
-            adapters.switch.active = (self.name,)
+            switch_of(self.model).active = (self.name,)
 
     def disabled(self) -> AbstractContextManager[None]:
         """A ``with`` block in which the model is the base.
@@ -171,9 +170,7 @@ def adapt(model: Module, method: Method, name: str = "default") -> Adapter:
     return Adapter(model, name)
 
 
-def load_adapter(
-    model: Module, path: str | Path, name: str = "default", *, check_base: bool = True
-) -> Adapter:
+def load_adapter(model: Module, path: str | Path, name: str = "default", *, check_base: bool = True) -> Adapter:
     """Puts a saved adapter into a model; folders written by Hugging Face's ``peft`` load too.
 
     Args:
@@ -195,9 +192,9 @@ def load_adapter(
     try:
         load_into(model, name, saved, check_base=check_base)
     except BaseException:
-        tree: Any = adapters_of(model)[name]  # type: ignore[index]
-        if tree.record.originals is None:
-            tree.record.originals = {}
+        # nothing was written yet, so nothing is lost by taking out what kept no originals
+        record = tree_of(model, name).record
+        record.originals = record.originals or {}
         eject(model, name)
         raise
     return Adapter(model, name)

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import MeanMetric, MetricCollection
@@ -89,13 +89,9 @@ class PeftModule(LightningModule):
         self._save_plain_hparams()
 
     def _check_options(self) -> None:
-        names = [
-            n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer"
-        ]
+        names = [n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer"]
         if self.optimizer["name"] not in names:
-            raise ValueError(
-                f"optimizer {self.optimizer['name']!r} is unknown{nearest(self.optimizer['name'], names)}"
-            )
+            raise ValueError(f"optimizer {self.optimizer['name']!r} is unknown{nearest(self.optimizer['name'], names)}")
         from transformers import SchedulerType
 
         schedules = [s.value for s in SchedulerType]
@@ -104,9 +100,7 @@ class PeftModule(LightningModule):
                 f"scheduler {self.scheduler['name']!r} is unknown{nearest(self.scheduler['name'], schedules)}"
             )
         if not 0 <= self.scheduler["warmup"] < 1:
-            raise ValueError(
-                f"scheduler.warmup must be at least 0 and below 1, but got {self.scheduler['warmup']}"
-            )
+            raise ValueError(f"scheduler.warmup must be at least 0 and below 1, but got {self.scheduler['warmup']}")
 
     def _save_plain_hparams(self) -> None:
         """Plain containers only: anything else makes ``torch.load(weights_only=True)`` refuse the checkpoint."""
@@ -125,7 +119,8 @@ class PeftModule(LightningModule):
     def tokenizer(self) -> Any:
         """The tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
-            spec = self.base or BaseModel(str(getattr(self._given[0], "name_or_path", "")))
+            named = [str(getattr(m, "name_or_path", "")) for m in self._given]
+            spec = self.base or BaseModel(*named)
             self._tokenizer = spec.load_tokenizer()
         return self._tokenizer
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch.nn import Linear, Module
 
-from lightning_peft.core.inject import adapters_of, base_tensors
+from lightning_peft.core.adapters import adapters_of, tree_of
+from lightning_peft.core.inject import base_tensors
 from lightning_peft.core.matching import base_modules, class_of, is_conv1d, is_within, output_heads
 from lightning_peft.core.tree import AdapterTree
 
@@ -63,9 +64,7 @@ class Plan:
         """The plan as plain text, for logs and narrow terminals."""
         lines = [f"{self.method}: {self.summary}"]
         width = max((len(r.place) for r in self.rows), default=0)
-        lines += [
-            f"  {r.place:<{width}}  {r.what}, {r.modules} x, {r.parameters:,} parameters" for r in self.rows
-        ]
+        lines += [f"  {r.place:<{width}}  {r.what}, {r.modules} x, {r.parameters:,} parameters" for r in self.rows]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     @property
@@ -87,33 +86,30 @@ def plan_of(model: Module, name: str) -> Plan:
     Returns:
         The plan, as things stand now.
     """
-    adapters = adapters_of(model)
-    assert adapters is not None
-    tree: AdapterTree = adapters[name]  # type: ignore[assignment]
+    tree = tree_of(model, name)
     record = tree.record
     method = type(record.method).__name__
     entries: list[tuple[str, str, str, int, int]] = []
     for place, layer in tree.layers.items():
         new = place in record.copies and any(is_within(n, [place]) for n in record.new)
-        what = (
-            "new, trains in full" if new else "a copy, trains in full" if place in record.copies else method
-        )
-        for p in layer.parameters():
-            if p.requires_grad:
-                entries.append((place, what, place, p.numel(), p.numel() * p.element_size()))
+        what = "new, trains in full" if new else "a copy, trains in full" if place in record.copies else method
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        entries += [(place, what, place, p.numel(), p.numel() * p.element_size()) for p in trained]
     tensors = base_tensors(model)
     for key in record.in_place:
-        p, owner = tensors[key], key.rpartition(".")[0]
+        tensor, owner = tensors[key], key.rpartition(".")[0]
         what = "new, trains in place" if key in record.new else "trains in place"
-        entries.append((owner, what, owner, p.numel(), p.numel() * p.element_size()))
+        entries.append((owner, what, owner, tensor.numel(), tensor.numel() * tensor.element_size()))
     rows = _grouped(entries)
-    parameters = [p for p in model.parameters() if id(p) not in {id(q) for q in adapters.parameters()}]
+    adapters = adapters_of(model)
+    own = {id(p) for p in adapters.parameters()} if adapters is not None else set()
+    base = [p for p in model.parameters() if id(p) not in own]
     linears, covered = _coverage(model, tree)
     return Plan(
         method=method,
         rows=rows,
         trainable=sum(r.parameters for r in rows),
-        total=sum(p.numel() for p in parameters),
+        total=sum(p.numel() for p in base),
         trainable_bytes=sum(r.bytes for r in rows),
         linears=linears,
         covered=covered,
@@ -142,9 +138,7 @@ def _coverage(model: Module, tree: AdapterTree) -> tuple[int, int]:
     heads = output_heads(model)
     modules = base_modules(model)
     names = [
-        n
-        for n, m in modules.items()
-        if (issubclass(class_of(m), Linear) or is_conv1d(m)) and not is_within(n, heads)
+        n for n, m in modules.items() if (issubclass(class_of(m), Linear) or is_conv1d(m)) and not is_within(n, heads)
     ]
     places = [n for n in tree.layers if n]
     trained = {k.rpartition(".")[0] for k in tree.record.in_place}

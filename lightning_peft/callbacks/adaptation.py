@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import HalfPrecision
 
-from lightning_peft.core.adapted import Adapters
-from lightning_peft.core.inject import adapters_of, keep_float32
+from lightning_peft.core.adapters import Adapters, adapters_of
+from lightning_peft.core.inject import keep_float32
 from lightning_peft.core.method import Method
 from lightning_peft.core.partial_state import PartialState
 from lightning_peft.core.problems import nearest
@@ -31,9 +31,7 @@ KEY = "lightning_peft"
 _FORMAT = 1
 
 
-def adapt_lightning_module(
-    module: LightningModule, method: Method, path: str = "", name: str = "default"
-) -> Adapter:
+def adapt_lightning_module(module: LightningModule, method: Method, path: str = "", name: str = "default") -> Adapter:
     """Adapts a LightningModule, or one submodule of it, once; and makes its checkpoints hold what trains.
 
     Args:
@@ -119,9 +117,7 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
     assert adapters is not None
     methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
     if methods != record["methods"]:
-        raise ValueError(
-            f"the checkpoint's method is {record['methods']}, but the module was adapted by {methods}"
-        )
+        raise ValueError(f"the checkpoint's method is {record['methods']}, but the module was adapted by {methods}")
     if record["trained"] != _trained(root):
         # Optimizer states are matched to parameters by their order alone
         raise ValueError(
@@ -188,9 +184,7 @@ def _submodule(module: LightningModule, path: str) -> Module:
         return module.get_submodule(path)
     except AttributeError as error:
         known = [n for n, _ in module.named_modules() if n]
-        raise ValueError(
-            f"{type(module).__name__} has no submodule {path!r}{nearest(path, known)}"
-        ) from error
+        raise ValueError(f"{type(module).__name__} has no submodule {path!r}{nearest(path, known)}") from error
 
 
 @contextmanager

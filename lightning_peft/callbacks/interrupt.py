@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
 NAME = "interrupted.ckpt"
@@ -25,11 +25,7 @@ class SaveOnInterrupt(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if (
-            not isinstance(exception, KeyboardInterrupt)
-            or trainer.state.fn != "fit"
-            or trainer.global_step == 0
-        ):
+        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit" or trainer.global_step == 0:
             return
         path = self.dirpath / NAME
         trainer.save_checkpoint(path)

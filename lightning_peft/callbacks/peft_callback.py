@@ -7,7 +7,7 @@ from types import MethodType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from lightning_peft.analysis.report import print_plan
@@ -17,7 +17,7 @@ from lightning_peft.callbacks.adaptation import (
     check_record,
     checkpoint_record,
 )
-from lightning_peft.core.inject import adapters_of
+from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.method import Method
 from lightning_peft.handle import Adapter
 

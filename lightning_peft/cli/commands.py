@@ -40,20 +40,14 @@ def train(config: DictConfig) -> float | None:
     )
     trainer = _trainer(config)
     trainer.fit(module, data, ckpt_path=_existing(config.ckpt_path), weights_only=True)
-    if trainer.state.status != "finished" or trainer.fast_dev_run:
+    if trainer.state.status != "finished" or config.trainer.fast_dev_run:
         return None
-    best = (
-        Path(cast(Any, trainer.checkpoint_callback).best_model_path) if trainer.checkpoint_callback else None
-    )
+    best = Path(cast(Any, trainer.checkpoint_callback).best_model_path) if trainer.checkpoint_callback else None
     if best is not None and best.is_file():
         module = PeftModule.load_from_checkpoint(best, map_location="cpu", weights_only=True)
     folder = module.save_adapter(Path(config.run_dir) / "adapter")
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    score = (
-        float(cast(Any, trainer.checkpoint_callback).best_model_score)
-        if best
-        else metrics.get(config.monitor)
-    )
+    score = float(cast(Any, trainer.checkpoint_callback).best_model_score) if best else metrics.get(config.monitor)
     _write_json(Path(config.run_dir) / "metrics.json", {**metrics, f"best/{config.monitor}": score})
     print_training(config.monitor, score, best, module, folder)
     return score
@@ -135,9 +129,7 @@ def _ready(config: DictConfig) -> tuple[PeftModule, TextDataModule, L.Trainer]:
 def _method(config: DictConfig) -> Method:
     if not isinstance(config.method, DictConfig):
         # `+method=lora` outside Hydra's search path gives the bare word
-        raise TypeError(
-            f"method is the word {config.method!r}, no configuration; write method=... without '+'"
-        )
+        raise TypeError(f"method is the word {config.method!r}, no configuration; write method=... without '+'")
     method = instantiate(config.method, _convert_="all")
     if not isinstance(method, Method):
         raise TypeError(f"method._target_={config.method._target_} is no method of lightning_peft")
@@ -160,9 +152,7 @@ def _trainer(config: DictConfig) -> L.Trainer:
 
         callbacks.append(RichProgressBar())
     options["enable_checkpointing"] = bool(config.get("callbacks"))
-    return cast(
-        L.Trainer, instantiate(options, callbacks=callbacks, logger=loggers or False, _convert_="all")
-    )
+    return cast(L.Trainer, instantiate(options, callbacks=callbacks, logger=loggers or False, _convert_="all"))
 
 
 def _existing(path: str | None) -> str | None:

@@ -32,16 +32,12 @@ def main() -> None:
     command = arguments.pop(0) if arguments and _is_word(arguments[0]) else "train"
     if command not in known:
         _stop(f"command {command!r} is unknown{nearest(command, known)}")
-    problem = problem_with(
-        command, [a for a in arguments if not a.startswith("-")], asks=_only_asks(arguments)
-    )
+    problem = problem_with(command, [a for a in arguments if not a.startswith("-")], asks=_only_asks(arguments))
     if problem is not None:
         _stop(problem)
     program = sys.argv[0]
     sys.argv = [program, *arguments]
-    run = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=command)(
-        _plain_errors(known[command])
-    )
+    run = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=command)(_plain_errors(known[command]))
     run()
 
 

@@ -53,15 +53,11 @@ def _missing(node: Any, path: str = "") -> list[str]:
     """Dotted names of the mandatory values that nobody gave; interpolations are not looked into."""
     if not isinstance(node, dict):
         return [path] if node == "???" else []
-    return [
-        name for key, value in node.items() for name in _missing(value, f"{path}.{key}" if path else str(key))
-    ]
+    return [name for key, value in node.items() for name in _missing(value, f"{path}.{key}" if path else str(key))]
 
 
 def _in_a_sentence(message: str, base: Any) -> str:
-    choice = re.search(
-        r"Could not find '(?:[^'/]*/)*([^'/]+)'.*?Available options in '([^']+)':\s*(.*)", message, re.S
-    )
+    choice = re.search(r"Could not find '(?:[^'/]*/)*([^'/]+)'.*?Available options in '([^']+)':\s*(.*)", message, re.S)
     if choice:
         wanted, group, options = choice.groups()
         return f"{group}={wanted} is unknown{nearest(wanted, options.split())}"

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from lightning_peft.module import PeftModule
 
 
-def print_training(
-    monitor: str, score: float | None, best: Path | None, module: PeftModule, folder: Path
-) -> None:
+def print_training(monitor: str, score: float | None, best: Path | None, module: PeftModule, folder: Path) -> None:
     """Says what a run reached, where it lies, how small it is, and what to try next.
 
     Args:
@@ -33,7 +31,7 @@ def print_training(
         full = 3 * 4 * plan.total
         print(f"best checkpoint      {shown_best}")
         print(
-            f"  its size           {_size(best.stat().st_size)} (of the full model: {_size(full)} with optimizer states)"
+            f"  its size           {_size(best.stat().st_size)} (the full model's: {_size(full)} with optimizer states)"
         )
     print(f"exported adapter     {shown_folder}")
     print(f"  its size           {_size(_bytes(folder))} (the full model's weights: {_size(4 * plan.total)})")

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import (
     Linear,
     Module,
-    ModuleDict,
     Parameter,
     Sequential,
     TransformerEncoder,
     TransformerEncoderLayer,
 )
 
+from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.layer import AdapterLayer, moved_only
 from lightning_peft.core.routing import Switch, bind
 from lightning_peft.core.view import with_tensors
@@ -32,16 +32,6 @@ _FUSED_PATH_FLAGS: dict[type, str] = {
     TransformerEncoderLayer: "activation_relu_or_gelu",
     TransformerEncoder: "use_nested_tensor",
 }
-
-
-class Adapters(ModuleDict):
-    """The adapters of one model by name, with what they share; registered at the root of what is adapted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.switch = Switch()
-        self.requires_grad_before: dict[str, bool] = {}
-        self.base_fingerprint: str | None = None
 
 
 class Base:
@@ -212,7 +202,8 @@ def _adapted_class(cls: type[Module]) -> type[Module]:
         return cls.train(self, mode and not self.__dict__[_SITE].frozen_statistics)
 
     def apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
-        return cls._apply(self, _leaving_in_place(self, fn), recurse)
+        applied: Module = cls._apply(self, _leaving_in_place(self, fn), recurse)  # type: ignore[no-untyped-call]
+        return applied
 
     names: dict[str, Any] = {
         "forward": forward,
@@ -231,7 +222,8 @@ def _adapted_class(cls: type[Module]) -> type[Module]:
         names["__getitem__"] = _item_without_adapters
     if hasattr(cls, "save_pretrained"):
         names["save_pretrained"] = _refuse_save_pretrained(cls.save_pretrained)
-    generated: type[Module] = type(cls)(cls.__name__, (cls,), names)
+    metaclass: Any = type(cls)
+    generated: type[Module] = metaclass(cls.__name__, (cls,), names)
     _classes[cls] = generated
     return generated
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch.nn import Module
 
-from lightning_peft.core.inject import adapters_of, base_tensors, kept_originals
+from lightning_peft.core.adapters import adapters_of
+from lightning_peft.core.inject import base_tensors, kept_originals
 from lightning_peft.core.merge import merge, unmerge
-from lightning_peft.core.tree import AdapterTree
 
 
 @contextmanager
@@ -26,8 +26,9 @@ def disabled(model: Module) -> Iterator[None]:
         RuntimeError: if a method trained the base in place and kept no originals.
     """
     adapters = adapters_of(model)
-    assert adapters is not None
-    trees: dict[str, AdapterTree] = dict(adapters.items())  # type: ignore[arg-type]
+    if adapters is None:
+        raise RuntimeError("the model is not adapted")
+    trees = adapters.trees
     originals = [item for t in trees.values() for item in kept_originals(t, "disabled()").items()]
     merged = [n for n, t in trees.items() if t.record.merged is not None]
     for name in reversed(merged):

@@ -10,7 +10,8 @@ import torch
 from torch.nn import Module, MultiheadAttention, TransformerEncoder, TransformerEncoderLayer
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_peft.core.adapted import Adapters, Site, attach, detach, site_of
+from lightning_peft.core.adapted import Site, attach, detach, site_of
+from lightning_peft.core.adapters import Adapters, adapters_of, tree_of
 from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.core.layer import AdapterLayer, SavedModule
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
@@ -20,15 +21,7 @@ from lightning_peft.core.routing import Switch
 from lightning_peft.core.tree import AdapterTree, Record
 
 
-def adapters_of(model: Module) -> Adapters | None:
-    """The model's adapters, or None if it is not the root of an adapted model."""
-    found = model._modules.get("adapters")
-    return found if isinstance(found, Adapters) else None
-
-
-def inject(
-    model: Module, method: Method, name: str = "default", *, also_in_place: Sequence[str] = ()
-) -> AdapterTree:
+def inject(model: Module, method: Method, name: str = "default", *, also_in_place: Sequence[str] = ()) -> AdapterTree:
     """Freezes a model, puts the layers of a method around its modules and makes the new adapter the active one.
 
     Nothing is changed if anything about the method does not fit the model.
@@ -88,7 +81,7 @@ def eject(model: Module, name: str) -> None:
     """
     adapters = adapters_of(model)
     assert adapters is not None
-    tree: AdapterTree = adapters[name]  # type: ignore[assignment]
+    tree = tree_of(model, name)
     originals = kept_originals(tree, "remove()")
     tensors = base_tensors(model)
     for key, value in originals.items():
@@ -99,17 +92,16 @@ def eject(model: Module, name: str) -> None:
         site = site_of(module)
         if site is not None:
             site.layers.pop(name, None)
-    in_place = {n for other in adapters.values() for n in other.record.in_place}  # type: ignore[union-attr]
+    in_place = adapters.in_place
     _set_in_place(model, adapters, in_place)
     for key, parameter in _base_parameters(model).items():
-        parameter.requires_grad_(
-            key in in_place if len(adapters) else adapters.requires_grad_before.get(key, True)
-        )
+        parameter.requires_grad_(key in in_place if len(adapters) else adapters.requires_grad_before.get(key, True))
     if not len(adapters):
         training = {n: m.training for n, m in base_modules(model).items()}
         del model._modules["adapters"]
         for key, module in base_modules(model).items():
-            if site_of(module) is not None and site_of(module).frozen_statistics:  # type: ignore[union-attr]
+            site = site_of(module)
+            if site is not None and site.frozen_statistics:
                 training[key] = model.training
             detach(module)
             module.training = training[key]
@@ -188,9 +180,7 @@ def _base_parameters(model: Module) -> dict[str, torch.nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if id(p) not in inside}
 
 
-def _copies(
-    model: Module, method: Method, placement: Placement, new: list[str]
-) -> tuple[list[str], list[str]]:
+def _copies(model: Module, method: Method, placement: Placement, new: list[str]) -> tuple[list[str], list[str]]:
     """Modules that train as copies, and single new parameters that train in place."""
     asked: list[str] = []
     if method.modules_to_save:
@@ -231,8 +221,8 @@ def _refuse_unreachable(model: Module, layers: dict[str, AdapterLayer]) -> None:
 def _refuse_shared_in_place(adapters: Adapters | None, in_place: list[str]) -> None:
     if adapters is None:
         return
-    for name, tree in adapters.items():
-        shared = sorted(set(in_place) & set(tree.record.in_place))  # type: ignore[union-attr]
+    for name, tree in adapters.trees.items():
+        shared = sorted(set(in_place) & set(tree.record.in_place))
         if shared:
             raise ValueError(
                 f"the adapter {name!r} already trains {shared[0]!r} in place ({len(shared)} shared parameters); "
@@ -246,7 +236,7 @@ def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) ->
     model._modules["adapters"] = adapters
     for place, layer in tree.layers.items():
         attach(model.get_submodule(place), adapters.switch).layers[name] = layer
-    in_place = {n for other in adapters.values() for n in other.record.in_place}  # type: ignore[union-attr]
+    in_place = adapters.in_place
     for key, parameter in _base_parameters(model).items():
         parameter.requires_grad_(key in in_place)
     _set_in_place(model, adapters, in_place)

@@ -54,7 +54,7 @@ class AdapterLayer(Module):
         return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLayer:
-        super()._apply(moved_only(fn), recurse)
+        super()._apply(moved_only(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch.nn import Linear, Module, MultiheadAttention
 
-from lightning_peft.core.adapted import Adapters, site_of
+from lightning_peft.core.adapted import site_of
+from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.problems import nearest
 
 ALL_LINEAR = "all-linear"
@@ -54,7 +56,8 @@ def output_heads(model: Module) -> list[str]:
     modules = base_modules(model)
     names = {id(m): n for n, m in modules.items()}
     heads: set[str] = set()
-    for name, module in modules.items():
+    for name, part in modules.items():
+        module: Any = part
         trunk = getattr(module, "base_model_prefix", None)
         if not isinstance(trunk, str) or not hasattr(module, "get_output_embeddings"):
             continue
@@ -139,8 +142,7 @@ def match_modules(
             if suits is not None and not any(suits(modules[n]) for n in hits):
                 first = hits[0]
                 raise ValueError(
-                    f"{option}: {pattern} matches {first!r}, a {class_of(modules[first]).__name__}; "
-                    f"expected {kinds}"
+                    f"{option}: {pattern} matches {first!r}, a {class_of(modules[first]).__name__}; expected {kinds}"
                 )
     if exclude:
         gone = set(_match({n: modules[n] for n in found}, exclude, "exclude_modules"))
@@ -180,9 +182,7 @@ def _match(modules: dict[str, Module], patterns: str | Sequence[str], option: st
         found = [n for n in modules if expression.fullmatch(n)]
         if not found:
             hint = nearest(patterns, modules)
-            raise ValueError(
-                f"{option}={patterns!r}, a regular expression for the whole name, matches no module{hint}"
-            )
+            raise ValueError(f"{option}={patterns!r}, a regular expression for the whole name, matches no module{hint}")
         return found
     if not patterns:
         raise ValueError(f"{option} is empty; name at least one module")
@@ -199,7 +199,5 @@ def _in_layers(names: list[str], wanted: list[int]) -> list[str]:
     lost = [w for w in wanted if w not in present]
     if lost:
         there = f"0 to {present[-1]}" if present == list(range(len(present))) and present else present
-        raise ValueError(
-            f"layers_to_transform: no module in layer {lost}; the matched modules lie in layers {there}"
-        )
+        raise ValueError(f"layers_to_transform: no module in layer {lost}; the matched modules lie in layers {there}")
     return [n for n, number in numbers.items() if number is not None and number[1] in wanted]

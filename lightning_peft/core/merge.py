@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lightning_peft.core.inject import adapters_of
+from lightning_peft.core.adapters import switch_of, tree_of
 from lightning_peft.core.tree import AdapterTree
 
 
@@ -23,12 +23,10 @@ def merge(model: Module, name: str) -> None:
     Raises:
         ValueError: if the method cannot be merged, or a delta is not finite; nothing is changed then.
     """
-    adapters = adapters_of(model)
-    assert adapters is not None
-    tree: AdapterTree = adapters[name]  # type: ignore[assignment]
+    switch, tree = switch_of(model), tree_of(model, name)
     if tree.record.merged is not None:
         return
-    if name not in adapters.switch.active:
+    if name not in switch.active:
         raise ValueError(f"the adapter {name!r} is not active; activate it before merging")
     deltas = _deltas(model, tree)
     merged: dict[tuple[str, str], tuple[Parameter, Parameter]] = {}
@@ -40,7 +38,7 @@ def merge(model: Module, name: str) -> None:
         merged[place, key] = (original, Parameter(total.to(original.dtype), requires_grad=False))
     tree.record.merged = merged
     _exchange(model, tree, 1)
-    adapters.switch.active = tuple(n for n in adapters.switch.active if n != name)
+    switch.active = tuple(n for n in switch.active if n != name)
 
 
 def unmerge(model: Module, name: str) -> None:
@@ -50,13 +48,11 @@ def unmerge(model: Module, name: str) -> None:
         model: the root.
         name: the adapter's name. Unmerging an unmerged adapter does nothing.
     """
-    adapters = adapters_of(model)
-    assert adapters is not None
-    tree: AdapterTree = adapters[name]  # type: ignore[assignment]
+    switch, tree = switch_of(model), tree_of(model, name)
     if tree.record.merged is not None:
         _exchange(model, tree, 0)
         tree.record.merged = None
-        adapters.switch.active = (*adapters.switch.active, name)
+        switch.active = (*switch.active, name)
 
 
 def _exchange(model: Module, tree: AdapterTree, which: int) -> None:
@@ -77,9 +73,7 @@ def _deltas(model: Module, tree: AdapterTree) -> dict[tuple[str, str], Tensor]:
             )
         for key, delta in deltas.items():
             if not torch.isfinite(delta).all():
-                raise ValueError(
-                    f"the adapter's change of {place}.{key} is not finite; the base is left as it is"
-                )
+                raise ValueError(f"the adapter's change of {place}.{key} is not finite; the base is left as it is")
             found[place, key] = delta
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.nn import Module
 
-from lightning_peft.core.adapted import Adapters
+from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.matching import base_modules
 
 
@@ -43,12 +43,7 @@ def new_modules(model: Module, parameters: list[str]) -> tuple[list[str], list[s
     whole: list[str] = []
     for name, module in base_modules(model).items():
         inside = [id(p) for p in module.parameters()]
-        if (
-            name
-            and inside
-            and all(p in new for p in inside)
-            and not any(name.startswith(f"{w}.") for w in whole)
-        ):
+        if name and inside and all(p in new for p in inside) and not any(name.startswith(f"{w}.") for w in whole):
             whole.append(name)
     rest = [n for n in parameters if not any(n.startswith(f"{w}.") for w in whole)]
     return whole, rest

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from lightning_peft.core.inject import adapters_of
-from lightning_peft.core.tree import AdapterTree
+from lightning_peft.core.adapters import adapters_of
 
 
 class PartialState:
@@ -26,15 +25,13 @@ class PartialState:
         root = module.get_submodule(path)
         adapters = adapters_of(root)
         assert adapters is not None
-        trees: list[AdapterTree] = list(adapters.values())  # type: ignore[arg-type]
-        self.kept = {f"{self.base}{n}" for tree in trees for n in tree.record.in_place}
+        self.kept = {f"{self.base}{n}" for n in adapters.in_place}
         self.kept |= {f"{self.base}{n}" for n, _ in root.named_buffers()}
         self._prefix = ""
-        module.register_state_dict_post_hook(
-            self
-        )  # torch marks the hook, which a bound method does not allow
-        module.register_load_state_dict_pre_hook(self.note_prefix)
-        module.register_load_state_dict_post_hook(self.forgive)
+        # torch marks this hook with an attribute, which a bound method does not take
+        module.register_state_dict_post_hook(self)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(self.note_prefix)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(self.forgive)  # type: ignore[no-untyped-call]
 
     def is_untouched(self, key: str) -> bool:
         """Whether a key of the module's state is a base parameter that never trains.
@@ -60,7 +57,5 @@ class PartialState:
         """Takes the untouched base out of the keys that a loaded state dict lacks."""
         missing = incompatible.missing_keys
         missing[:] = [
-            k
-            for k in missing
-            if not (k.startswith(self._prefix) and self.is_untouched(k[len(self._prefix) :]))
+            k for k in missing if not (k.startswith(self._prefix) and self.is_untouched(k[len(self._prefix) :]))
         ]

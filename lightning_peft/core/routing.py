@@ -87,7 +87,7 @@ def bind(output: Any, active: tuple[str, ...]) -> Any:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return output
     # Nothing outside such hooks ever recomputes a forward, so the usual case pays one look.
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:  # type: ignore[attr-defined]
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         return output
     if active not in _numbers:
         _numbers[active] = next(_next_number)

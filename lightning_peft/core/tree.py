@@ -63,13 +63,15 @@ class AdapterTree(Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTree:
-        super()._apply(moved_only(fn), recurse)
+        super()._apply(moved_only(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
 def _place(tree: Module, name: str, layer: AdapterLayer) -> None:
-    """Puts a layer where its module's name says; names of children go into ``_modules`` as they are, because
-    ``add_module`` refuses those that a Module has as attributes, such as ``type`` or ``weight``.
+    """Puts a layer where its module's name says.
+
+    Names go into ``_modules`` as they are: ``add_module`` refuses those that a Module has as attributes, such as
+    ``type`` or ``half``.
     """
     if not name:
         # The root's own layer has no name to stand under: its tensors belong at the top. The dictionaries are
@@ -87,7 +89,5 @@ def _place(tree: Module, name: str, layer: AdapterLayer) -> None:
             node._modules[parent] = child
         node = child
     if node._modules.get(leaf) is not None or leaf in node._parameters:
-        raise ValueError(
-            f"the adapter already has something at {name!r}; two layers cannot share a module's name"
-        )
+        raise ValueError(f"the adapter already has something at {name!r}; two layers cannot share a module's name")
     node._modules[leaf] = layer

@@ -68,19 +68,13 @@ class TextDataModule(LightningDataModule):
         raise_problems(
             "TextDataModule",
             [
-                *(
-                    f"{n} must be 1 or more, but got {v}"
-                    for n, v in numbers.items()
-                    if v is not None and v < 1
-                ),
+                *(f"{n} must be 1 or more, but got {v}" for n, v in numbers.items() if v is not None and v < 1),
                 f"max_length must be 4 or more, but got {max_length}" if max_length < 4 else None,
                 f"validation_fraction must be above 0 and below 1, but got {validation_fraction}"
                 if not 0 < validation_fraction < 1
                 else None,
                 f"num_workers must be 0 or more, but got {num_workers}" if num_workers < 0 else None,
-                "give a source or train_files"
-                if source is None and not train_files and not predict_files
-                else None,
+                "give a source or train_files" if source is None and not train_files and not predict_files else None,
             ],
         )
         self.source = source
@@ -120,9 +114,7 @@ class TextDataModule(LightningDataModule):
             RuntimeError: before `setup` or `connect`.
         """
         if self._task is None:
-            raise RuntimeError(
-                "the data knows no task yet; call connect(task, tokenizer), or let a Trainer run setup"
-            )
+            raise RuntimeError("the data knows no task yet; call connect(task, tokenizer), or let a Trainer run setup")
         return self._task
 
     @override
@@ -136,7 +128,7 @@ class TextDataModule(LightningDataModule):
             TypeError: if the LightningModule has no task and tokenizer.
         """
         if self._task is None:
-            module = getattr(self.trainer, "lightning_module", None)
+            module: Any = getattr(self.trainer, "lightning_module", None)
             if not hasattr(module, "task") or not hasattr(module, "tokenizer"):
                 raise TypeError(
                     f"TextDataModule needs a LightningModule with the attributes task and tokenizer, as PeftModule "
@@ -210,9 +202,7 @@ class TextDataModule(LightningDataModule):
         try:
             return self.task.encode(self._rows[split], self._tokenizer, self.max_length, training=training)
         except ValueError as error:
-            where = (
-                self.files.get(split) or (self.files["train"] if split != "predict" else None) or self.source
-            )
+            where = self.files.get(split) or (self.files["train"] if split != "predict" else None) or self.source
             raise ValueError(f"data ({split}, {where}): {error}") from error
 
     @override

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.core.problems import nearest
+from lightning_peft.formats.hub import hub_is_reachable
 
 Row = dict[str, Any]
 _READERS = (".jsonl", ".json", ".csv", ".parquet")
@@ -59,6 +60,8 @@ def read_hub(name: str, split: str, columns: dict[str, str], required: Sequence[
 
     path, _, configuration = name.partition(":")
     try:
+        if not Path(path).exists() and not hub_is_reachable():
+            raise OSError("the hub is out of reach")
         loaded = datasets.load_dataset(path, configuration or None)
     except (OSError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
         raise ConnectionError(
@@ -88,7 +91,7 @@ def _read_csv(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         for row in reader:
             if None in row or None in row.values():
-                given = len([v for v in row.values() if v is not None]) + len(row.get(None) or [])  # type: ignore[call-overload]
+                given = len([v for v in row.values() if v is not None]) + len(row.get(None) or [])
                 raise ValueError(
                     f"{path}, line {reader.line_num}: {given} fields, but the header has {len(reader.fieldnames or [])}"
                 )
@@ -99,7 +102,7 @@ def _read_csv(path: Path) -> list[Row]:
 def _read_json(path: Path) -> list[Row]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json" and text.lstrip().startswith("["):
-        rows = json.loads(text)
+        rows: list[Any] = json.loads(text)
     else:
         rows = []
         for number, line in enumerate(text.splitlines(), start=1):
@@ -108,14 +111,10 @@ def _read_json(path: Path) -> list[Row]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number} is no JSON: {error.msg} at column {error.colno}"
-                ) from error
+                raise ValueError(f"{path}, line {number} is no JSON: {error.msg} at column {error.colno}") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, row {number} is a {type(row).__name__}; expected an object with columns"
-            )
+            raise ValueError(f"{path}, row {number} is a {type(row).__name__}; expected an object with columns")
     return rows
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_peft.core.inject import adapters_of, base_tensors
+from lightning_peft.core.adapters import adapters_of, tree_of
+from lightning_peft.core.inject import base_tensors
 from lightning_peft.core.matching import base_modules, matches
 from lightning_peft.core.method import Method, PeftFormat
 from lightning_peft.core.tree import AdapterTree
@@ -90,10 +91,8 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
     """
     held = [f for f in (TENSORS, PEFT_CONFIG, MANIFEST) if (path / f).exists()]
     if held:
-        raise FileExistsError(
-            f"{path} already holds an adapter ({held[0]}); choose another folder or move it away"
-        )
-    tree = _tree(model, name)
+        raise FileExistsError(f"{path} already holds an adapter ({held[0]}); choose another folder or move it away")
+    tree = tree_of(model, name)
     names = _file_names(model, tree)
     tensors = {names[k]: t.detach().cpu().contiguous() for k, t in _live_tensors(model, tree).items()}
     base = base_description(model)
@@ -139,9 +138,7 @@ def read_folder(path: Path) -> SavedAdapter:
         saved = json.loads((path / MANIFEST).read_text())
         method = method_from_config(saved["method"])
         print_of_base = saved["base"]["fingerprint"]
-        return SavedAdapter(
-            path, method, saved["copies"], saved["in_place"], print_of_base, saved["info"], False
-        )
+        return SavedAdapter(path, method, saved["copies"], saved["in_place"], print_of_base, saved["info"], False)
     if (path / PEFT_CONFIG).is_file():
         config = json.loads((path / PEFT_CONFIG).read_text())
         method = method_from_peft(config)
@@ -169,7 +166,7 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
             f"{saved.path} was trained on another base: fingerprint {saved.fingerprint}, but this model has {mine}; "
             "load the base that it names, or pass check_base=False if you know better"
         )
-    tree = _tree(model, name)
+    tree = tree_of(model, name)
     names = _file_names(model, tree)
     try:
         stored = load_file(saved.path / TENSORS)
@@ -182,12 +179,6 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(stored[names[key]])
-
-
-def _tree(model: Module, name: str) -> AdapterTree:
-    adapters = adapters_of(model)
-    assert adapters is not None
-    return cast(AdapterTree, adapters[name])
 
 
 def _live_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
@@ -222,9 +213,12 @@ def _check_tensors(path: Path, wanted: dict[str, Tensor], stored: dict[str, Tens
         problems.append(f"{len(missing)} missing, such as {missing[0]}")
     if extra:
         problems.append(f"{len(extra)} unexpected, such as {extra[0]}")
-    for key in sorted(set(wanted) & set(stored)):
-        if wanted[key].shape != stored[key].shape:
-            problems.append(f"{key} is {tuple(stored[key].shape)}, expected {tuple(wanted[key].shape)}")
+    both = sorted(set(wanted) & set(stored))
+    problems += [
+        f"{key} is {tuple(stored[key].shape)}, expected {tuple(wanted[key].shape)}"
+        for key in both
+        if wanted[key].shape != stored[key].shape
+    ]
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(f"the tensors in {path / TENSORS} do not fit this model: {shown}")

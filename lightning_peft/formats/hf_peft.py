@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch.nn import Module
@@ -61,11 +60,8 @@ def method_from_peft(config: dict[str, Any]) -> Method:
     Raises:
         ValueError: if the method, or an option that it uses, is not supported.
     """
-    known = {
-        cls.peft_type: cls
-        for _, cls in inspect.getmembers(methods, inspect.isclass)
-        if getattr(cls, "peft_type", None) is not None
-    }
+    classes: list[Any] = [getattr(methods, name) for name in methods.__all__]
+    known = {cls.peft_type: cls for cls in classes if cls.peft_type is not None}
     kind = config.get("peft_type")
     if kind is None:
         raise ValueError(

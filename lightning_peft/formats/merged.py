@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from torch.nn import Module
 
-from lightning_peft.core.inject import adapters_of, eject
+from lightning_peft.core.adapters import tree_of
+from lightning_peft.core.inject import eject
 from lightning_peft.core.merge import merge
 from lightning_peft.core.tree import AdapterTree
 
@@ -41,9 +42,7 @@ def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> 
         raise FileExistsError(f"{path} already holds files; choose another folder or move it away")
     twin = copy.deepcopy(model)
     merge(twin, name)
-    adapters = adapters_of(twin)
-    assert adapters is not None
-    tree = cast(AdapterTree, adapters[name])
+    tree = tree_of(twin, name)
     tied = _untied_by(tree)
     tree.record.merged, tree.record.originals = None, {}
     eject(twin, name)

@@ -39,13 +39,9 @@ class _Block(NamedTuple):
 
 
 _ATTENTION = (
-    _Block(
-        r"(?:.*\.)?attention\.output\.dense", r"(?:.*\.)?attention\.output", residual=True
-    ),  # BERT, RoBERTa
+    _Block(r"(?:.*\.)?attention\.output\.dense", r"(?:.*\.)?attention\.output", residual=True),  # BERT, RoBERTa
     _Block(r"(?:.*\.)?h\.\d+\.attn", r"(?:.*\.)?h\.\d+\.attn", residual=False),  # GPT-2
-    _Block(
-        r"(?:.*\.)?layers\.\d+\.self_attn", r"(?:.*\.)?layers\.\d+\.self_attn", residual=False
-    ),  # Llama-like
+    _Block(r"(?:.*\.)?layers\.\d+\.self_attn", r"(?:.*\.)?layers\.\d+\.self_attn", residual=False),  # Llama-like
     _Block(r"(?:.*\.)?SelfAttention", r"(?:.*\.)?SelfAttention", residual=False),  # T5
 )
 _FEED_FORWARD = (
@@ -102,9 +98,7 @@ class BottleneckAdapter:
         raise_problems(
             "BottleneckAdapter",
             [
-                None
-                if self.mh_adapter or self.output_adapter
-                else "choose mh_adapter, output_adapter or both",
+                None if self.mh_adapter or self.output_adapter else "choose mh_adapter, output_adapter or both",
                 f"reduction_factor must be above 0, but got {self.reduction_factor}"
                 if self.reduction_factor <= 0
                 else None,
@@ -114,9 +108,7 @@ class BottleneckAdapter:
                 f"dropout must be at least 0 and below 1, but got {self.dropout}"
                 if not 0 <= self.dropout < 1
                 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}"
-                if self.learning_rate <= 0
-                else None,
+                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 
@@ -143,9 +135,7 @@ class BottleneckAdapter:
     ) -> dict[str, AdapterLayer]:
         blocks: dict[str, bool] = {}
         if named is not None:
-            blocks = dict.fromkeys(
-                match_modules(model, named, layers=self.layers_to_transform, option=option), False
-            )
+            blocks = dict.fromkeys(match_modules(model, named, layers=self.layers_to_transform, option=option), False)
         else:
             for block in known:
                 expression = re.compile(block.around if self.is_parallel else block.after)
@@ -159,9 +149,7 @@ class BottleneckAdapter:
                 wanted = match_modules(model, list(blocks), layers=self.layers_to_transform, option=option)
                 blocks = {n: blocks[n] for n in wanted}
         return {
-            name: _Bottleneck(
-                self, model.get_submodule(name), _hidden_size(model, name), residual and self.is_parallel
-            )
+            name: _Bottleneck(self, model.get_submodule(name), _hidden_size(model, name), residual and self.is_parallel)
             for name, residual in blocks.items()
         }
 

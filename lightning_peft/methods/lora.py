@@ -72,17 +72,13 @@ class LoRA:
         raise_problems(
             "LoRA",
             [
-                f"r must be a whole number of 1 or more, but got {self.r!r}"
-                if not _is_rank(self.r)
-                else None,
+                f"r must be a whole number of 1 or more, but got {self.r!r}" if not _is_rank(self.r) else None,
                 f"lora_alpha must be above 0, but got {self.lora_alpha}" if self.lora_alpha <= 0 else None,
                 f"lora_dropout must be at least 0 and below 1, but got {self.lora_dropout}"
                 if not 0 <= self.lora_dropout < 1
                 else None,
                 f"bias must be one of {biases}, but got {self.bias!r}" if self.bias not in biases else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}"
-                if self.learning_rate <= 0
-                else None,
+                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 
@@ -189,12 +185,12 @@ class _LowRank(AdapterLayer):
 class _LinearLayer(_LowRank):
     """``base(x) + s B A x`` on a Linear or Conv1D; x: ``(..., in)`` -> ``(..., out)``."""
 
-    def __init__(self, name: str, module: Module, method: LoRA) -> None:
+    def __init__(self, name: str, module: Any, method: LoRA) -> None:
         if is_conv1d(module):
-            n_in, n_out = module.weight.shape  # type: ignore[misc, union-attr]
+            n_in, n_out = module.weight.shape
         else:
             n_in, n_out = module.in_features, module.out_features
-        super().__init__(method, module, (method.r, n_in), (n_out, method.r))  # type: ignore[arg-type]
+        super().__init__(method, module, (method.r, n_in), (n_out, method.r))
 
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         weight = base.plain_weight(x) if isinstance(base, Base) else None
@@ -259,7 +255,8 @@ class _ConvLayer(_LowRank):
         b = self.lora_B.flatten(1).to(y.dtype)
         # A 1x1 convolution is a product over the channels, whatever the number of spatial dimensions.
         channel = y.dim() - (self.lora_A.dim() - 1)
-        return y + torch.tensordot(b, h, ([1], [channel])).movedim(0, channel) * self.scale
+        change: Tensor = torch.tensordot(b, h, ([1], [channel])).movedim(0, channel)
+        return y + change * self.scale
 
     def deltas(self, module: Module) -> dict[str, Tensor]:
         delta = torch.tensordot(self.lora_B.flatten(1), self.lora_A, ([1], [0]))

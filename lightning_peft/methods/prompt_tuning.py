@@ -60,15 +60,11 @@ class PromptTuning:
                 f"num_virtual_tokens must be 1 to 1000, but got {self.num_virtual_tokens}"
                 if not 1 <= self.num_virtual_tokens <= 1000
                 else None,
-                f"prompt_tuning_init {kind!r} is unknown{nearest(kind, _INITS)}"
-                if kind not in _INITS
-                else None,
+                f"prompt_tuning_init {kind!r} is unknown{nearest(kind, _INITS)}" if kind not in _INITS else None,
                 "prompt_tuning_init='TEXT' needs prompt_tuning_init_text"
                 if kind == "TEXT" and not self.prompt_tuning_init_text
                 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}"
-                if self.learning_rate <= 0
-                else None,
+                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 
@@ -82,17 +78,17 @@ class PromptTuning:
             ValueError: if there is no language model, or several.
         """
         place = _host(model)
-        host = model.get_submodule(place)
+        host: Any = model.get_submodule(place)
         names = {id(m): n for n, m in base_modules(model).items()}
         layers: dict[str, AdapterLayer] = {}
         if getattr(host.config, "is_encoder_decoder", False):
-            reader, decoder = host.get_encoder(), host.get_decoder()  # type: ignore[operator]
+            reader, decoder = host.get_encoder(), host.get_decoder()
             layers[names[id(reader)]] = _Prepend(self.num_virtual_tokens, reader, trim=False)
             layers[names[id(decoder)]] = _ExtendCrossMask(self.num_virtual_tokens)
         else:
             reader = host
             layers[place] = _Prepend(self.num_virtual_tokens, host, trim=True)
-        embedding = reader.get_input_embeddings()  # type: ignore[operator]
+        embedding = reader.get_input_embeddings()
         layers[names[id(embedding)]] = _VirtualEmbedding(self, host, embedding)
         return Placement(layers)
 
@@ -143,13 +139,12 @@ def _host(model: Module) -> str:
         what = f"{found} in {class_of(model).__name__}" if found else f"none in {class_of(model).__name__}"
         raise ValueError(
             "PromptTuning needs exactly one module with get_input_embeddings() that embeds tokens, but found "
-            f"{what}; "
-            + ("name the one to adapt (model=...)" if found else "choose another method for this model")
+            f"{what}; " + ("name the one to adapt (model=...)" if found else "choose another method for this model")
         )
     return found[0]
 
 
-def _input_embedding(module: Module) -> Embedding | None:
+def _input_embedding(module: Any) -> Embedding | None:
     if not hasattr(module, "get_input_embeddings") or not hasattr(module, "config"):
         return None
     try:
@@ -178,9 +173,7 @@ class _VirtualEmbedding(AdapterLayer):
 
     def forward(self, base: Callable[..., Any], ids: Tensor) -> Tensor:
         embedded: Tensor = base(ids.clamp_min(0))
-        virtual = self.prompt_embeddings.to(embedded.dtype)[
-            (-ids - 1).clamp(0, len(self.prompt_embeddings) - 1)
-        ]
+        virtual = self.prompt_embeddings.to(embedded.dtype)[(-ids - 1).clamp(0, len(self.prompt_embeddings) - 1)]
         return torch.where((ids < 0).unsqueeze(-1), virtual, embedded)
 
 
@@ -189,9 +182,7 @@ def _text_ids(method: PromptTuning, host: Module, n: int) -> Tensor:
 
     name = method.tokenizer_name_or_path or getattr(host.config, "name_or_path", "")
     if not name:
-        raise ValueError(
-            "prompt_tuning_init='TEXT' needs tokenizer_name_or_path, since the model has no name"
-        )
+        raise ValueError("prompt_tuning_init='TEXT' needs tokenizer_name_or_path, since the model has no name")
     tokenizer = AutoTokenizer.from_pretrained(name)
     ids = tokenizer(method.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
     if not ids:
@@ -217,9 +208,7 @@ class _Prepend(AdapterLayer):
         values = dict(zip(self.names, args, strict=False)) | kwargs
         source = values.get("input_ids")
         if source is None:
-            raise ValueError(
-                "PromptTuning puts its vectors before token ids; pass input_ids, not inputs_embeds"
-            )
+            raise ValueError("PromptTuning puts its vectors before token ids; pass input_ids, not inputs_embeds")
         cached = _cached_tokens(values.get("past_key_values"))
         length = source.shape[1]
         given = values.get("attention_mask")
@@ -238,9 +227,7 @@ class _Prepend(AdapterLayer):
         if given is None:
             given = torch.ones(source.shape[0], length, dtype=torch.long, device=source.device)
         if not isinstance(given, Tensor) or given.dim() != 2:
-            what = (
-                f"a {tuple(given.shape)} tensor" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-            )
+            what = f"a {tuple(given.shape)} tensor" if isinstance(given, Tensor) else f"a {type(given).__name__}"
             raise ValueError(
                 f"PromptTuning extends an attention_mask of (batch, tokens), but got {what}; static caches and "
                 "packed batches make such masks: use a dynamic cache and plain padding"

@@ -73,9 +73,7 @@ class Selective:
                 if self.last_layers is not None and self.last_layers < 1
                 else None,
                 "layers_to_transform and last_layers exclude each other" if both else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}"
-                if self.learning_rate <= 0
-                else None,
+                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 
@@ -113,13 +111,9 @@ class Selective:
             counts[stack] = max(counts.get(stack, 0), i + 1)
         if self.last_layers is not None:
             if not counts:
-                raise ValueError(
-                    "Selective: last_layers finds no numbered stack of layers; use target_modules"
-                )
+                raise ValueError("Selective: last_layers finds no numbered stack of layers; use target_modules")
             if self.last_layers > max(counts.values()):
-                raise ValueError(
-                    f"Selective: last_layers={self.last_layers}, but the model has {max(counts.values())}"
-                )
+                raise ValueError(f"Selective: last_layers={self.last_layers}, but the model has {max(counts.values())}")
             last = self.last_layers
             return [n for n, (stack, i) in numbers.items() if i >= counts[stack] - last]
         layers = self.layers_to_transform

@@ -26,9 +26,7 @@ def count(path: str) -> None:
         calls[path] += 1
 
 
-def lora_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> Tensor:
+def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The same in plain PyTorch; the fused function is held to it.
 
     Args:
@@ -49,9 +47,7 @@ class _LoRALinear(torch.autograd.Function):
     """Saves the input and the rank-sized product; adds the change into the output without a full-size temporary."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = F.linear(rows, weight, bias)
         h = rows @ a.T
@@ -62,7 +58,7 @@ class _LoRALinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, h = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])

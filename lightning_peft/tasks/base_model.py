@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 from lightning_peft.core.problems import nearest
+from lightning_peft.formats.hub import hub_is_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +92,7 @@ class BaseModel:
         # Files name the base as the user did, not where a package happens to lie on this machine
         model.config.name_or_path = self.name_or_path
         model.train()
-        return model  # type: ignore[no-any-return]
+        return model
 
     def positions(self) -> int | None:
         """How many tokens the model has positions for, or None where it does not say.
@@ -105,9 +104,7 @@ class BaseModel:
 
         with _helpful(self.name_or_path):
             source, local = _resolve(self.name_or_path)
-            config = transformers.AutoConfig.from_pretrained(
-                source, revision=self.revision, local_files_only=local
-            )
+            config = transformers.AutoConfig.from_pretrained(source, revision=self.revision, local_files_only=local)
         limit: int | None = getattr(config, "max_position_embeddings", None)
         return limit
 
@@ -123,13 +120,12 @@ class BaseModel:
         revision = self.revision if self.tokenizer is None else None
         with _helpful(name), _quiet():
             source, local = _resolve(name)
-            return transformers.AutoTokenizer.from_pretrained(
-                source, revision=revision, local_files_only=local
-            )
+            return transformers.AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    found: int | None = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return found
 
 
 def _resolve(name: str) -> tuple[str, bool]:
@@ -142,20 +138,7 @@ def _resolve(name: str) -> tuple[str, bool]:
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE) if name == EMBEDDED else None
     if spec is not None and spec.origin is not None:
         return str(Path(spec.origin).parent / "model"), True
-    return name, not _hub_is_reachable()
-
-
-def _hub_is_reachable() -> bool:
-    """Whether the hub's name can be looked up: without this transformers tries again and again for a minute."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
+    return name, not hub_is_reachable()
 
 
 @contextmanager
@@ -166,15 +149,12 @@ def _helpful(name: str) -> Iterator[None]:
     except OSError as error:
         if Path(name).is_dir():
             raise
-        hint = (
-            "; install the embedded default with pip install 'lightning-peft[demo]'"
-            if name == EMBEDDED
-            else ""
-        )
+        hint = "; install the embedded default with pip install 'lightning-peft[demo]'" if name == EMBEDDED else ""
         near = Path(name).parent
         there = [str(p) for p in near.iterdir() if p.is_dir()] if near.is_dir() and near != Path(".") else []
+        instead = nearest(name, there) if there else ""
         raise OSError(
-            f"{name!r} is no local folder{nearest(name, there) if there else ''} and could not be fetched from the hub; "
+            f"{name!r} is no local folder{instead} and could not be fetched from the hub; "
             f"pass model.name_or_path=/a/local/folder with config.json and weights{hint}"
         ) from error
 

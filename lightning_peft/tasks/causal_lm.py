@@ -51,9 +51,7 @@ class CausalLM:
         """
         return [self._encode(i, row, tokenizer, max_length, training) for i, row in enumerate(rows)]
 
-    def _encode(
-        self, i: int, row: dict[str, Any], tokenizer: Any, max_length: int, training: bool
-    ) -> dict[str, Any]:
+    def _encode(self, i: int, row: dict[str, Any], tokenizer: Any, max_length: int, training: bool) -> dict[str, Any]:
         start = _start(tokenizer)
         prompt = tokenizer(str(row["prompt"]), add_special_tokens=False)["input_ids"]
         if not training:
@@ -96,9 +94,7 @@ class CausalLM:
         metrics.update((logits.argmax(-1) == labels).float())
 
     @torch.no_grad()
-    def predict(
-        self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any
-    ) -> list[dict[str, Any]]:
+    def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
         """The completion that the model writes to each prompt; greedy, 64 tokens at most, unless told otherwise."""
         options = {"max_new_tokens": 64, "do_sample": False, **generation}
         end = _end(tokenizer)

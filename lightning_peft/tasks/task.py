@@ -64,8 +64,6 @@ class Task(Protocol):
         """Adds a batch to the metrics."""
         ...
 
-    def predict(
-        self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any
-    ) -> list[dict[str, Any]]:
+    def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
         """What the model says to each row, in plain values."""
         ...

@@ -65,9 +65,7 @@ class TextClassification:
                 key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n),
             )
             if len(found) < 2:
-                raise ValueError(
-                    f"classification needs two labels or more, but the training data has only {found}"
-                )
+                raise ValueError(f"classification needs two labels or more, but the training data has only {found}")
             self.labels = found
 
     def encode(
@@ -119,9 +117,7 @@ class TextClassification:
         metrics.update(outputs.logits.argmax(-1), batch["labels"])
 
     @torch.no_grad()
-    def predict(
-        self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any
-    ) -> list[dict[str, Any]]:
+    def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
         """The likeliest label of each row and its probability."""
         shares = model(**self.inputs(batch)).logits.float().softmax(-1)
         best, which = shares.max(-1)

@@ -1,0 +1,73 @@
+"""The adapters of one model by name, with what they share."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch.nn import Module, ModuleDict
+
+from lightning_peft.core.routing import Switch
+from lightning_peft.core.tree import AdapterTree
+
+
+class Adapters(ModuleDict):
+    """Registered at the root of what is adapted, as ``adapters``.
+
+    Attributes:
+        switch: which of them are active.
+        requires_grad_before: the base's flags before the first adapter froze it.
+        base_fingerprint: of the base before anything trained, or None where it cannot be read.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.switch = Switch()
+        self.requires_grad_before: dict[str, bool] = {}
+        self.base_fingerprint: str | None = None
+
+    @property
+    def trees(self) -> dict[str, AdapterTree]:
+        """The adapters by name."""
+        return {name: cast(AdapterTree, tree) for name, tree in self.items()}
+
+    @property
+    def in_place(self) -> set[str]:
+        """Names of all base parameters that train in place, for any of the adapters."""
+        return {name for tree in self.trees.values() for name in tree.record.in_place}
+
+
+def adapters_of(model: Module) -> Adapters | None:
+    """The model's adapters, or None if it is not the root of an adapted model."""
+    found = model._modules.get("adapters")
+    return found if isinstance(found, Adapters) else None
+
+
+def tree_of(model: Module, name: str) -> AdapterTree:
+    """One adapter of an adapted model.
+
+    Args:
+        model: the root.
+        name: the adapter's name.
+
+    Raises:
+        KeyError: if there is none of that name.
+    """
+    adapters = adapters_of(model)
+    if adapters is None or name not in adapters:
+        raise KeyError(f"the model has no adapter {name!r}")
+    return adapters.trees[name]
+
+
+def switch_of(model: Module) -> Switch:
+    """The switch of an adapted model.
+
+    Args:
+        model: the root.
+
+    Raises:
+        KeyError: if it is not the root of an adapted model.
+    """
+    adapters = adapters_of(model)
+    if adapters is None:
+        raise KeyError("the model is not adapted")
+    return adapters.switch
