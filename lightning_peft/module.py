@@ -120,7 +120,7 @@ class PeftModule(LightningModule):
         """The tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
             named = [str(getattr(m, "name_or_path", "")) for m in self._given]
-            spec = self.base or BaseModel(*named)
+            spec = self.base or BaseModel(named[0])
             self._tokenizer = spec.load_tokenizer()
         return self._tokenizer
 

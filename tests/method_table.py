@@ -1,0 +1,69 @@
+"""Every method, a row each: the invariants run over this table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_peft import BottleneckAdapter, LoRA, PromptTuning, Selective
+
+LANGUAGE = ("bert", "gpt2", "llama", "t5")
+EVERYWHERE = (*LANGUAGE, "convnet", "encoder")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in the table.
+
+    Attributes:
+        name: the test's name for it.
+        make: makes the method.
+        models: models that it works on.
+        identity: whether the model starts as the base, to the bit.
+        mergeable: whether it can be merged.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    models: tuple[str, ...] = LANGUAGE
+    identity: bool = True
+    mergeable: bool = True
+
+
+TABLE = (
+    Row("lora", lambda: LoRA(r=4, lora_alpha=6)),
+    Row("lora_rs_bias", lambda: LoRA(r=4, lora_alpha=6, use_rslora=True, bias="all"), ("bert", "gpt2")),
+    Row(
+        "lora_regex",
+        lambda: LoRA(r=2, lora_alpha=3, target_modules=r".*(conv1|conv2|self_attn|linear1|head)"),
+        ("convnet", "encoder"),
+    ),
+    Row(
+        "lora_embedding",
+        lambda: LoRA(r=2, lora_alpha=3, target_modules=r".*(word_embeddings|wte|embed_tokens)"),
+        ("bert", "gpt2", "llama"),
+    ),
+    Row(
+        "lora_saved_head",
+        lambda: LoRA(r=2, lora_alpha=3, modules_to_save=["head"], target_modules=["conv1"]),
+        ("convnet",),
+    ),
+    Row("full", lambda: Selective(), EVERYWHERE),
+    Row("bitfit", lambda: Selective(parameter_types=["bias"]), ("bert", "gpt2", "convnet", "encoder")),
+    Row("norm", lambda: Selective(parameter_types=["norm"]), EVERYWHERE),
+    Row("last_layers", lambda: Selective(last_layers=1), (*LANGUAGE, "encoder")),
+    Row("embeddings", lambda: Selective(parameter_types=["embedding"])),
+    Row("head", lambda: Selective(parameter_types=["head"]), ("bert", "llama")),
+    Row("houlsby", lambda: BottleneckAdapter(reduction_factor=4), mergeable=False),
+    Row(
+        "pfeiffer",
+        lambda: BottleneckAdapter(mh_adapter=False, reduction_factor=4, non_linearity="gelu"),
+        mergeable=False,
+    ),
+    Row("parallel", lambda: BottleneckAdapter(is_parallel=True, scaling=2.0, reduction_factor=4), mergeable=False),
+    Row("prompt_tuning", lambda: PromptTuning(4), identity=False, mergeable=False),
+)
+
+CASES = [(row, model) for row in TABLE for model in row.models]
+IDS = [f"{row.name}-{model}" for row, model in CASES]
