@@ -243,14 +243,11 @@ def _leaving_in_place(module: Module, fn: Callable[[Tensor], Tensor]) -> Callabl
     parameters = [module.get_parameter(name) for name in base.in_place]
     kept = {id(tensor) for p in parameters for tensor in (p, p.grad) if tensor is not None}
 
-    def apply(tensor: Tensor) -> Tensor:
-        if id(tensor) not in kept:
-            return fn(tensor)
-        cast = fn(tensor)
-        base.cast_to = cast.dtype if cast.dtype != torch.float32 else None
-        return moved_only(fn)(tensor)
-
-    return apply
+    # What the weights would be cast to if they did not train: `fn` alone tells, tried on a tensor of that dtype.
+    computed = fn(torch.empty(0, dtype=base.cast_to or torch.float32)).dtype
+    base.cast_to = None if computed == torch.float32 else computed
+    move = moved_only(fn)
+    return lambda tensor: move(tensor) if id(tensor) in kept else fn(tensor)
 
 
 def _off_when_adapted(flag: str) -> property:

@@ -1,0 +1,268 @@
+"""PeftCallback on LightningModules that know nothing of adapters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_peft import LoRA, PeftCallback, PromptTuning, Selective, load_from_checkpoint
+from lightning_peft.core.adapters import adapters_of
+from tests.conftest import BUILDERS
+
+
+class Net(L.LightningModule):
+    """A backbone and a head, built where ``where`` says."""
+
+    def __init__(self, where: str = "__init__", lr: float = 0.01) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if where == "__init__":
+            self.make()
+
+    def make(self) -> None:
+        if not hasattr(self, "backbone"):
+            torch.manual_seed(0)
+            kind = {"dtype": torch.get_default_dtype()}
+            self.backbone = nn.Sequential(nn.Linear(6, 16, **kind), nn.ReLU(), nn.Linear(16, 8, **kind))
+            self.head = nn.Linear(8, 3, **kind)
+
+    def setup(self, stage: str) -> None:
+        if self.hparams.where == "setup":
+            self.make()
+
+    def configure_model(self) -> None:
+        if self.hparams.where == "configure_model":
+            self.make()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.head(self.backbone(x)), y)
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return self.head(self.backbone(batch[0]))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.hparams.lr)
+
+
+class Losses(L.Callback):
+    """Notes every training loss."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(float(outputs["loss"]))
+
+
+@pytest.fixture
+def loader():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(32, 6, generator=generator)
+    return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=8)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    def make(*callbacks, **options):
+        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        options = {"max_epochs": 2, "accelerator": "cpu", "default_root_dir": tmp_path, **quiet, **options}
+        return L.Trainer(callbacks=list(callbacks), **options)
+
+    return make
+
+
+WHERE = pytest.mark.parametrize("where", ["__init__", "setup", "configure_model"])
+
+
+@WHERE
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_model_is_found_wherever_it_is_built_and_trains_in_float32(where, precision, loader, trainer):
+    net = Net(where)
+    trainer(PeftCallback(LoRA(r=2), model="backbone"), precision=precision).fit(net, loader, loader)
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert trained == {
+        *(f"backbone.adapters.default.{i}.lora_{m}" for i in (0, 2) for m in "AB"),
+        "head.weight",
+        "head.bias",
+    }
+    assert {p.dtype for p in net.parameters() if p.requires_grad} == {torch.float32}
+    states = net.trainer.optimizers[0].state.values()
+    assert {t.dtype for s in states for n, t in s.items() if n != "step"} == {torch.float32}
+    if precision == "bf16-true":
+        assert net.backbone[0].weight.dtype == torch.bfloat16
+        assert net.backbone(torch.randn(2, 6).bfloat16()).dtype == torch.bfloat16
+
+
+@WHERE
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("method", [LoRA(r=2), Selective(parameter_types=["bias"]), Selective(keep_originals=False)])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(where, precision, method, loader, trainer, tmp_path):
+    whole, first, after = Net(where), Net(where), Net(where)
+    torch.manual_seed(5)
+    trainer(PeftCallback(method, "backbone"), precision=precision, max_epochs=4).fit(whole, loader)
+    torch.manual_seed(5)
+    half = trainer(PeftCallback(method, "backbone"), precision=precision, max_epochs=2)
+    half.fit(first, loader)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = trainer(PeftCallback(method, "backbone"), precision=precision, max_epochs=4)
+    resumed.fit(after, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    expected = whole.state_dict()
+    assert after.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[n]) for n, t in after.state_dict().items())
+
+
+@WHERE
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_checkpoint_holds_what_trains_and_rebuilds_the_module(where, weights_only, loader, trainer, tmp_path):
+    net = Net(where)
+    t = trainer(PeftCallback(LoRA(r=2), model="backbone"))
+    t.fit(net, loader)
+    t.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert "backbone.0.weight" not in saved["state_dict"]
+    assert set(saved["state_dict"]) == set(saved["lightning_peft"]["tensors"])
+    assert saved["lightning_peft"]["methods"]["default"]["_target_"] == "lightning_peft.LoRA"
+    again = load_from_checkpoint(Net, tmp_path / "a.ckpt")
+    assert type(again) is Net
+    x = torch.randn(3, 6)
+    assert torch.equal(again.head(again.backbone(x)), net.head(net.backbone(x)))
+    assert load_from_checkpoint(Net, tmp_path / "a.ckpt", lr=0.5).hparams.lr == 0.5
+
+
+def test_the_same_model_is_seen_by_fit_validate_test_and_predict(loader, trainer):
+    net, callback = Net("configure_model"), PeftCallback(LoRA(r=2), model="backbone")
+    trainer(callback).fit(net, loader, loader)
+    base = copy.deepcopy(net)
+    base.backbone = Net().backbone
+    for run in ("validate", "test", "predict"):
+        getattr(trainer(PeftCallback(LoRA(r=2), model="backbone")), run)(net, loader)
+        assert len(adapters_of(net.backbone)) == 1
+    (first, *_) = trainer(PeftCallback(LoRA(r=2), model="backbone")).predict(net, loader)
+    x = next(iter(loader))[0]
+    assert not torch.allclose(first, base.head(base.backbone(x)))
+
+
+def test_an_adapted_module_is_not_adapted_twice(loader, trainer):
+    net = Net()
+    for _ in range(2):
+        trainer(PeftCallback(LoRA(r=2), model="backbone"), max_epochs=1).fit(net, loader)
+    assert list(adapters_of(net.backbone)) == ["default"]
+    with pytest.raises(ValueError, match="already adapted by LoRA"):
+        trainer(PeftCallback(LoRA(r=4), model="backbone")).fit(net, loader)
+    with pytest.raises(ValueError, match="use one PeftCallback"):
+        trainer(PeftCallback(LoRA(r=2))).fit(net, loader)
+
+
+def test_without_model_the_whole_module_is_the_base(loader, trainer):
+    net = Net()
+    trainer(PeftCallback(LoRA(r=2, target_modules=["backbone.0"], modules_to_save=["head"]))).fit(net, loader)
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert trained == {
+        "adapters.default.backbone.0.lora_A",
+        "adapters.default.backbone.0.lora_B",
+        "adapters.default.head.weight",
+        "adapters.default.head.bias",
+    }
+
+
+def test_a_checkpoint_of_another_base_or_method_is_refused(loader, trainer, tmp_path):
+    t = trainer(PeftCallback(LoRA(r=2), model="backbone"))
+    t.fit(Net(), loader)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    other = Net()
+    nn.init.normal_(other.backbone[0].weight)
+    with pytest.raises(ValueError, match=r"another base: .* fingerprint"):
+        trainer(PeftCallback(LoRA(r=2), model="backbone")).fit(other, loader, ckpt_path=tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="method is"):
+        trainer(PeftCallback(LoRA(r=2, lora_alpha=1), model="backbone")).fit(
+            Net(), loader, ckpt_path=tmp_path / "a.ckpt"
+        )
+    plain = trainer()
+    plain.fit(Net(), loader)
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="says nothing of an adapter"):
+        load_from_checkpoint(Net, tmp_path / "plain.ckpt")
+
+
+def test_loading_stays_strict_for_what_was_saved(loader, trainer, tmp_path):
+    t = trainer(PeftCallback(LoRA(r=2), model="backbone"))
+    t.fit(Net(), loader)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    del saved["state_dict"]["backbone.adapters.default.0.lora_A"]
+    torch.save(saved, tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match=r"lacks 1 of the tensors that it lists, such as backbone\.adapters"):
+        load_from_checkpoint(Net, tmp_path / "cut.ckpt")
+
+
+def test_parameters_without_a_gradient_are_named(loader, trainer):
+    class Unused(Net):
+        def training_step(self, batch, batch_idx):
+            return self.head(self.backbone[0](batch[0])[:, :8]).pow(2).mean()
+
+    with pytest.warns(UserWarning, match=r"no gradient reached 2 trainable parameters: backbone.adapters.default.2"):
+        trainer(PeftCallback(LoRA(r=2), model="backbone"), max_epochs=1).fit(Unused(), loader)
+
+
+def test_a_module_with_the_callback_copies_and_pickles(loader, trainer):
+    net = Net("configure_model")
+    trainer(PeftCallback(LoRA(r=2), model="backbone"), max_epochs=1).fit(net, loader)
+    net.trainer = None
+    x = torch.randn(3, 6)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin.backbone(x), net.backbone(x))
+        assert twin.configure_model.__self__ is twin
+
+
+def test_a_prompt_goes_to_the_one_language_model_or_the_candidates_are_listed(trainer, loader):
+    class Two(Net):
+        def make(self):
+            super().make()
+            self.first, self.second = BUILDERS["bert"](), BUILDERS["gpt2"]()
+
+    with pytest.raises(ValueError, match=r"found \['first', 'second'\]"):
+        trainer(PeftCallback(PromptTuning(4))).fit(Two(), loader)
+    with pytest.raises(ValueError, match="found none in Net"):
+        trainer(PeftCallback(PromptTuning(4))).fit(Net(), loader)
+
+
+def test_the_learning_rate_finder_works_on_an_adapted_module(loader, trainer, tmp_path):
+    from lightning.pytorch.tuner import Tuner
+
+    net = Net()
+    finder = Tuner(trainer(PeftCallback(LoRA(r=2), model="backbone"))).lr_find(net, loader, num_training=5)
+    assert len(finder.results["lr"]) > 1
+
+
+def test_a_word_instead_of_a_method_and_an_unknown_submodule_are_refused(trainer, loader):
+    with pytest.raises(TypeError, match="expects a method such as LoRA"):
+        PeftCallback("lora")
+    with pytest.raises(ValueError, match="no submodule 'backbon'; did you mean 'backbone'"):
+        trainer(PeftCallback(LoRA(r=2), model="backbon")).fit(Net(), loader)
+
+
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging callback with a model that overrides")
+def test_weight_averaging_keeps_to_what_trains(loader, trainer, tmp_path):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    net = Net()
+    t = trainer(PeftCallback(LoRA(r=2), model="backbone"), EMAWeightAveraging(decay=0.5))
+    t.fit(net, loader)
+    t.save_checkpoint(tmp_path / "ema.ckpt")
+    saved = torch.load(tmp_path / "ema.ckpt", weights_only=True)
+    assert "backbone.0.weight" not in saved["state_dict"]
+    assert "backbone.adapters.default.0.lora_A" in saved["state_dict"]
