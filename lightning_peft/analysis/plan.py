@@ -90,7 +90,7 @@ def plan_of(model: Module, name: str) -> Plan:
     record = tree.record
     method = type(record.method).__name__
     entries: list[tuple[str, str, str, int, int]] = []
-    for place, layer in tree.layers.items():
+    for place, layer in tree.layers_by_module.items():
         new = place in record.copies and any(is_within(n, [place]) for n in record.new)
         what = "new, trains in full" if new else "a copy, trains in full" if place in record.copies else method
         trained = [p for p in layer.parameters() if p.requires_grad]
@@ -140,7 +140,7 @@ def _coverage(model: Module, tree: AdapterTree) -> tuple[int, int]:
     names = [
         n for n, m in modules.items() if (issubclass(class_of(m), Linear) or is_conv1d(m)) and not is_within(n, heads)
     ]
-    places = [n for n in tree.layers if n]
+    places = [n for n in tree.layers_by_module if n]
     trained = {k.rpartition(".")[0] for k in tree.record.in_place}
     covered = [n for n in names if is_within(n, places) or n in trained]
     return len(names), len(covered)

@@ -45,7 +45,7 @@ def inject(model: Module, method: Method, name: str = "default", *, also_in_plac
     new = new_parameters(model)
     placement = method.place(model)
     copies, single = _copies(model, method, placement, new)
-    in_place = list(dict.fromkeys([*placement.in_place, *single, *also_in_place]))
+    in_place = [n for n in dict.fromkeys([*placement.in_place, *single, *also_in_place]) if not is_within(n, copies)]
     layers = placement.layers | {n: SavedModule(_plain(model.get_submodule(n))) for n in copies}
     if not layers and not in_place:
         raise ValueError(f"{type(method).__name__} finds nothing to train in {class_of(model).__name__}")
@@ -185,12 +185,9 @@ def _copies(model: Module, method: Method, placement: Placement, new: list[str])
     asked: list[str] = []
     if method.modules_to_save:
         asked = match_modules(model, method.modules_to_save, option="modules_to_save")
-        clash = [n for n in placement.layers if n and is_within(n, asked)]
-        if clash:
-            raise ValueError(
-                f"modules_to_save={method.modules_to_save!r} trains {asked} in full, but {clash} would also get "
-                f"{type(method).__name__} layers; take them out of target_modules"
-            )
+        # what trains in full as a copy has no use for a layer of the method beside it
+        for inside in [n for n in placement.layers if n and is_within(n, asked)]:
+            del placement.layers[inside]
     covered = set(placement.in_place)
     whole, single = new_modules(model, [n for n in new if n not in covered])
     copies = [*asked, *(n for n in whole if not is_within(n, [*asked, *placement.layers]))]
@@ -234,7 +231,7 @@ def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) ->
     """The part of an injection that changes the model; nothing in it can fail for a reason of the user's."""
     attach(model, adapters.switch, is_root=True)
     model._modules["adapters"] = adapters
-    for place, layer in tree.layers.items():
+    for place, layer in tree.layers_by_module.items():
         attach(model.get_submodule(place), adapters.switch).layers[name] = layer
     in_place = adapters.in_place
     for key, parameter in _base_parameters(model).items():

@@ -64,7 +64,7 @@ def _exchange(model: Module, tree: AdapterTree, which: int) -> None:
 def _deltas(model: Module, tree: AdapterTree) -> dict[tuple[str, str], Tensor]:
     found: dict[tuple[str, str], Tensor] = {}
     method = type(tree.record.method).__name__
-    for place, layer in tree.layers.items():
+    for place, layer in tree.layers_by_module.items():
         with torch.no_grad():
             deltas = layer.deltas(model.get_submodule(place))
         if deltas is None:

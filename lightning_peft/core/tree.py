@@ -51,15 +51,15 @@ class AdapterTree(Module):
             _place(self, name, layers[name])
 
     @property
-    def layers(self) -> dict[str, AdapterLayer]:
-        """The layers by module name."""
+    def layers_by_module(self) -> dict[str, AdapterLayer]:
+        """The layers by module name; the long name keeps clear of what the base's modules are called."""
         return self._layers[0]
 
     def train(self, mode: bool = True) -> AdapterTree:
         """Sets the mode of every layer, that of the root included."""
         super().train(mode)
-        if "" in self.layers:
-            self.layers[""].train(mode)
+        if "" in self.layers_by_module:
+            self.layers_by_module[""].train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTree:

@@ -200,6 +200,9 @@ def _without_base_copies(model: Module, stored: dict[str, Tensor], expected: set
     base = {f"base_model.model.{k}": t for k, t in base_tensors(model).items()}
     kept: dict[str, Tensor] = {}
     for key, tensor in stored.items():
+        # with bias="all" peft also writes a saved module's biases under its wrapper's inner names
+        if ".original_module." in key or key.replace(".modules_to_save.", ".") in stored.keys() - {key}:
+            continue
         own = base.get(key.replace(".base_layer.", "."))
         if key in expected or own is None or not torch.equal(own.detach().cpu().to(tensor.dtype), tensor):
             kept[key] = tensor

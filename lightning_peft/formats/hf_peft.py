@@ -39,16 +39,28 @@ def adapter_config(model: Module, record: Record, base: dict[str, Any]) -> dict[
     """
     method = record.method
     assert isinstance(method, PeftFormat)
-    name = class_of(model).__name__
     return {
         "peft_type": record.method.peft_type,
-        "task_type": next((t for ending, t in _TASK_TYPES.items() if name.endswith(ending)), None),
+        "task_type": _task_type(model, record),
         "base_model_name_or_path": base["name"],
         "revision": base["revision"],
         "inference_mode": True,
         "modules_to_save": record.copies or None,
         **method.peft_config(model, record.layers),
     }
+
+
+def _task_type(model: Module, record: Record) -> str | None:
+    name = class_of(model).__name__
+    kind = next((t for ending, t in _TASK_TYPES.items() if name.endswith(ending)), None)
+    if kind in ("SEQ_CLS", "TOKEN_CLS") and not record.copies and not _is_prompt(record):
+        # With this type peft takes a trained classifier for granted and fails where the file has none
+        return None
+    return kind
+
+
+def _is_prompt(record: Record) -> bool:
+    return "num_virtual_tokens" in vars(record.method)
 
 
 def method_from_peft(config: dict[str, Any]) -> Method:

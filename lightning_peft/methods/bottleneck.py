@@ -88,7 +88,7 @@ class BottleneckAdapter:
     feed_forward_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[str] | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
 
     peft_type: ClassVar[str | None] = None
     mergeable: ClassVar[bool] = False

@@ -157,7 +157,9 @@ class LoRA:
             ValueError: if it asks for an option that is not supported here, such as DoRA.
         """
         names = [f.name for f in fields(cls) if f.name != "learning_rate"]
-        refuse_unknown("LoRA", config, known=[*names, "fan_in_fan_out", "init_lora_weights"])
+        # these say nothing unless another option, which is refused, is on
+        idle = ["fan_in_fan_out", "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config"]
+        refuse_unknown("LoRA", config, known=[*names, *idle])
         return cls(**{n: config[n] for n in names if config.get(n) is not None})
 
 
