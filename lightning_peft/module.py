@@ -204,6 +204,20 @@ class PeftModule(LightningModule):
         self.task.update(self.metrics, outputs, batch)
 
     @override
+    def on_validation_epoch_start(self) -> None:
+        self._reset_metrics()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._reset_metrics()
+
+    def _reset_metrics(self) -> None:
+        """Before an evaluation, not after it: what is made in inference mode cannot be updated outside of it."""
+        assert self.metrics is not None
+        self.val_loss.reset()
+        self.metrics.reset()
+
+    @override
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
 
@@ -218,8 +232,6 @@ class PeftModule(LightningModule):
         if self.task.peft_task_type == "CAUSAL_LM":
             values["perplexity"] = torch.exp(loss)
         self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, prog_bar=True)
-        self.val_loss.reset()
-        self.metrics.reset()
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:

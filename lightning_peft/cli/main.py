@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ def main() -> None:
     problem = problem_with(command, [a for a in arguments if not a.startswith("-")], asks=_only_asks(arguments))
     if problem is not None:
         _stop(problem)
+    # torch and Lightning disagree about a private class; nobody who runs a command can do anything about it
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     program = sys.argv[0]
     sys.argv = [program, *arguments]
     run = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=command)(_plain_errors(known[command]))

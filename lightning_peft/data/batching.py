@@ -72,56 +72,46 @@ def _ranks() -> tuple[int, int]:
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that Lightning can resume in the middle of an epoch.
+    """A DataLoader that a Trainer can resume in the middle of an epoch.
 
-    It draws nothing from the global random state, so a resumed run does not drift from an uninterrupted one.
+    How many batches to leave out is read off the trainer's own progress when the first batch is asked for: Lightning
+    makes iterators before it has restored its loops. Nothing is drawn from the global random state, so a resumed run
+    does not drift from an uninterrupted one.
 
     Args:
         rows: the data set.
         batches: the batch sampler.
+        trainer: the trainer whose progress counts, or None to begin every epoch at its beginning.
         **options: as DataLoader takes them.
     """
 
-    def __init__(self, rows: Sequence[Any], batches: LengthGroupedBatches, **options: Any) -> None:
+    def __init__(self, rows: Sequence[Any], batches: LengthGroupedBatches, trainer: Any = None, **options: Any) -> None:
         generator = Generator()
         generator.manual_seed(batches.seed)
-        self._skip = _Skipping(batches)
-        super().__init__(rows, batch_sampler=self._skip, generator=generator, **options)  # type: ignore[arg-type]
-        self._trainer: Any = None
+        self._remaining = _Remaining(batches, trainer)
+        super().__init__(rows, batch_sampler=self._remaining, generator=generator, **options)  # type: ignore[arg-type]
 
-    def follow(self, trainer: Any) -> None:
-        """Lets the loader know the trainer: its progress says how many batches were trained on, prefetched or not.
-
-        Args:
-            trainer: the trainer.
-        """
-        self._trainer = trainer
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were trained on."""
-        progress = self._trainer.fit_loop.epoch_loop.batch_progress
-        done = progress.current.completed + (progress.current.processed > progress.current.completed)
-        return {"batches": done % len(self)}
+        """Nothing: the trainer's progress is the state. Having it tells Lightning that the loader can be resumed."""
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skips what was trained on, in the next epoch that is iterated.
-
-        Args:
-            state: as `state_dict` gives it.
-        """
-        self._skip.next_time = state["batches"]
+        """Nothing is to be done; see `state_dict`."""
 
 
-class _Skipping(Sampler[list[int]]):
-    """A batch sampler that leaves out the first batches of one epoch."""
+class _Remaining(Sampler[list[int]]):
+    """The batches of an epoch that the trainer has not trained on yet."""
 
-    def __init__(self, batches: LengthGroupedBatches) -> None:
+    def __init__(self, batches: LengthGroupedBatches, trainer: Any) -> None:
         self.sampler = batches
-        self.next_time = 0
+        self.trainer = trainer
 
     def __iter__(self) -> Iterator[list[int]]:
-        skip, self.next_time = self.next_time, 0
-        yield from self.sampler.batches()[skip:]
+        done = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        yield from self.sampler.batches()[done % max(1, len(self)) :]
 
     def __len__(self) -> int:
         return len(self.sampler)

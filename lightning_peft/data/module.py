@@ -210,12 +210,8 @@ class TextDataModule(LightningDataModule):
         """Batches of similar length, in an order that the seed and the epoch fix."""
         features = self._features["train"]
         batches = LengthGroupedBatches([len(f["input_ids"]) for f in features], self.batch_size, self.seed)
-        loader = ResumableLoader(
-            features, batches, num_workers=self.num_workers, collate_fn=self._collate(training=True)
-        )
-        if self.trainer is not None:
-            loader.follow(self.trainer)
-        return loader
+        collate = self._collate(training=True)
+        return ResumableLoader(features, batches, self.trainer, num_workers=self.num_workers, collate_fn=collate)
 
     @override
     def val_dataloader(self) -> DataLoader[Any]:

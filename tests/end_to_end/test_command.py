@@ -1,0 +1,218 @@
+"""The command line in a process of its own, on tiny local models and files."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+COMMAND = [sys.executable, "-m", "lightning_peft.cli.main"]
+
+
+def run(*words: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*COMMAND, *words], cwd=cwd, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def words(tmp_path, bert_folder):
+    """Overrides for a run of seconds: a tiny model, a file of texts."""
+    rows = [{"sentence": "red " * (1 + i % 5) if i % 2 else "blue " * (1 + i % 4), "label": i % 2} for i in range(24)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = ["data=files", "data.train_files=texts.jsonl", "data.columns.text=sentence", "data.batch_size=4"]
+    return [f"model.name_or_path={bert_folder}", *data, "trainer.max_epochs=2"]
+
+
+@pytest.mark.slow
+def test_train_eval_predict_and_export_go_together(tmp_path, words):
+    said = run(*words, "method.r=2", "hydra.run.dir=run", cwd=tmp_path).stdout
+    for expected in ("validation accuracy", "run/checkpoints/best.ckpt", "run/adapter", "lightning-peft predict"):
+        assert expected in said
+    folder = tmp_path / "run"
+    assert yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())["method"]["r"] == 2
+    assert "val/accuracy" in json.loads((folder / "metrics.json").read_text())
+    assert "val/loss" in (folder / "logs" / "metrics.csv").read_text()
+    assert (folder / "adapter" / "adapter_config.json").exists()
+
+    best = "adapter=run/checkpoints/best.ckpt"
+    data = ["data=files", "data.train_files=texts.jsonl", "data.columns.text=sentence"]
+    assert "val/accuracy" in run("eval", best, *data, cwd=tmp_path).stdout
+    predict = ["predict", *data, "data.predict_files=texts.jsonl"]
+    run(*predict, best, "output=from_checkpoint.jsonl", cwd=tmp_path)
+    run(*predict, "adapter=run/adapter", "output=from_folder.jsonl", cwd=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "from_checkpoint.jsonl").read_text().splitlines()]
+    assert rows == [json.loads(line) for line in (tmp_path / "from_folder.jsonl").read_text().splitlines()]
+    assert len(rows) == 24
+    assert set(rows[0]) == {"id", "text", "label", "score"}
+    refused = run(*predict, best, "output=from_folder.jsonl", cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert "from_folder.jsonl exists" in refused.stderr
+
+    run("export", best, "to=exported", cwd=tmp_path)
+    again = run("export", best, "to=exported", cwd=tmp_path, check=False)
+    assert "already holds an adapter" in again.stderr
+    run("export", best, "to=merged", "format=merged", cwd=tmp_path)
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        scores = model(**tokenizer([r["text"] for r in rows], padding=True, return_tensors="pt")).logits.softmax(-1)
+    torch.testing.assert_close(scores.max(-1).values, torch.tensor([r["score"] for r in rows]), rtol=1e-4, atol=1e-5)
+    assert [model.config.id2label[i] for i in scores.argmax(-1).tolist()] == [r["label"] for r in rows]
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path, words):
+    run(*words, "-m", "method=bitfit,prompt_tuning", "trainer.max_epochs=1", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    for number, method in (("0", "Selective"), ("1", "PromptTuning")):
+        folder = tmp_path / "sweep" / number
+        assert method in yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())["method"]["_target_"]
+        assert (folder / "metrics.json").exists()
+        assert (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, words):
+    command = [*COMMAND, *words, "trainer.max_epochs=10000", "hydra.run.dir=run"]
+    going = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in going.stdout:
+        if line.startswith("epoch 3/"):
+            going.send_signal(signal.SIGINT)
+            break
+    said, complained = going.communicate(timeout=60)
+    assert "Go on with:  lightning-peft" in said, complained
+    saved = tmp_path / "run" / "checkpoints" / "interrupted.ckpt"
+    steps = torch.load(saved, weights_only=True)["global_step"]
+    assert steps > 0
+    resumed = run(
+        *words, "trainer.max_epochs=2000", f"trainer.max_steps={steps + 2}", f"ckpt_path={saved}", cwd=tmp_path
+    )
+    assert "validation accuracy" in resumed.stdout
+
+
+@pytest.mark.slow
+def test_language_modelling_from_the_command_line(tmp_path, llama_folder):
+    words = [
+        "experiment=docstrings_lm",
+        f"model.name_or_path={llama_folder}",
+        "data.limit=32",
+        "trainer.limit_val_batches=2",
+    ]
+    said = run(*words, "hydra.run.dir=run", cwd=tmp_path).stdout
+    assert "validation loss" in said
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text('{"prompt": "def join(self):"}\n{"prompt": "def close():"}\n')
+    run("predict", "adapter=run/adapter", f"data.predict_files={asked}", "output=written.jsonl", cwd=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "written.jsonl").read_text().splitlines()]
+    assert [set(r) for r in rows] == [{"id", "prompt", "completion"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method=lroa"], "method=lroa is unknown; did you mean 'lora'?"),
+        (["metod=lora"], "there is no 'metod'; did you mean 'method'"),
+        (["method.lora_alhpa=3"], "there is no 'method.lora_alhpa'; did you mean 'lora_alpha'?"),
+        (["trian"], "command 'trian' is unknown; did you mean 'train'?"),
+        (["eval"], "eval needs adapter=..."),
+        (["-m", "method=lora,bitfitt"], "method=bitfitt is unknown; did you mean 'bitfit'?"),
+        (["data=files"], "train needs data.train_files=..."),
+    ],
+)
+def test_a_wrong_word_is_named_with_the_nearest_right_one(monkeypatch, capsys, words, said):
+    from lightning_peft.cli.main import main
+
+    monkeypatch.setattr(sys, "argv", ["lightning-peft", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method.r=0"], "r must be a whole number of 1 or more, but got 0"),
+        (["method.lora_dropout=-0.5"], "lora_dropout must be at least 0"),
+        (["model=hf", "model.name_or_path=no/model"], "is no local folder and could not be fetched from the hub"),
+        (["data=hub", "data.source=no/data"], "could not be fetched"),
+        (["data=files", "data.train_files=text.jsonl"], "there is no file 'text.jsonl'; did you mean 'texts.jsonl'?"),
+        (["data=files", "data.train_files=texts.jsonl"], "has no column 'text'; did you mean"),
+        (["method.target_modules=[qurey]"], "'qurey' matches no module; did you mean 'query'"),
+        (["+method=lora"], "method"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_training(tmp_path, words, said):
+    (tmp_path / "texts.jsonl").write_text('{"txt": "a", "label": "b"}\n')
+    done = run(*words, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_shows_commands_with_examples_and_all_groups(tmp_path):
+    said = run("--help", cwd=tmp_path).stdout
+    for expected in (
+        "lightning-peft eval adapter=",
+        "lightning-peft export",
+        "method: bitfit",
+        "trainer: cpu",
+        "-m method=",
+    ):
+        assert expected in said
+
+
+def test_every_method_yaml_holds_what_its_dataclass_holds(tmp_path):
+    """The same options, in the same order, with the defaults of one preset."""
+    from dataclasses import fields
+
+    from hydra import compose, initialize_config_module
+    from hydra.utils import get_class, instantiate
+
+    folder = Path(__file__).parents[2] / "conf" / "method"
+    with initialize_config_module("lightning_peft.conf", version_base="1.3"):
+        for path in sorted(folder.glob("*.yaml")):
+            config = compose("train", [f"method={path.stem}"]).method
+            cls = get_class(config._target_)
+            assert [k for k in config if k != "_target_"] == [f.name for f in fields(cls)], path.name
+            instantiate(config, _convert_="all")
+    for stem, cls_name in (("lora", "LoRA"), ("houlsby", "BottleneckAdapter"), ("prompt_tuning", "PromptTuning")):
+        import lightning_peft
+
+        values = {k: v for k, v in yaml.safe_load((folder / f"{stem}.yaml").read_text()).items() if k != "_target_"}
+        values["learning_rate"] = float(values["learning_rate"])
+        assert values == vars(getattr(lightning_peft, cls_name)())
+
+
+def test_every_other_group_composes(tmp_path):
+    from hydra import compose, initialize_config_module
+
+    folder = Path(__file__).parents[2] / "conf"
+    groups = ("model", "data", "task", "trainer", "optimizer", "scheduler", "callbacks", "logger", "experiment")
+    with initialize_config_module("lightning_peft.conf", version_base="1.3"):
+        for group in groups:
+            for path in (folder / group).glob("*.yaml"):
+                assert compose("train", [f"{group}={path.stem}"])
+
+
+@pytest.mark.slow
+def test_another_hydra_application_gets_the_groups(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "app.yaml").write_text("defaults:\n  - method: lora\n  - _self_\n")
+    (tmp_path / "app.py").write_text(
+        "import hydra\n"
+        "@hydra.main(version_base='1.3', config_path='conf', config_name='app')\n"
+        "def app(config):\n    print(config.method._target_)\n"
+        "app()\n"
+    )
+    done = subprocess.run([sys.executable, "app.py", "method=houlsby"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "lightning_peft.BottleneckAdapter", done.stderr
