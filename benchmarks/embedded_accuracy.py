@@ -101,16 +101,17 @@ def hf_peft(seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the named methods over seeds 0, 1, ..."""
+    """Runs the named methods over the seeds"""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("methods", nargs="+", choices=[*METHODS, "hf_peft"])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--lr", type=float)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     results = Path(__file__).parent / "results" / "embedded_accuracy.jsonl"
     results.parent.mkdir(exist_ok=True)
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in options.methods:
             L.seed_everything(seed, verbose=False)
             began = time.perf_counter()

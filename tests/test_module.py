@@ -157,9 +157,9 @@ def test_gradient_accumulation_does_not_change_the_result(llama_folder, pairs, t
 def test_causal_language_modelling_learns_and_writes(llama_folder, pairs, trainer):
     L.seed_everything(0, verbose=False)
     method = LoRA(r=8, modules_to_save=["lm_head"])
-    module = PeftModule(str(llama_folder), method, "causal_lm", {"lr": 0.02}, generation={"max_new_tokens": 4})
-    data = _data(pairs)
-    t = trainer(max_epochs=8)
+    module = PeftModule(str(llama_folder), method, "causal_lm", {"lr": 5e-3}, generation={"max_new_tokens": 4})
+    data = _data(pairs, validation_files=pairs)
+    t = trainer(max_epochs=12)
     before = t.validate(module, data, verbose=False)[0]
     t.fit(module, data)
     after = t.validate(module, data, verbose=False)[0]

@@ -42,12 +42,14 @@ def train(config: DictConfig) -> float | None:
     trainer.fit(module, data, ckpt_path=_existing(config.ckpt_path), weights_only=True)
     if trainer.state.status != "finished" or config.trainer.fast_dev_run:
         return None
-    best = Path(cast(Any, trainer.checkpoint_callback).best_model_path) if trainer.checkpoint_callback else None
-    if best is not None and best.is_file():
+    kept = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    best = Path(kept) if kept else None
+    if best is not None:
         module = PeftModule.load_from_checkpoint(best, map_location="cpu", weights_only=True)
     folder = module.save_adapter(Path(config.run_dir) / "adapter")
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    score = float(cast(Any, trainer.checkpoint_callback).best_model_score) if best else metrics.get(config.monitor)
+    reached = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    score = metrics.get(config.monitor) if reached is None else float(reached)
     _write_json(Path(config.run_dir) / "metrics.json", {**metrics, f"best/{config.monitor}": score})
     print_training(config.monitor, score, best, module, folder)
     return score

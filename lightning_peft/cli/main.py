@@ -39,7 +39,8 @@ def main() -> None:
     # torch and Lightning disagree about a private class; nobody who runs a command can do anything about it
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     program = sys.argv[0]
-    sys.argv = [program, *arguments]
+    # argparse takes flags before the overrides only; people write them anywhere
+    sys.argv = [program, *sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))]
     run = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=command)(_plain_errors(known[command]))
     run()
 

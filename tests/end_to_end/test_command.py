@@ -93,7 +93,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, words):
     steps = torch.load(saved, weights_only=True)["global_step"]
     assert steps > 0
     resumed = run(
-        *words, "trainer.max_epochs=2000", f"trainer.max_steps={steps + 2}", f"ckpt_path={saved}", cwd=tmp_path
+        *words, "trainer.max_epochs=2000", f"trainer.max_steps={steps + 12}", f"ckpt_path={saved}", cwd=tmp_path
     )
     assert "validation accuracy" in resumed.stdout
 

@@ -1,0 +1,32 @@
+"""Each example runs as a user would run it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("callback_on_a_convnet.py", [], "with the adapter disabled the backbone is the base again"),
+        ("docstrings_with_peft_module.py", ["--epochs", "1", "--limit", "64"], "from the exported folder"),
+        ("reload_and_generate.py", ["--limit", "32"], "def close"),
+    ],
+)
+def test_the_example_runs(script, words, said, tmp_path):
+    done = subprocess.run([sys.executable, EXAMPLES / script, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
+def test_every_example_is_run_by_a_test():
+    marks = test_the_example_runs.pytestmark
+    run = {row[0] for mark in marks if mark.name == "parametrize" for row in mark.args[1]}
+    assert run == {p.name for p in EXAMPLES.glob("*.py")}
