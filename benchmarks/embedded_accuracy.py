@@ -101,7 +101,7 @@ def hf_peft(seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the named methods over the seeds"""
+    """Runs the named methods over the seeds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("methods", nargs="+", choices=[*METHODS, "hf_peft"])
     parser.add_argument("--seeds", type=int, default=1)

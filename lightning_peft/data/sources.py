@@ -91,7 +91,7 @@ def _read_csv(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         for row in reader:
             if None in row or None in row.values():
-                given = len([v for v in row.values() if v is not None]) + len(row.get(None) or [])
+                given = len([k for k, v in row.items() if k is not None and v is not None]) + len(row.get(None) or [])
                 raise ValueError(
                     f"{path}, line {reader.line_num}: {given} fields, but the header has {len(reader.fieldnames or [])}"
                 )
