@@ -199,6 +199,8 @@ class _Prepend(AdapterLayer):
         self.trim = trim
         self.names = [p for p in inspect.signature(host.forward).parameters]
         self.limit: int | None = getattr(host.config, "max_position_embeddings", None)
+        # An encoder that is read at its first position must find the prompt there, whatever the padding
+        self.ahead_of_padding = "position_ids" in self.names and "past_key_values" not in self.names
         # RoBERTa-like models count positions from behind the padding's
         tables = (m for name, m in host.named_modules() if name.endswith("position_embeddings"))
         padding = next((getattr(m, "padding_idx", None) for m in tables), None)
@@ -211,19 +213,19 @@ class _Prepend(AdapterLayer):
             raise ValueError("PromptTuning puts its vectors before token ids; pass input_ids, not inputs_embeds")
         cached = _cached_tokens(values.get("past_key_values"))
         length = source.shape[1]
-        given = values.get("attention_mask")
-        mask = self._mask(given, source, length + max(cached - self.n, 0))
+        given = self._text_mask(values.get("attention_mask"), source, length + max(cached - self.n, 0))
+        text = torch.ones_like(given) if self.ahead_of_padding else given
+        mask = _before_text(given, given.new_ones(len(given), self.n), text)
         values["attention_mask"] = mask
-        new = length if cached else self.n + length
         if "position_ids" in self.names:
-            values["position_ids"] = self._positions(values.get("position_ids"), mask, new)
+            values["position_ids"] = self._positions(values.get("position_ids"), mask, text, length, bool(cached))
         if cached:  # the prompt is in the cache
             return base(**values)
-        self._extend(values, source, given)
+        self._extend(values, source, text)
         output = base(**values)
-        return self._trimmed(output, length) if self.trim else output
+        return self._trimmed(output, text) if self.trim else output
 
-    def _mask(self, given: Any, source: Tensor, length: int) -> Tensor:
+    def _text_mask(self, given: Any, source: Tensor, length: int) -> Tensor:
         if given is None:
             given = torch.ones(source.shape[0], length, dtype=torch.long, device=source.device)
         if not isinstance(given, Tensor) or given.dim() != 2:
@@ -232,55 +234,61 @@ class _Prepend(AdapterLayer):
                 f"PromptTuning extends an attention_mask of (batch, tokens), but got {what}; static caches and "
                 "packed batches make such masks: use a dynamic cache and plain padding"
             )
-        total = self.n + given.shape[1]
-        if self.limit is not None and total + self.first_position > self.limit:
-            room = self.limit - self.first_position
+        room = None if self.limit is None else self.limit - self.first_position
+        if room is not None and self.n + given.shape[1] > room:
             raise ValueError(
                 f"{self.n} virtual tokens and {given.shape[1]} of text exceed the model's {room} positions; cut "
                 f"the text to {room - self.n}, or take fewer virtual tokens"
             )
-        ones = given.new_ones(given.shape[0], self.n)
-        return torch.cat([ones, given], 1) if self.trim else _after_padding(given, ones, given)
+        return given
 
-    def _positions(self, given: Tensor | None, mask: Tensor, new: int) -> Tensor:
+    def _positions(self, given: Tensor | None, mask: Tensor, text: Tensor, length: int, cached: bool) -> Tensor:
         """From the extended mask, so that a padded row counts like the row alone; given ones are moved on."""
         if given is None:
+            new = length if cached else self.n + length
             return (mask.long().cumsum(1) - 1).clamp_min(0)[:, -new:] + self.first_position
-        prefix = torch.arange(new - given.shape[-1], device=given.device).expand(given.shape[0], -1)
-        return torch.cat([prefix + self.first_position, given + self.n], -1)
+        given = given.expand(len(text), -1) + self.n
+        if cached:
+            return given
+        prefix = torch.arange(self.n, device=given.device).expand(len(text), -1)
+        return _before_text(given, prefix + self.first_position, text)
 
-    def _extend(self, values: dict[str, Any], source: Tensor, mask: Tensor | None) -> None:
+    def _extend(self, values: dict[str, Any], source: Tensor, text: Tensor) -> None:
         batch, length = source.shape
         stand_ins = -torch.arange(1, self.n + 1, device=source.device).expand(batch, -1)
-        if self.trim or mask is None:
-            values["input_ids"] = torch.cat([stand_ins, source], 1)
-        else:
-            values["input_ids"] = _after_padding(source, stand_ins, mask)
+        values["input_ids"] = _before_text(source, stand_ins, text)
         types = values.get("token_type_ids")
         if types is not None:
-            values["token_type_ids"] = torch.cat([types.new_zeros(batch, self.n), types], 1)
+            values["token_type_ids"] = _before_text(types, types.new_zeros(batch, self.n), text)
         labels = values.get("labels")
         # labels of a whole row are (batch,), or floats; those of tokens get nothing to say about the prompt
         if labels is not None and labels.shape == (batch, length) and not labels.is_floating_point():
-            values["labels"] = torch.cat([labels.new_full((batch, self.n), -100), labels], 1)
+            values["labels"] = _before_text(labels, labels.new_full((batch, self.n), -100), text)
 
-    def _trimmed(self, output: Any, length: int) -> Any:
+    def _trimmed(self, output: Any, text: Tensor) -> Any:
         if isinstance(output, tuple):
-            return tuple(self._text_part(part, length) for part in output)
+            return tuple(self._text_part(part, text) for part in output)
         for key in _TRIMMED:
             if getattr(output, key, None) is not None:
-                output[key] = self._text_part(output[key], length)
+                output[key] = self._text_part(output[key], text)
         return output
 
-    def _text_part(self, part: Any, length: int) -> Any:
-        long = isinstance(part, Tensor) and part.dim() >= 2 and part.shape[1] == self.n + length
-        return part[:, self.n :] if long else part
+    def _text_part(self, part: Any, text: Tensor) -> Any:
+        """An output without the prompt's; ``(batch, n + tokens, ...)`` -> ``(batch, tokens, ...)``."""
+        length = text.shape[1]
+        if not isinstance(part, Tensor) or part.dim() < 2 or part.shape[1] != self.n + length:
+            return part
+        first = text.long().argmax(1, keepdim=True)
+        if not first.any():  # nothing stands before the prompt: a view will do
+            return part[:, self.n :]
+        place = torch.arange(length, device=part.device).expand(len(text), -1)
+        return part[torch.arange(len(text), device=part.device).unsqueeze(1), place + self.n * (place >= first)]
 
 
-def _after_padding(row: Tensor, inserted: Tensor, mask: Tensor) -> Tensor:
+def _before_text(row: Tensor, inserted: Tensor, mask: Tensor) -> Tensor:
     """Inserts ``n`` columns before each row's first token; ``(batch, tokens)`` -> ``(batch, n + tokens)``.
 
-    An encoder that counts relative positions over the padding too (T5) sees the same distances with any padding.
+    Behind padding on the left, not before it: a sliding window and relative positions count the columns between.
     """
     n, total = inserted.shape[1], inserted.shape[1] + row.shape[1]
     first = mask.long().argmax(1, keepdim=True)
@@ -311,5 +319,5 @@ class _ExtendCrossMask(AdapterLayer):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if mask is not None and states is not None and states.shape[1] == self.n + mask.shape[1]:
-            kwargs["encoder_attention_mask"] = _after_padding(mask, mask.new_ones(len(mask), self.n), mask)
+            kwargs["encoder_attention_mask"] = _before_text(mask, mask.new_ones(len(mask), self.n), mask)
         return base(*args, **kwargs)

@@ -82,7 +82,10 @@ def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path,
 @pytest.mark.slow
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, words):
     command = [*COMMAND, *words, "trainer.max_epochs=10000", "hydra.run.dir=run"]
-    going = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a test run that is itself in the background would pass on that Ctrl-C is ignored
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    going = subprocess.Popen(command, cwd=tmp_path, **pipes, **heard)
     for line in going.stdout:
         if line.startswith("epoch 3/"):
             going.send_signal(signal.SIGINT)

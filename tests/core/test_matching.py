@@ -1,0 +1,98 @@
+"""Patterns: what they mean, and what is said of those that mean nothing."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lightning_peft import LoRA, Selective, adapt
+from lightning_peft.core.matching import match_modules
+
+
+def _placed(model, **options):
+    return adapt(model, LoRA(r=1, **options)).tree.record.layers
+
+
+def test_a_list_names_exact_modules_or_dotted_suffixes(build):
+    assert _placed(build("llama"), target_modules=["layers.0.self_attn.q_proj", "up_proj"]) == [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    with pytest.raises(ValueError, match=r"'_proj' matches no module; did you mean"):
+        _placed(build("llama"), target_modules=["_proj"])
+
+
+def test_a_string_is_a_regular_expression_for_the_whole_name(build):
+    assert len(_placed(build("llama"), target_modules=r".*\.(q|v)_proj")) == 4
+    with pytest.raises(ValueError, match="matches no module"):
+        _placed(build("llama"), target_modules="q_proj")
+    with pytest.raises(ValueError, match="is no regular expression"):
+        _placed(build("llama"), target_modules="(")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "head"), [("bert", 13, "classifier"), ("gpt2", 8, "lm_head"), ("llama", 14, "lm_head")]
+)
+def test_all_linear_takes_every_linear_but_the_output_head(build, name, count, head):
+    placed = _placed(build(name))
+    assert len(placed) == count
+    assert not any(head in n for n in placed)
+
+
+def test_every_pattern_must_match_or_the_nearest_names_are_listed(build):
+    with pytest.raises(ValueError, match=r"'qurey' matches no module; did you mean 'query'"):
+        _placed(build("bert"), target_modules=["key", "qurey"])
+    with pytest.raises(ValueError, match=r"exclude_modules: 'dens' matches no module; did you mean"):
+        _placed(build("bert"), exclude_modules=["dens"])
+    with pytest.raises(ValueError, match=r"modules_to_save: 'clasifier' matches no module; did you mean 'classifier'"):
+        _placed(build("bert"), modules_to_save=["clasifier"])
+    with pytest.raises(ValueError, match=r"layers_to_transform: no module in layer \[7\]; .* layers 0 to 1"):
+        _placed(build("bert"), layers_to_transform=[0, 7])
+    with pytest.raises(ValueError, match=r"'LayerNorm' matches .* a LayerNorm; expected Linear"):
+        _placed(build("bert"), target_modules=["LayerNorm"])
+    with pytest.raises(ValueError, match="found no Linear in Sequential"):
+        _placed(nn.Sequential(nn.ReLU()))
+
+
+def test_layers_and_exclusions_narrow_the_match(build):
+    everything = _placed(build("bert"))
+    some = _placed(build("bert"), layers_to_transform=1, exclude_modules=["query", "key"])
+    assert some == [n for n in everything if "layer.1." in n and not n.endswith(("query", "key"))]
+
+
+def test_a_failed_adaptation_changes_nothing(build):
+    model = build("bert")
+    classes, flags = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="matches no module"):
+        adapt(model, LoRA(target_modules=["nothing"]))
+    assert [type(m) for m in model.modules()] == classes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not hasattr(model, "adapters")
+
+
+def test_selective_conditions_narrow_each_other_and_name_what_is_wrong(build):
+    adapter = adapt(build("bert"), Selective(last_layers=1, parameter_types=["bias"]))
+    assert all("layer.1." in n and n.endswith("bias") for n in adapter.tree.record.in_place)
+    with pytest.raises(ValueError, match=r"parameter_types has 'biases'; did you mean 'bias'"):
+        Selective(parameter_types=["biases"])
+    with pytest.raises(ValueError, match="last_layers=9, but the model has 2"):
+        adapt(build("bert"), Selective(last_layers=9))
+    with pytest.raises(ValueError, match=r"no parameter of LlamaForCausalLM meets parameter_types=\['bias'\]"):
+        adapt(build("llama"), Selective(parameter_types=["bias"]))
+
+
+def test_a_name_that_is_taken_or_unusable_is_refused(build):
+    model = build("bert")
+    adapt(model, LoRA(r=1))
+    with pytest.raises(ValueError, match="there is already an adapter 'default'"):
+        adapt(model, LoRA(r=1))
+    with pytest.raises(ValueError, match="an adapter's name consists of letters"):
+        adapt(build("bert"), LoRA(r=1), "a.b")
+    with pytest.raises(ValueError, match=r"'bert.pooler.dense' is already adapted|is already adapted as part"):
+        adapt(nn.Sequential(model), LoRA(r=1))
+
+
+def test_matches_come_in_the_models_order(build):
+    names = match_modules(build("bert"), ["value", "query"])
+    assert names == sorted(names, key=[n for n, _ in build("bert").named_modules()].index)

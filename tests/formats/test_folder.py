@@ -1,0 +1,106 @@
+"""Adapter folders: whole or not at all, and strict when they are read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_peft import LoRA, Selective, adapt, load_adapter
+from lightning_peft.formats.merged import save_merged
+
+
+@pytest.fixture
+def saved(build, tmp_path):
+    adapter = adapt(build("bert"), LoRA(r=2))
+    return adapter.save(tmp_path / "a")
+
+
+def test_a_folder_that_holds_an_adapter_is_not_written_into(build, saved):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    with pytest.raises(FileExistsError, match="already holds an adapter"):
+        adapt(build("bert"), LoRA(r=4)).save(saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    assert [p.name for p in saved.parent.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "short"])
+def test_a_damaged_file_is_refused_and_the_model_is_left_as_it_was(build, saved, damage, call):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = sorted(tensors)[0]
+    said = {"missing": "1 missing, such as", "unexpected": "1 unexpected, such as more", "shape": r"expected \(2, 32\)"}
+    if damage == "missing":
+        del tensors[first]
+    elif damage == "unexpected":
+        tensors["more"] = torch.ones(1)
+    elif damage == "shape":
+        tensors[first] = torch.ones(3, 32)
+    save_file(tensors, path)
+    if damage == "short":
+        path.write_bytes(path.read_bytes()[:-8])
+    model = build("bert")
+    base = call(model, "bert")
+    with pytest.raises(ValueError, match=said.get(damage, "may be cut short")):
+        load_adapter(model, saved)
+    assert not hasattr(model, "adapters")
+    assert torch.equal(call(model, "bert"), base)
+
+
+def test_another_base_is_refused_unless_told(build, saved):
+    with pytest.raises(ValueError, match=r"was trained on another base: fingerprint"):
+        load_adapter(build("bert", seed=1), saved)
+    load_adapter(build("bert", seed=1), saved, check_base=False)
+    with pytest.raises(ValueError, match=r"matches no module|another base"):
+        load_adapter(build("gpt2"), saved)
+
+
+def test_the_same_base_in_bfloat16_is_the_same_base(build, saved):
+    load_adapter(build("bert").bfloat16(), saved)
+
+
+def test_a_folder_without_an_adapter_says_what_is_there(build, tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter .* there is: \['notes.txt'\]"):
+        load_adapter(build("bert"), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"config": {}}')
+    with pytest.raises(ValueError, match="names no peft_type"):
+        load_adapter(build("bert"), tmp_path)
+
+
+def test_the_files_are_the_same_bytes_each_time_and_list_every_tensor(build, tmp_path):
+    folders = []
+    for name in "ab":
+        torch.manual_seed(0)
+        folders.append(adapt(build("bert"), LoRA(r=2)).save(tmp_path / name))
+    for file in ("adapter_config.json", "lightning_peft.json", "adapter_model.safetensors"):
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
+    manifest = json.loads((folders[0] / "lightning_peft.json").read_text())
+    tensors = load_file(folders[0] / "adapter_model.safetensors")
+    assert manifest["tensors"] == {k: list(t.shape) for k, t in tensors.items()}
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("bert", LoRA(r=2, modules_to_save=["classifier"])),
+        ("llama", LoRA(r=2)),
+        ("gpt2", LoRA(r=2, target_modules=["wte", "c_attn"])),
+        ("t5", LoRA(r=2)),
+        ("bert", Selective(parameter_types=["bias"])),
+    ],
+)
+def test_plain_transformers_loads_the_merged_model(build, call, perturb, tmp_path, name, method):
+    model = build(name)
+    perturb(adapt(model, method))
+    expected = call(model, name)
+    save_merged(model, "default", tmp_path / "merged")
+    assert torch.equal(call(model, name), expected)
+    plain = type(build(name)).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(call(plain, name), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(FileExistsError, match="already holds files"):
+        save_merged(model, "default", tmp_path / "merged")
