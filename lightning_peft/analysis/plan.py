@@ -113,7 +113,7 @@ def plan_of(model: Module, name: str) -> Plan:
         trainable_bytes=sum(r.bytes for r in rows),
         linears=linears,
         covered=covered,
-        notes=_notes(record.new, record.originals is None, method),
+        notes=_notes(record.new, record.originals is None, method, linears, covered),
     )
 
 
@@ -146,8 +146,10 @@ def _coverage(model: Module, tree: AdapterTree) -> tuple[int, int]:
     return len(names), len(covered)
 
 
-def _notes(new: list[str], no_originals: bool, method: str) -> tuple[str, ...]:
+def _notes(new: list[str], no_originals: bool, method: str, linears: int, covered: int) -> tuple[str, ...]:
     notes: list[str] = []
+    if linears and covered:
+        notes.append(f"Reaches {covered} of {linears} linear layers, output heads aside")
     if new:
         shown = ", ".join(new[:4]) + (", ..." if len(new) > 4 else "")
         notes.append(f"New in this model, so trained and saved without being asked for: {shown}")

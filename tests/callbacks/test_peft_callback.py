@@ -248,6 +248,18 @@ def test_the_learning_rate_finder_works_on_an_adapted_module(loader, trainer, tm
     assert len(finder.results["lr"]) > 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true"])
+def test_on_a_gpu_what_trains_is_float32_in_every_precision(precision, loader, trainer):
+    net = Net("configure_model")
+    trainer(PeftCallback(LoRA(r=2), model="backbone"), precision=precision, accelerator="gpu", devices=1).fit(
+        net, loader
+    )
+    assert {p.dtype for p in net.parameters() if p.requires_grad} == {torch.float32}
+    assert any(p.abs().max() > 0 for n, p in net.named_parameters() if n.endswith("lora_B"))
+
+
 def test_a_word_instead_of_a_method_and_an_unknown_submodule_are_refused(trainer, loader):
     with pytest.raises(TypeError, match="expects a method such as LoRA"):
         PeftCallback("lora")
