@@ -92,13 +92,13 @@ def plan_of(model: Module, name: str) -> Plan:
     entries: list[tuple[str, str, str, int, int]] = []
     for place, layer in tree.layers_by_module.items():
         new = place in record.copies and any(is_within(n, [place]) for n in record.new)
-        what = "new, trains in full" if new else "a copy, trains in full" if place in record.copies else method
+        what = "new, in full" if new else "a copy, in full" if place in record.copies else method
         trained = [p for p in layer.parameters() if p.requires_grad]
         entries += [(place, what, place, p.numel(), p.numel() * p.element_size()) for p in trained]
     tensors = base_tensors(model)
     for key in record.in_place:
         tensor, owner = tensors[key], key.rpartition(".")[0]
-        what = "new, trains in place" if key in record.new else "trains in place"
+        what = "new, in place" if key in record.new else "in place"
         entries.append((owner, what, owner, tensor.numel(), tensor.numel() * tensor.element_size()))
     rows = _grouped(entries)
     adapters = adapters_of(model)

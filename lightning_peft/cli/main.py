@@ -36,8 +36,10 @@ def main() -> None:
     problem = problem_with(command, [a for a in arguments if not a.startswith("-")], asks=_only_asks(arguments))
     if problem is not None:
         _stop(problem)
-    # torch and Lightning disagree about a private class; nobody who runs a command can do anything about it
+    # torch and Lightning disagree about a private class; the other two are no news for small data
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     program = sys.argv[0]
     # argparse takes flags before the overrides only; people write them anywhere
     sys.argv = [program, *sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))]

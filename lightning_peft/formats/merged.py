@@ -14,7 +14,6 @@ from torch.nn import Module
 from lightning_peft.core.adapters import tree_of
 from lightning_peft.core.inject import eject
 from lightning_peft.core.merge import merge
-from lightning_peft.core.tree import AdapterTree
 
 
 def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> Path:
@@ -43,11 +42,13 @@ def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> 
     twin = copy.deepcopy(model)
     merge(twin, name)
     tree = tree_of(twin, name)
-    tied = _untied_by(tree)
+    # where the other end of a tie still holds the original, the two are tied no more
+    originals = {id(original) for original, _ in (tree.record.merged or {}).values()}
+    untied = any(id(parameter) in originals for parameter in twin.parameters())
     tree.record.merged, tree.record.originals = None, {}
     eject(twin, name)
     config = cast(Any, twin).config
-    if tied and getattr(config, "tie_word_embeddings", False):
+    if untied and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -62,9 +63,3 @@ def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> 
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
-
-
-def _untied_by(tree: AdapterTree) -> bool:
-    """Whether a merged weight was an embedding's: only those are tied in transformers' models."""
-    vocabulary = [original for (_, _), (original, _) in (tree.record.merged or {}).items()]
-    return any(p.dim() == 2 and p.shape[0] > 4 * p.shape[1] for p in vocabulary)

@@ -90,6 +90,7 @@ def test_the_files_are_the_same_bytes_each_time_and_list_every_tensor(build, tmp
         ("bert", LoRA(r=2, modules_to_save=["classifier"])),
         ("llama", LoRA(r=2)),
         ("gpt2", LoRA(r=2, target_modules=["wte", "c_attn"])),
+        ("gpt2", LoRA(r=2)),
         ("t5", LoRA(r=2)),
         ("bert", Selective(parameter_types=["bias"])),
     ],
