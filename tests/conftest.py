@@ -196,3 +196,16 @@ def perturb() -> Callable[[Any], None]:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * by)
 
     return move
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., Any]:
+    """Makes a Trainer that says nothing and keeps nothing unless asked to."""
+    import lightning as L
+
+    def make(*callbacks: Any, **options: Any) -> L.Trainer:
+        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        options = {"max_epochs": 2, "accelerator": "cpu", "default_root_dir": tmp_path, **quiet, **options}
+        return L.Trainer(callbacks=list(callbacks), **options)
+
+    return make

@@ -34,16 +34,6 @@ def pairs(tmp_path):
     return str(path)
 
 
-@pytest.fixture
-def trainer(tmp_path):
-    def make(*callbacks, **options):
-        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-        options = {"max_epochs": 2, "accelerator": "cpu", "default_root_dir": tmp_path, **quiet, **options}
-        return L.Trainer(callbacks=list(callbacks), **options)
-
-    return make
-
-
 class Losses(L.Callback):
     """Notes every training loss."""
 

@@ -58,31 +58,11 @@ class Net(L.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.hparams.lr)
 
 
-class Losses(L.Callback):
-    """Notes every training loss."""
-
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append(float(outputs["loss"]))
-
-
 @pytest.fixture
 def loader():
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(32, 6, generator=generator)
     return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=8)
-
-
-@pytest.fixture
-def trainer(tmp_path):
-    def make(*callbacks, **options):
-        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-        options = {"max_epochs": 2, "accelerator": "cpu", "default_root_dir": tmp_path, **quiet, **options}
-        return L.Trainer(callbacks=list(callbacks), **options)
-
-    return make
 
 
 WHERE = pytest.mark.parametrize("where", ["__init__", "setup", "configure_model"])
