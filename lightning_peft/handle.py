@@ -188,6 +188,8 @@ def load_adapter(model: Module, path: str | Path, name: str = "default", *, chec
             model is left as it was.
     """
     saved = read_folder(Path(path))
+    before = adapters_of(model)
+    active = () if before is None else before.switch.active
     inject(model, saved.method_for(model), name, also_in_place=saved.in_place)
     try:
         load_into(model, name, saved, check_base=check_base)
@@ -196,5 +198,7 @@ def load_adapter(model: Module, path: str | Path, name: str = "default", *, chec
         record = tree_of(model, name).record
         record.originals = record.originals or {}
         eject(model, name)
+        if before is not None:
+            before.switch.active = active
         raise
     return Adapter(model, name)

@@ -49,6 +49,15 @@ def test_a_damaged_file_is_refused_and_the_model_is_left_as_it_was(build, saved,
     assert torch.equal(call(model, "bert"), base)
 
 
+def test_a_failed_load_leaves_the_adapters_that_were_there_active(build, saved, call, perturb):
+    model = build("bert", seed=1)
+    perturb(adapt(model, LoRA(r=3), "first"))
+    adapted = call(model, "bert")
+    with pytest.raises(ValueError, match="another base"):
+        load_adapter(model, saved, "second")
+    assert torch.equal(call(model, "bert"), adapted)
+
+
 def test_another_base_is_refused_unless_told(build, saved):
     with pytest.raises(ValueError, match=r"was trained on another base: fingerprint"):
         load_adapter(build("bert", seed=1), saved)
