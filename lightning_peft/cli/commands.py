@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.cli.report import print_exported, print_metrics, print_training
 from lightning_peft.core.method import Method
+from lightning_peft.formats.folder import refuse_occupied
 from lightning_peft.formats.merged import save_merged
 from lightning_peft.module import PeftModule
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 def train(config: DictConfig) -> float | None:
     """Trains, keeps the best checkpoint, exports the adapter; returns the monitored metric for a sweeper."""
+    target = Path(config.run_dir) / "adapter"
+    refuse_occupied(target)
     L.seed_everything(config.seed, workers=True, verbose=False)
     method = _method(config)
     data: TextDataModule = instantiate(config.data, _convert_="all")
@@ -46,7 +49,7 @@ def train(config: DictConfig) -> float | None:
     best = Path(kept) if kept else None
     if best is not None:
         module = PeftModule.load_from_checkpoint(best, map_location="cpu", weights_only=True)
-    folder = module.save_adapter(Path(config.run_dir) / "adapter")
+    folder = module.save_adapter(target)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
     reached = getattr(trainer.checkpoint_callback, "best_model_score", None)
     score = metrics.get(config.monitor) if reached is None else float(reached)

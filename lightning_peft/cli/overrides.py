@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning_peft.core.problems import nearest
 
+_WORDS_TOO = ("trainer.devices",)  # Lightning takes a number, a list and "auto"
+
 
 def problem_with(command: str, overrides: list[str], *, asks: bool = False) -> str | None:
     """Composes the configuration, each value of a sweep by itself, and says in a sentence what fails.
@@ -31,6 +33,8 @@ def problem_with(command: str, overrides: list[str], *, asks: bool = False) -> s
             parsed = OverridesParser.create().parse_overrides(overrides)
             plain = [o.input_line for o in parsed if not o.is_sweep_override()]
             swept = [o for o in parsed if o.is_sweep_override()]
+            plain_keys = [o.key_or_group for o in parsed if not o.is_sweep_override() and "." in o.key_or_group]
+            choices = [str(o.input_line) for o in parsed if not o.is_sweep_override() and "." not in o.key_or_group]
             for alternatives in [
                 [],
                 *([[f"{o.key_or_group}={v}"] for o in swept for v in o.sweep_string_iterator()]),
@@ -42,10 +46,25 @@ def problem_with(command: str, overrides: list[str], *, asks: bool = False) -> s
                     return f"{command} needs {missing[0]}=..." + (
                         f" (and {', '.join(missing[1:])})" if missing[1:] else ""
                     )
+                wrong = _word_for_a_number(config, compose(command, choices), plain_keys)
+                if wrong is not None:
+                    return wrong
         except HydraException as error:
             base = compose(command)
             assert isinstance(base, DictConfig)
             return _in_a_sentence(str(error), base)
+    return None
+
+
+def _word_for_a_number(config: Any, usual: Any, keys: list[str]) -> str | None:
+    """The first of ``keys`` that has a word where the configuration usually has a number or a truth value."""
+    from omegaconf import OmegaConf
+
+    for key in keys:
+        given, before = OmegaConf.select(config, key), OmegaConf.select(usual, key)
+        if isinstance(given, str) and isinstance(before, int | float) and key not in _WORDS_TOO:
+            kind = "true or false" if isinstance(before, bool) else f"a number like {before}"
+            return f"{key} must be {kind}, but got {given!r}"
     return None
 
 
@@ -59,7 +78,8 @@ def _missing(node: Any, path: str = "") -> list[str]:
 def _in_a_sentence(message: str, base: Any) -> str:
     choice = re.search(r"Could not find '(?:[^'/]*/)*([^'/]+)'.*?Available options in '([^']+)':\s*(.*)", message, re.S)
     if choice:
-        wanted, group, options = choice.groups()
+        wanted, group, rest = choice.groups()
+        options = rest.partition("Config search path")[0]
         return f"{group}={wanted} is unknown{nearest(wanted, options.split())}"
     key = re.search(r"Could not override '([^']+)'", message)
     if key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
@@ -50,10 +51,10 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         source: str | None = _EMBEDDED,
-        train_files: str | list[str] | None = None,
-        validation_files: str | list[str] | None = None,
-        test_files: str | list[str] | None = None,
-        predict_files: str | list[str] | None = None,
+        train_files: str | Path | list[str] | list[Path] | None = None,
+        validation_files: str | Path | list[str] | list[Path] | None = None,
+        test_files: str | Path | list[str] | list[Path] | None = None,
+        predict_files: str | Path | list[str] | list[Path] | None = None,
         columns: dict[str, str | None] | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
@@ -149,7 +150,6 @@ class TextDataModule(LightningDataModule):
     def _load_labelled(self, stage: str) -> None:
         if not self._rows.get("validation"):
             self._rows |= self._read()
-            self.task.learn_from(self._rows["train"])
         needed = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
         for split in needed.get(stage, ()):
             if split not in self._features:
@@ -169,6 +169,7 @@ class TextDataModule(LightningDataModule):
             validation = validation or embedded
         if validation is None:
             train, validation = self._split_off(train)
+        self.task.learn_from(train)  # before the limit: a rare label may be in none of the rows that it leaves
         if self.limit is not None:
             train = random.Random(self.seed).sample(train, min(self.limit, len(train)))
         test = self._split("test", required) or validation

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 _READERS = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def read_files(files: str | Sequence[str], columns: dict[str, str], required: Sequence[str]) -> list[Row]:
+def read_files(files: str | Path | Sequence[str | Path], columns: dict[str, str], required: Sequence[str]) -> list[Row]:
     """Rows of one or several local files, one after the other.
 
     Args:
@@ -31,11 +31,11 @@ def read_files(files: str | Sequence[str], columns: dict[str, str], required: Se
         ValueError: if a line is broken (with its number), a column is missing, or there is no row.
     """
     rows: list[Row] = []
-    for name in [files] if isinstance(files, str) else files:
+    for name in [files] if isinstance(files, str | Path) else files:
         path = Path(name)
         if not path.is_file():
             there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise FileNotFoundError(f"there is no file {name!r}{nearest(path.name, there)}")
+            raise FileNotFoundError(f"there is no file {str(path)!r}{nearest(path.name, there)}")
         rows += _renamed(_read(path), columns, required, str(path))
     return rows
 

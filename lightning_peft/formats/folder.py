@@ -74,6 +74,20 @@ def base_description(model: Module) -> dict[str, Any]:
     }
 
 
+def refuse_occupied(path: Path) -> None:
+    """Refuses a folder that already holds an adapter, so that none is ever overwritten.
+
+    Args:
+        path: the folder, which need not exist.
+
+    Raises:
+        FileExistsError: if one of an adapter's files is there.
+    """
+    held = [f for f in (TENSORS, PEFT_CONFIG, MANIFEST) if (path / f).exists()]
+    if held:
+        raise FileExistsError(f"{path} already holds an adapter ({held[0]}); choose another folder or move it away")
+
+
 def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> Path:
     """Writes an adapter; the folder appears as a whole or not at all.
 
@@ -89,9 +103,7 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
     Raises:
         FileExistsError: if the folder already holds an adapter.
     """
-    held = [f for f in (TENSORS, PEFT_CONFIG, MANIFEST) if (path / f).exists()]
-    if held:
-        raise FileExistsError(f"{path} already holds an adapter ({held[0]}); choose another folder or move it away")
+    refuse_occupied(path)
     tree = tree_of(model, name)
     names = _file_names(model, tree)
     tensors = {names[k]: t.detach().cpu().contiguous() for k, t in _live_tensors(model, tree).items()}

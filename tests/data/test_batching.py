@@ -62,6 +62,22 @@ def test_the_loader_gives_the_same_batches_whatever_the_workers(tokenizer_folder
     assert first == [b["input_ids"].tolist() for b in again.train_dataloader()]
 
 
+def test_a_limit_on_the_training_rows_leaves_all_labels_known(tmp_path, tokenizer_folder):
+    import json
+
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": f"text {i}", "label": f"kind{i % 20:02}"} for i in range(200)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    task = TextClassification()
+    data = TextDataModule(train_files=path, limit=3)
+    data.connect(task, AutoTokenizer.from_pretrained(tokenizer_folder))
+    data.setup("fit")
+    assert len(data.rows("train")) == 3
+    assert task.labels == sorted({r["label"] for r in rows})
+
+
 def test_equal_texts_never_land_on_both_sides_of_a_split(tmp_path, tokenizer_folder):
     import json
 

@@ -128,6 +128,9 @@ def test_language_modelling_from_the_command_line(tmp_path, llama_folder):
         (["eval"], "eval needs adapter=..."),
         (["-m", "method=lora,bitfitt"], "method=bitfitt is unknown; did you mean 'bitfit'?"),
         (["data=files"], "train needs data.train_files=..."),
+        (["data=zzz"], "data=zzz is unknown; known: docstrings, files, hub\n"),
+        (["trainer.max_epochs=abc"], "trainer.max_epochs must be a number like 4, but got 'abc'"),
+        (["trainer=cpu", "trainer.use_distributed_sampler=si"], "must be true or false, but got 'si'"),
     ],
 )
 def test_a_wrong_word_is_named_with_the_nearest_right_one(monkeypatch, capsys, words, said):
@@ -152,10 +155,13 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(monkeypatch, capsys, w
         (["data=files", "data.train_files=texts.jsonl"], "has no column 'text'; did you mean"),
         (["method.target_modules=[qurey]"], "'qurey' matches no module; did you mean 'query'"),
         (["+method=lora"], "method"),
+        (["hydra.run.dir=held"], "held/adapter already holds an adapter"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_training(tmp_path, words, said):
     (tmp_path / "texts.jsonl").write_text('{"txt": "a", "label": "b"}\n')
+    (tmp_path / "held" / "adapter").mkdir(parents=True)
+    (tmp_path / "held" / "adapter" / "adapter_config.json").write_text("{}")
     done = run(*words, cwd=tmp_path, check=False)
     assert done.returncode != 0
     assert said in done.stderr
