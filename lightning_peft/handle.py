@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module, Parameter
+from typing_extensions import override
 
 from lightning_peft.analysis.plan import Plan, plan_of
 from lightning_peft.core.adapters import adapters_of, switch_of, tree_of
 from lightning_peft.core.disable import disabled
 from lightning_peft.core.inject import eject, inject
 from lightning_peft.core.merge import merge, unmerge
-from lightning_peft.core.method import Method
+from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.problems import nearest
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
@@ -38,6 +39,10 @@ class Adapter:
             raise ValueError(f"the model has no adapter {name!r}{nearest(name, known)}")
         self.model = model
         self.name = name
+
+    @override
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, {self.method!r}, of {type(self.model).__name__})"
 
     @property
     def tree(self) -> AdapterTree:
@@ -157,6 +162,7 @@ def adapt(model: Module, method: Method, name: str = "default") -> Adapter:
         The handle.
 
     Raises:
+        TypeError: if the model is no module or the method no method.
         ValueError: if the method does not fit the model; nothing is changed then.
 
     Example:
@@ -166,6 +172,9 @@ def adapt(model: Module, method: Method, name: str = "default") -> Adapter:
         >>> adapter.plan.trainable
         52
     """
+    if not isinstance(model, Module):
+        raise TypeError(f"adapt works on a torch.nn.Module, but got a {type(model).__name__}")
+    require_method(method)
     inject(model, method, name)
     return Adapter(model, name)
 

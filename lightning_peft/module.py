@@ -25,7 +25,7 @@ from lightning_peft.callbacks.adaptation import (
     restore_random_state,
 )
 from lightning_peft.callbacks.peft_callback import warn_of_missing_gradients
-from lightning_peft.core.method import Method
+from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.problems import nearest
 from lightning_peft.formats.folder import load_into, read_folder
 from lightning_peft.handle import Adapter
@@ -70,8 +70,7 @@ class PeftModule(LightningModule):
     ) -> None:
         super().__init__()
         self.method = method_from_config(method) if isinstance(method, dict) else method
-        if not isinstance(self.method, Method):
-            raise TypeError(f"PeftModule expects a method such as LoRA(r=8), but got {self.method!r}")
+        require_method(self.method)
         self.task: Task = task_from_config(task) if isinstance(task, (str, dict)) else task
         self.optimizer = {**_OPTIMIZER, **(optimizer or {})}
         self.scheduler = {**_SCHEDULER, **(scheduler or {})}

@@ -18,7 +18,7 @@ from lightning_peft.callbacks.adaptation import (
     checkpoint_record,
 )
 from lightning_peft.core.adapters import adapters_of
-from lightning_peft.core.method import Method
+from lightning_peft.core.method import Method, require_method
 from lightning_peft.handle import Adapter
 
 _PENDING = "_peft_pending"
@@ -68,10 +68,10 @@ class PeftCallback(Callback):
     def __init__(
         self, method: Method, model: str | None = None, name: str = "default", *, print_plan: bool = True
     ) -> None:
-        if not isinstance(method, Method):
+        require_method(method)
+        if model is not None and not isinstance(model, str):
             raise TypeError(
-                f"PeftCallback expects a method such as LoRA(r=8), but got {method!r}, a {type(method).__name__}; "
-                "a plain string means that the config group was not found"
+                f"model must be the name of a submodule, such as 'backbone', but got a {type(model).__name__}"
             )
         self.method = method
         self.model = model or ""

@@ -47,6 +47,21 @@ class Method(Protocol):
         ...
 
 
+def require_method(given: object) -> None:
+    """Refuses what is no method, before anything is done with it.
+
+    Args:
+        given: what the user passed where a method is wanted.
+
+    Raises:
+        TypeError: if it is something else; a method's class is told apart from a method.
+    """
+    if isinstance(given, type) and isinstance(given, Method):
+        raise TypeError(f"a method such as {given.__name__}() is expected, but got the class {given.__name__} itself")
+    if not isinstance(given, Method):
+        raise TypeError(f"a method such as LoRA(r=8) is expected, but got {given!r}, a {type(given).__name__}")
+
+
 @runtime_checkable
 class PeftFormat(Protocol):
     """The file form of a method that Hugging Face PEFT knows under its ``peft_type``."""

@@ -1,0 +1,33 @@
+"""The handle outside training: what it refuses and how it shows itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_peft import LoRA, PeftCallback, adapt
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("lora", "a method such as LoRA\\(r=8\\) is expected, but got 'lora', a str"),
+        (LoRA, "a method such as LoRA\\(\\) is expected, but got the class LoRA itself"),
+        (None, "but got None"),
+    ],
+)
+def test_what_is_no_method_is_refused_by_name(build, given, said):
+    with pytest.raises(TypeError, match=said):
+        adapt(build("bert"), given)
+    with pytest.raises(TypeError, match=said):
+        PeftCallback(given)
+
+
+def test_a_handle_shows_its_name_method_and_model(build):
+    shown = repr(adapt(build("bert"), LoRA(r=2)))
+    assert shown.startswith("Adapter('default', LoRA(r=2, ")
+    assert shown.endswith("of BertForSequenceClassification)")
+
+
+def test_the_submodule_of_the_callback_is_given_by_name():
+    with pytest.raises(TypeError, match="must be the name of a submodule, such as 'backbone', but got 3"):
+        PeftCallback(LoRA(), model=3)
