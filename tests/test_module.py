@@ -202,7 +202,7 @@ def test_wrong_options_are_named_before_anything_is_loaded(bert_folder):
         PeftModule("x", LoRA(), scheduler={"name": "linaer"})
     with pytest.raises(ValueError, match="task 'text_clasification' is unknown; did you mean 'text_classification'"):
         PeftModule("x", LoRA(), "text_clasification")
-    with pytest.raises(TypeError, match="a method such as LoRA.* is expected"):
+    with pytest.raises(TypeError, match=r"a method such as LoRA.* is expected"):
         PeftModule("x", "lora")
     with pytest.raises(ValueError, match="model has no field 'nam'"):
         PeftModule({"nam": "x"}, LoRA())

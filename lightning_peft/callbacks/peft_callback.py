@@ -70,9 +70,7 @@ class PeftCallback(Callback):
     ) -> None:
         require_method(method)
         if model is not None and not isinstance(model, str):
-            raise TypeError(
-                f"model must be the name of a submodule, such as 'backbone', but got a {type(model).__name__}"
-            )
+            raise TypeError(f"model must be the name of a submodule, such as 'backbone', but got {model!r}")
         self.method = method
         self.model = model or ""
         self.name = name

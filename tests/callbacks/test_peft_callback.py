@@ -241,7 +241,7 @@ def test_on_a_gpu_what_trains_is_float32_in_every_precision(precision, loader, t
 
 
 def test_a_word_instead_of_a_method_and_an_unknown_submodule_are_refused(trainer, loader):
-    with pytest.raises(TypeError, match="a method such as LoRA.* is expected"):
+    with pytest.raises(TypeError, match=r"a method such as LoRA.* is expected"):
         PeftCallback("lora")
     with pytest.raises(ValueError, match="no submodule 'backbon'; did you mean 'backbone'"):
         trainer(PeftCallback(LoRA(r=2), model="backbon")).fit(Net(), loader)
