@@ -14,7 +14,7 @@ from lightning_peft.core.adapted import Site, attach, detach, site_of
 from lightning_peft.core.adapters import Adapters, adapters_of, tree_of
 from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.core.layer import AdapterLayer, SavedModule
-from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
+from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules, reads_directly
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
 from lightning_peft.core.routing import Switch
@@ -208,10 +208,13 @@ def _plain(module: Module) -> Module:
 def _refuse_unreachable(model: Module, layers: dict[str, AdapterLayer]) -> None:
     for name in layers:
         parent, _, child = name.rpartition(".")
-        if child and isinstance(model.get_submodule(parent), MultiheadAttention):
+        owner = model.get_submodule(parent)
+        if child and reads_directly(owner, child):
+            whole = isinstance(owner, MultiheadAttention)
+            instead = f"the attention module {parent or 'itself'!r}" if whole else f"{parent}.in_proj"
             raise ValueError(
-                f"{name!r} is read by nn.MultiheadAttention and never called, so an adapter on it would do "
-                f"nothing; name the attention module {parent or 'itself'!r} instead"
+                f"{name!r}: {class_of(owner).__name__} reads its weights and does not always call it, so an adapter "
+                f"on it would do nothing; name {instead} instead, or exclude it"
             )
 
 

@@ -26,6 +26,23 @@ def is_conv1d(module: Module) -> bool:
     return any(c.__name__ == "Conv1D" and hasattr(module, "nf") for c in type(module).__mro__)
 
 
+def reads_directly(parent: Module, child: str) -> bool:
+    """Whether a module takes the weights of a child and never, or not on every path, calls it.
+
+    These are ``nn.MultiheadAttention`` with its output projection, and the mixers of state-space models (told by
+    their parameters ``A_log`` and ``D``), whose fused training path hands all weights after ``in_proj`` to one
+    kernel. An adapter on such a child would do nothing.
+
+    Args:
+        parent: the module that owns the child.
+        child: the child's name in it.
+    """
+    if isinstance(parent, MultiheadAttention):
+        return True
+    kernel = {"conv1d", "dt_proj", "x_proj", "out_proj"}
+    return child in kernel and {"A_log", "D"} <= parent._parameters.keys()
+
+
 def base_modules(model: Module) -> dict[str, Module]:
     """The model's modules by name, adapters left out, shared ones once.
 
@@ -113,7 +130,8 @@ def match_modules(
     Args:
         model: the root; the names are relative to it.
         target: a list of exact names or dotted suffixes, a string as a regular expression that matches the
-            whole name, or ``"all-linear"`` for every Linear and Conv1D but the output head.
+            whole name, or ``"all-linear"`` for every Linear and Conv1D but the output head and those whose
+            weights another module reads past their forward.
         exclude: patterns in the same two forms, taken away again.
         layers: only modules in layers of these numbers.
         suits: tells a module that the method can work on; a match by name that does not suit is an error.
@@ -157,12 +175,11 @@ def match_modules(
 def _all_linear(model: Module, modules: dict[str, Module]) -> list[str]:
     heads = output_heads(model)
     found: list[str] = []
-    attention: list[str] = []
     for name, module in modules.items():
-        if isinstance(module, MultiheadAttention):
-            attention.append(name)
-            found.append(name)
-        elif (isinstance(module, Linear) or is_conv1d(module)) and not is_within(name, attention):
+        parent, _, child = name.rpartition(".")
+        if child and reads_directly(modules[parent], child):
+            continue
+        if isinstance(module, (Linear, MultiheadAttention)) or is_conv1d(module):
             found.append(name)
     found = [n for n in found if not is_within(n, heads)]
     if not found:

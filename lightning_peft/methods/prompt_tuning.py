@@ -75,7 +75,7 @@ class PromptTuning:
             model: the root, or something with exactly one language model in it.
 
         Raises:
-            ValueError: if there is no language model, or several.
+            ValueError: if there is no language model, or several, or one whose encoder does not read tokens.
         """
         place = _host(model)
         host: Any = model.get_submodule(place)
@@ -88,7 +88,12 @@ class PromptTuning:
         else:
             reader = host
             layers[place] = _Prepend(self.num_virtual_tokens, host, trim=True)
-        embedding = reader.get_input_embeddings()
+        embedding = _input_embedding(reader)
+        if embedding is None:
+            raise ValueError(
+                f"PromptTuning: the encoder of {class_of(host).__name__}, a {class_of(reader).__name__}, embeds no "
+                "tokens, so there is nothing to put virtual tokens before; choose another method for this model"
+            )
         layers[names[id(embedding)]] = _VirtualEmbedding(self, host, embedding)
         return Placement(layers)
 

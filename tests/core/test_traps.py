@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+from transformers import MambaConfig, MambaForCausalLM
 
 from lightning_peft import Adapter, BottleneckAdapter, LoRA, PromptTuning, Selective, adapt, load_adapter
 from lightning_peft.ops.lora_linear import calls
@@ -163,13 +164,24 @@ def test_lora_on_attention_is_the_attention_with_changed_weights(build, perturb)
 
 
 def test_a_projection_that_attention_only_reads_is_refused_by_name(build):
-    with pytest.raises(ValueError, match=r"self_attn.out_proj' is read by nn.MultiheadAttention and never called"):
+    with pytest.raises(ValueError, match=r"self_attn.out_proj': MultiheadAttention reads its weights"):
         adapt(build("encoder"), LoRA(r=2, target_modules=["out_proj"]))
     different = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 4, kdim=8, vdim=8)})
     with pytest.raises(ValueError, match="kdim and vdim must equal embed_dim"):
         adapt(different, LoRA(r=2))
     with pytest.raises(ValueError, match="lora_dropout must be 0"):
         adapt(build("encoder"), LoRA(r=2, lora_dropout=0.1))
+
+
+def test_what_a_state_space_mixer_reads_past_the_forward_is_left_out_and_refused_by_name():
+    model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
+    adapter = adapt(model, LoRA(r=2))
+    assert list(adapter.tree.layers_by_module) == ["backbone.layers.0.mixer.in_proj"]
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    adapter.remove()
+    with pytest.raises(ValueError, match=r"mixer.dt_proj': MambaMixer reads its weights .* name \S+mixer.in_proj"):
+        adapt(model, LoRA(r=2, target_modules=["in_proj", "dt_proj"]))
 
 
 def test_gradients_under_checkpointing_are_those_without(perturb):

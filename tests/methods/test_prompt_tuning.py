@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from lightning_peft import PromptTuning, adapt
 
@@ -100,3 +101,11 @@ def test_what_has_no_tokens_is_refused(build):
         PromptTuning(prompt_tuning_init="RANDM")
     with pytest.raises(ValueError, match="needs prompt_tuning_init_text"):
         PromptTuning(prompt_tuning_init="TEXT")
+
+
+def test_an_encoder_that_reads_no_tokens_is_refused():
+    sizes = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes |= dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"], 1)
+    config = WhisperConfig(vocab_size=64, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=4, **sizes)
+    with pytest.raises(ValueError, match="WhisperEncoder, embeds no tokens"):
+        adapt(WhisperForConditionalGeneration(config), PromptTuning(4))
