@@ -6,27 +6,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_peft import methods
     from lightning_peft.callbacks.loading import load_from_checkpoint
     from lightning_peft.callbacks.peft_callback import PeftCallback
     from lightning_peft.data.module import TextDataModule
     from lightning_peft.handle import Adapter, adapt, load_adapter
-    from lightning_peft.methods import BottleneckAdapter, LoRA, PromptTuning, Selective
+    from lightning_peft.methods import *  # noqa: F403 - a new method is one name there and none here
     from lightning_peft.module import PeftModule
     from lightning_peft.tasks import CausalLM, TextClassification
 
 __version__ = "0.1.0"
 
-# Where each public name lives: imported when asked for, so that `import lightning_peft` loads neither Lightning
-# nor transformers, and the core works without them.
+# Where each public name lives, methods aside: imported when asked for, so that `import lightning_peft` loads
+# neither Lightning nor transformers, and the core works without them.
 _HOMES = {
     "Adapter": "handle",
-    "BottleneckAdapter": "methods",
     "CausalLM": "tasks",
-    "LoRA": "methods",
     "PeftCallback": "callbacks.peft_callback",
     "PeftModule": "module",
-    "PromptTuning": "methods",
-    "Selective": "methods",
     "TextClassification": "tasks",
     "TextDataModule": "data",
     "adapt": "handle",
@@ -36,13 +33,9 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
-    "BottleneckAdapter",
     "CausalLM",
-    "LoRA",
     "PeftCallback",
     "PeftModule",
-    "PromptTuning",
-    "Selective",
     "TextClassification",
     "TextDataModule",
     "adapt",
@@ -50,12 +43,19 @@ __all__ = [
     "load_from_checkpoint",
 ]
 
+if TYPE_CHECKING:
+    __all__ += methods.__all__
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if not name.startswith("_"):
+        methods = importlib.import_module(f"{__name__}.methods")
+        if name in methods.__all__:
+            return getattr(methods, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, *importlib.import_module(f"{__name__}.methods").__all__])

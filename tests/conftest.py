@@ -137,10 +137,11 @@ def call() -> Callable[..., torch.Tensor]:
 
     def run(model: nn.Module, name: str, rows: int = 2) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
+        dtype = torch.float64 if all(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
         if name == "convnet":
-            return model(torch.randn(rows, 3, 9, 9, generator=generator))
+            return model(torch.randn(rows, 3, 9, 9, generator=generator).to(dtype))
         if name == "encoder":
-            return model(torch.randn(rows, 5, 32, generator=generator))
+            return model(torch.randn(rows, 5, 32, generator=generator).to(dtype))
         ids = torch.randint(3, 97, (rows, 7), generator=generator)
         more = {"decoder_input_ids": ids} if name == "t5" else {}
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import lightning_peft as lp
 from lightning_peft import BottleneckAdapter, LoRA, PromptTuning, Selective
 
 LANGUAGE = ("bert", "gpt2", "llama", "t5")
@@ -62,6 +63,18 @@ TABLE = (
         mergeable=False,
     ),
     Row("parallel", lambda: BottleneckAdapter(is_parallel=True, scaling=2.0, reduction_factor=4), mergeable=False),
+    Row("ia3", lambda: lp.IA3()),
+    Row("vera", lambda: lp.VeRA(r=4)),
+    Row("loha", lambda: lp.LoHa(r=2, alpha=3)),
+    Row("loha_convolutions", lambda: lp.LoHa(r=2, target_modules=["conv1", "conv2"]), ("convnet",)),
+    Row("lokr", lambda: lp.LoKr(r=2, alpha=3)),
+    Row("lokr_both", lambda: lp.LoKr(r=1, decompose_both=True, init_weights="lycoris", decompose_factor=4), ("bert",)),
+    Row("lokr_convolutions", lambda: lp.LoKr(r=1, target_modules=["conv1", "conv2"]), ("convnet",)),
+    Row("miss", lambda: lp.MiSS(r=5)),
+    Row("miss_mini", lambda: lp.MiSS(r=8, init_weights="mini", mini_r=4), ("bert", "llama")),
+    Row("miss_bat", lambda: lp.MiSS(r=4, init_weights="bat"), ("bert", "llama")),
+    Row("randlora", lambda: lp.RandLoRA(r=6, randlora_alpha=10)),
+    Row("randlora_sparse", lambda: lp.RandLoRA(r=6, randlora_alpha=10, very_sparse=True), ("bert",)),
     Row("prompt_tuning", lambda: PromptTuning(4), identity=False, mergeable=False),
 )
 

@@ -185,7 +185,7 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     except SafetensorError as error:
         raise ValueError(f"{saved.path / TENSORS} cannot be read, it may be cut short: {error}") from error
     if saved.foreign:
-        stored = _without_base_copies(model, stored, set(names.values()))
+        stored = _without_repeats(model, stored, set(names.values()))
     live = _live_tensors(model, tree)
     _check_tensors(saved.path, {names[k]: t for k, t in live.items()}, stored)
     with torch.no_grad():
@@ -207,13 +207,16 @@ def _file_names(model: Module, tree: AdapterTree) -> dict[str, str]:
     return {k: k for k in keys}
 
 
-def _without_base_copies(model: Module, stored: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    """Leaves out base weights that peft wrote beside an adapter on an embedding, if they are the base's own."""
+def _without_repeats(model: Module, stored: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    """Leaves out what peft writes twice: an embedding's base weights, tensors that all layers share."""
     base = {f"base_model.model.{k}": t for k, t in base_tensors(model).items()}
     kept: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         # with bias="all" peft also writes a saved module's biases under its wrapper's inner names
         if ".original_module." in key or key.replace(".modules_to_save.", ".") in stored.keys() - {key}:
+            continue
+        shared = stored.get(f"base_model.{key.rpartition('.')[2]}")
+        if key not in expected and shared is not None and torch.equal(shared, tensor):
             continue
         own = base.get(key.replace(".base_layer.", "."))
         if key in expected or own is None or not torch.equal(own.detach().cpu().to(tensor.dtype), tensor):

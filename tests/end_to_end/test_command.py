@@ -192,7 +192,7 @@ def test_every_method_yaml_holds_what_its_dataclass_holds(tmp_path):
         for path in sorted(folder.glob("*.yaml")):
             config = compose("train", [f"method={path.stem}"]).method
             cls = get_class(config._target_)
-            assert [k for k in config if k != "_target_"] == [f.name for f in fields(cls)], path.name
+            assert {k for k in config if k != "_target_"} == {f.name for f in fields(cls)}, path.name
             instantiate(config, _convert_="all")
     for stem, cls_name in (("lora", "LoRA"), ("houlsby", "BottleneckAdapter"), ("prompt_tuning", "PromptTuning")):
         import lightning_peft
