@@ -1,6 +1,6 @@
-"""Accuracy on the embedded task: this package's LoRA beside Hugging Face PEFT's, and every method's defaults.
+"""Accuracy on the embedded task with each method's defaults, and Hugging Face PEFT's on the same batches beside it.
 
-    python benchmarks/embedded_accuracy.py lora hf_peft --seeds 5
+    python benchmarks/embedded_accuracy.py lora hf_peft:lora --seeds 5
     python benchmarks/embedded_accuracy.py full head last_layers bitfit norm embeddings houlsby pfeiffer prompt_tuning
 
 One line of JSON a run goes to ``benchmarks/results/embedded_accuracy.jsonl``.
@@ -14,43 +14,32 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
+from omegaconf import OmegaConf
 from torch.nn import Module
 
-from lightning_peft import (
-    BottleneckAdapter,
-    LoRA,
-    PeftModule,
-    PromptTuning,
-    Selective,
-    TextClassification,
-    TextDataModule,
-)
+from lightning_peft import PeftModule, TextClassification, TextDataModule
+from lightning_peft.core.matching import output_heads
+from lightning_peft.methods.config import method_from_config
 from lightning_peft.tasks.base_model import BaseModel
 
 EPOCHS = 3
-METHODS: dict[str, Any] = {
-    "lora": lambda: LoRA(),
-    "full": lambda: Selective(keep_originals=False, learning_rate=2e-4),
-    "head": lambda: Selective(parameter_types=["head"], learning_rate=2e-2),
-    "last_layers": lambda: Selective(last_layers=2, learning_rate=5e-4),
-    "bitfit": lambda: Selective(parameter_types=["bias"], learning_rate=5e-3),
-    "norm": lambda: Selective(parameter_types=["norm"], learning_rate=5e-3),
-    "embeddings": lambda: Selective(parameter_types=["embedding"], learning_rate=2e-3),
-    "houlsby": lambda: BottleneckAdapter(),
-    "pfeiffer": lambda: BottleneckAdapter(mh_adapter=False),
-    "parallel": lambda: BottleneckAdapter(mh_adapter=False, is_parallel=True, scaling=4.0),
-    "prompt_tuning": lambda: PromptTuning(),
-}
+CONF = Path(__file__).parents[1] / "conf" / "method"
+METHODS = sorted(p.stem for p in CONF.glob("*.yaml"))
+
+
+def method_named(name: str) -> Any:
+    """The method of a YAML in ``conf/method``."""
+    return method_from_config(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))))
 
 
 def ours(name: str, seed: int, learning_rate: float | None) -> dict[str, Any]:
     """Trains with `PeftModule` and a Trainer; returns what was measured."""
     optimizer = None if learning_rate is None else {"lr": learning_rate}
-    module = PeftModule(BaseModel().name_or_path, METHODS[name](), "text_classification", optimizer=optimizer)
+    module = PeftModule(BaseModel().name_or_path, method_named(name), "text_classification", optimizer=optimizer)
     trainer = L.Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
@@ -68,18 +57,21 @@ def ours(name: str, seed: int, learning_rate: float | None) -> dict[str, Any]:
     }
 
 
-def hf_peft(seed: int) -> dict[str, Any]:
-    """The same budget with Hugging Face PEFT in a plain loop over the same batches."""
-    from peft import LoraConfig, get_peft_model
+def hf_peft(name: str, seed: int, learning_rate: float | None) -> dict[str, Any]:
+    """The same method, options and budget with Hugging Face PEFT in a plain loop over the same batches."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
     from transformers import get_scheduler
 
     task, data, spec = TextClassification(), TextDataModule(seed=seed), BaseModel()
     data.connect(task, spec.load_tokenizer())
     data.setup("fit")
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
-    model: Module = get_peft_model(spec.load(task), config)
+    base, method = spec.load(task), method_named(name)
+    options = method.peft_config(base, list(method.place(base).layers))
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type](task_type="SEQ_CLS", **options)
+    assert output_heads(base) == ["classifier"]  # which peft trains in full for this task, as we do
+    model: Module = get_peft_model(base, config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate or method.learning_rate, weight_decay=0.0)
     loader = data.train_dataloader()
     steps = EPOCHS * len(loader)
     schedule = get_scheduler("linear", optimizer, math.ceil(0.06 * steps), steps)
@@ -103,7 +95,7 @@ def hf_peft(seed: int) -> dict[str, Any]:
 def main() -> None:
     """Runs the named methods over the seeds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("methods", nargs="+", choices=[*METHODS, "hf_peft"])
+    parser.add_argument("methods", nargs="+", choices=[*METHODS, *(f"hf_peft:{m}" for m in METHODS)], metavar="method")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--lr", type=float)
@@ -115,7 +107,8 @@ def main() -> None:
         for name in options.methods:
             L.seed_everything(seed, verbose=False)
             began = time.perf_counter()
-            measured = hf_peft(seed) if name == "hf_peft" else ours(name, seed, options.lr)
+            run, method = (hf_peft, name.partition(":")[2]) if ":" in name else (ours, name)
+            measured = run(method, seed, options.lr)
             row = {"method": name, "seed": seed, "lr": options.lr, **measured}
             row["seconds"] = round(time.perf_counter() - began, 1)
             print(json.dumps(row), flush=True)

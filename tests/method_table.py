@@ -75,6 +75,10 @@ TABLE = (
     Row("miss_bat", lambda: lp.MiSS(r=4, init_weights="bat"), ("bert", "llama")),
     Row("randlora", lambda: lp.RandLoRA(r=6, randlora_alpha=10)),
     Row("randlora_sparse", lambda: lp.RandLoRA(r=6, randlora_alpha=10, very_sparse=True), ("bert",)),
+    Row("oft", lambda: lp.OFT(oft_block_size=8)),
+    Row("oft_exact", lambda: lp.OFT(r=4, oft_block_size=0, use_cayley_neumann=False), ("bert",)),
+    Row("oft_shared", lambda: lp.OFT(oft_block_size=8, block_share=True, num_cayley_neumann_terms=3), ("bert",)),
+    Row("boft", lambda: lp.BOFT()),
     Row("prompt_tuning", lambda: PromptTuning(4), identity=False, mergeable=False),
 )
 

@@ -1,18 +1,22 @@
 """The methods: one file each, with the options as a dataclass and the layer."""
 
+from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.miss import MiSS
+from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.randlora import RandLoRA
 from lightning_peft.methods.selective import Selective
 from lightning_peft.methods.vera import VeRA
 
 __all__ = [
+    "BOFT",
     "IA3",
+    "OFT",
     "BottleneckAdapter",
     "LoHa",
     "LoKr",

@@ -121,7 +121,7 @@ def test_language_modelling_from_the_command_line(tmp_path, llama_folder):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["method=lroa"], "method=lroa is unknown; did you mean 'lora'?"),
+        (["method=lroa"], "method=lroa is unknown; did you mean 'lora'"),
         (["metod=lora"], "there is no 'metod'; did you mean 'method'"),
         (["method.lora_alhpa=3"], "there is no 'method.lora_alhpa'; did you mean 'lora_alpha'?"),
         (["trian"], "command 'trian' is unknown; did you mean 'train'?"),

@@ -14,9 +14,10 @@ peft = pytest.importorskip("peft")
 # what peft and transformers warn of each other is not ours to mend
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# peft's LoHa, LoKr and MiSS have no layer for a Conv1D, and its prompts for classifiers need a trained head, which
-# test_hf_peft gives them
-WITHOUT_PEER = {("loha", "gpt2"), ("lokr", "gpt2"), ("miss", "gpt2"), ("prompt_tuning", "bert")}
+# peft's layers of these kinds know no Conv1D
+WITHOUT_PEER = {(kind, "gpt2") for kind in ("loha", "lokr", "miss", "oft", "boft")}
+# and its prompts for classifiers need a trained head, which test_hf_peft gives them
+WITHOUT_PEER |= {("prompt_tuning", "bert")}
 CASES = [
     pytest.param(row.make(), name, id=f"{row.name}-{name}")
     for row in TABLE
