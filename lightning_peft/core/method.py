@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.layer import AdapterLayer
@@ -90,5 +91,26 @@ class PeftFormat(Protocol):
 
         Raises:
             ValueError: if it asks for something that is not supported here.
+        """
+        ...
+
+
+@runtime_checkable
+class PeftRepacked(Protocol):
+    """A method whose tensors in a Hugging Face PEFT file are not its own one by one."""
+
+    def to_peft(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the file out of the adapter's, both under the adapter's names.
+
+        Args:
+            tensors: the adapter's state.
+        """
+        ...
+
+    def from_peft(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's tensors out of those of the file.
+
+        Args:
+            stored: as `to_peft` gives them.
         """
         ...

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from torch.nn import Module
 from lightning_peft.core.adapters import adapters_of, tree_of
 from lightning_peft.core.inject import base_tensors
 from lightning_peft.core.matching import base_modules, matches
-from lightning_peft.core.method import Method, PeftFormat
+from lightning_peft.core.method import Method, PeftFormat, PeftRepacked
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.hf_peft import adapter_config, has_peft_format, method_from_peft
 from lightning_peft.methods.config import method_from_config, method_to_config
@@ -105,8 +106,7 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
     """
     refuse_occupied(path)
     tree = tree_of(model, name)
-    names = _file_names(model, tree)
-    tensors = {names[k]: t.detach().cpu().contiguous() for k, t in _live_tensors(model, tree).items()}
+    tensors = {k: t.detach().cpu().contiguous() for k, t in _file_tensors(model, tree).items()}
     base = base_description(model)
     manifest = {
         "format": 1,
@@ -179,18 +179,22 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
             "load the base that it names, or pass check_base=False if you know better"
         )
     tree = tree_of(model, name)
-    names = _file_names(model, tree)
+    wanted = _file_tensors(model, tree)
     try:
         stored = load_file(saved.path / TENSORS)
     except SafetensorError as error:
         raise ValueError(f"{saved.path / TENSORS} cannot be read, it may be cut short: {error}") from error
     if saved.foreign:
-        stored = _without_repeats(model, stored, set(names.values()))
+        stored = _without_repeats(model, stored, set(wanted))
+    _check_tensors(saved.path, wanted, stored)
+    method = tree.record.method
     live = _live_tensors(model, tree)
-    _check_tensors(saved.path, {names[k]: t for k, t in live.items()}, stored)
+    own = {k: stored[n] for k, n in _file_names(model, tree, _packed(method, live)).items()}
+    if isinstance(method, PeftRepacked):
+        own = method.from_peft(own)
     with torch.no_grad():
         for key, tensor in live.items():
-            tensor.copy_(stored[names[key]])
+            tensor.copy_(own[key])
 
 
 def _live_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
@@ -199,12 +203,22 @@ def _live_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
     return {**tree.state_dict(keep_vars=True), **{n: base[n] for n in moving}}
 
 
-def _file_names(model: Module, tree: AdapterTree) -> dict[str, str]:
+def _packed(method: Method, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return method.to_peft(tensors) if isinstance(method, PeftRepacked) else tensors
+
+
+def _file_names(model: Module, tree: AdapterTree, keys: Iterable[str]) -> dict[str, str]:
     method = tree.record.method
-    keys = _live_tensors(model, tree)
     if isinstance(method, PeftFormat) and has_peft_format(tree.record.method):
         return {k: method.peft_name(k, model) for k in keys}
     return {k: k for k in keys}
+
+
+def _file_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
+    """What the file holds, by the names there."""
+    tensors = _packed(tree.record.method, _live_tensors(model, tree))
+    names = _file_names(model, tree, tensors)
+    return {names[k]: t for k, t in tensors.items()}
 
 
 def _without_repeats(model: Module, stored: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:

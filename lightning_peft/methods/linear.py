@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn import Linear, Module
 from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer
-from lightning_peft.core.matching import ALL_LINEAR, class_of, is_conv1d, match_modules
+from lightning_peft.core.matching import ALL_LINEAR, class_of, is_conv1d, is_within, match_modules
 from lightning_peft.core.method import Placement
 from lightning_peft.core.problems import refuse_unknown
 
@@ -73,14 +73,7 @@ class LinearMethod:
         Raises:
             ValueError: if nothing matches, or a matched module does not suit.
         """
-        names = match_modules(
-            model,
-            self.targets(model),
-            exclude=self.exclude_modules,
-            layers=self.layers_to_transform,
-            suits=self.suits,
-            kinds=self.kinds,
-        )
+        names = target_names(model, self, self.targets(model), self.suits, self.kinds)
         # all-linear also names attention modules of torch, which only some methods have a layer for
         unfit = [n for n in names if not self.suits(model.get_submodule(n))]
         if unfit:
@@ -118,6 +111,36 @@ class LinearMethod:
         harmless = {k: v for k, v in config.items() if k not in names and v in ("none", initial.get(k))}
         refuse_unknown(cls.__name__, config, known=[*names, *cls.peft_idle, *harmless])
         return cls(**{n: config[n] for n in names if config.get(n) is not None})
+
+
+class Targeted(Protocol):
+    """The options that say where a method's layers go."""
+
+    exclude_modules: list[str] | str | None
+    layers_to_transform: list[int] | int | None
+    modules_to_save: list[str] | None
+
+
+def target_names(
+    model: Module, method: Targeted, target: list[str] | str, suits: Callable[[Module], bool], kinds: str
+) -> list[str]:
+    """The modules that a method puts its layers beside.
+
+    Args:
+        model: the root.
+        method: what is excluded, which layers count, and what trains in full and so needs no layer beside it.
+        target: the patterns.
+        suits: tells a module that the method can work on.
+        kinds: what ``suits`` stands for, for errors.
+
+    Raises:
+        ValueError: if a pattern matches nothing, or nothing that suits.
+    """
+    names = match_modules(
+        model, target, exclude=method.exclude_modules, layers=method.layers_to_transform, suits=suits, kinds=kinds
+    )
+    saved = match_modules(model, method.modules_to_save, option="modules_to_save") if method.modules_to_save else []
+    return [n for n in names if not is_within(n, saved)]
 
 
 def is_linear(module: Module) -> bool:

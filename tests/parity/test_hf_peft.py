@@ -106,10 +106,44 @@ def test_ten_steps_of_training_are_those_of_peft(build, call):
         torch.testing.assert_close(parameter, pairs[key].data, rtol=1e-8, atol=1e-8, check_dtype=False)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_from_the_base_trains_as_it_does_in_peft(start, build, call):
+    """PEFT subtracts the start from the base, we beside it: the same outputs, losses and factors."""
+    ours, plain = build("llama"), build("llama").double()
+    adapter = adapt(ours, LoRA(r=4, lora_alpha=6, init_lora_weights=start))
+    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=start, target_modules="all-linear")
+    theirs = peft.get_peft_model(build("llama"), config).double()
+    ours.double()
+    for tensor in [*adapter.parameters(), *adapter.tree.buffers()]:
+        tensor.data = tensor.data.double()
+    for name in adapter.tree.layers_by_module:
+        layer = theirs.get_submodule(f"base_model.model.{name}")
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        # peft takes the difference in float32
+        layer.base_layer.weight.data = plain.get_submodule(name).weight.data - 1.5 * b.data @ a.data
+    losses = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        seen = []
+        for _ in range(10):
+            loss = call(model, "llama").pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.detach())
+        losses.append(torch.stack(seen))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-8, atol=1e-8)
+    trained = peft.get_peft_model_state_dict(theirs)
+    for key, tensor in adapter.state_dict().items():
+        if not key.endswith("0"):
+            theirs_now = trained[f"base_model.model.{key}.weight"]
+            torch.testing.assert_close(tensor, theirs_now, rtol=1e-7, atol=1e-8)
+
+
 def test_options_that_are_not_supported_are_refused_by_name(build, tmp_path):
-    config = peft.LoraConfig(r=4, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, trainable_token_indices=[1], target_modules="all-linear", task_type="CAUSAL_LM")
     peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="use_dora=True, which is not supported"):
+    with pytest.raises(ValueError, match=r"trainable_token_indices=\[1\], which is not supported"):
         load_adapter(build("llama"), tmp_path / "a")
     config = peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"])
     peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "b")

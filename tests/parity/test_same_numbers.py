@@ -69,9 +69,17 @@ def test_the_output_is_that_of_peft(method, name, build, call, perturb, tmp_path
         assert not torch.allclose(call(ours, name), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "name"), CASES)
+# a start that is subtracted is written as a LoRA of twice the rank, all of which peft would train; what peft does with
+# such a start of its own is in test_hf_peft
+TRAINED = [case for case in CASES if not getattr(case.values[0], "starts_apart", False)]
+
+
+@pytest.mark.parametrize(("method", "name"), TRAINED)
 def test_ten_steps_give_the_losses_and_the_parameters_of_peft(method, name, build, call, perturb, tmp_path):
     ours, adapter, theirs = _pair(build, perturb, method, name, tmp_path)
+    if getattr(method, "lora_fa", False):  # which is an optimizer in peft
+        for key, parameter in theirs.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in key)
     losses = []
     for model in (ours, theirs):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)

@@ -1,0 +1,270 @@
+"""The layers of LoRA: what a low-rank change looks like beside each kind of module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear, Module, MultiheadAttention, Parameter, init
+from torch.nn import functional as F
+
+from lightning_peft.core.adapted import Base, module_of
+from lightning_peft.core.layer import AdapterLayer, device_for
+from lightning_peft.core.matching import class_of, is_conv1d
+from lightning_peft.core.problems import raise_problems
+from lightning_peft.methods.linear import oriented, sizes, weight_of
+from lightning_peft.methods.lora_init import starting_factors
+from lightning_peft.ops.lora_linear import count, lora_linear
+
+if TYPE_CHECKING:
+    from lightning_peft.methods.lora import LoRA
+
+
+class LowRank(AdapterLayer):
+    """What all low-rank layers share: ``lora_A``, ``lora_B``, the scale and the dropout on A's input.
+
+    Args:
+        name: the module's name, which may have a rank and a strength of its own.
+        module: the adapted module.
+        method: the options.
+        a: shape of A behind the rank.
+        b: shape of B, with the number of outputs before the rank and what follows behind it.
+    """
+
+    def __init__(self, name: str, module: Module, method: LoRA, a: Sequence[int], b: Sequence[int]) -> None:
+        super().__init__()
+        device = device_for(module)
+        r, n_out, limit = method.rank(name), b[0], min(math.prod(a), b[0])
+        if r > limit:
+            raise ValueError(
+                f"LoRA: a rank of {r} is above {limit}, the smaller side of the weight of {name!r}; lower r, give the "
+                f"module a rank of its own (rank_pattern={{{name!r}: {limit}}}) or exclude it"
+            )
+        drawn = torch.empty(r, *a, dtype=torch.float32, device=device)
+        self.lora_B = Parameter(torch.zeros(n_out, r, *b[1:], dtype=torch.float32, device=device))
+        if method.init_lora_weights == "gaussian":
+            init.normal_(drawn, std=1 / r)
+        else:
+            init.kaiming_uniform_(drawn, a=math.sqrt(5))
+        if method.lora_fa:
+            self.register_buffer("lora_A", drawn)
+        else:
+            self.lora_A = Parameter(drawn)
+        self.scale = method.scale(name)
+        self.p = method.lora_dropout
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input as A sees it."""
+        return F.dropout(x, self.p, self.training) if self.p else x
+
+
+class LinearLayer(LowRank):
+    """``base(x) + s B A x`` on a Linear or Conv1D; x: ``(..., in)`` -> ``(..., out)``.
+
+    Where the start is not zero (PiSSA, OLoRA, orthogonal) it is subtracted: ``s (B A - B0 A0)``, so that the model
+    starts as the base and the base stays as it is.
+    """
+
+    def __init__(self, name: str, module: Any, method: LoRA) -> None:
+        n_in, n_out = sizes(module)
+        super().__init__(name, module, method, (n_in,), (n_out,))
+        if method.starts_apart:
+            start = starting_factors(
+                str(method.init_lora_weights), weight_of(module).float(), len(self.lora_A), self.scale
+            )
+            for key, factor in zip(("lora_A", "lora_B"), start, strict=True):
+                with torch.no_grad():
+                    getattr(self, key).copy_(factor)
+                self.register_buffer(f"{key}0", factor.clone())
+        self.lora_bias = method.lora_bias
+        if method.lora_bias:
+            self.lora_B_bias = Parameter(torch.zeros(n_out, dtype=torch.float32, device=self.lora_B.device))
+        if method.use_dora:
+            self.lora_magnitude_vector = Parameter(weight_of(module).float().norm(dim=1))
+
+    def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
+        """Runs the module and adds the change."""
+        weight = base.plain_weight(x) if isinstance(base, Base) and self._is_plain() else None
+        if weight is not None and isinstance(base, Base):
+            count("fused")
+            bias = base.module._parameters["bias"]
+            return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale)
+        count("plain")
+        y: Tensor = base(x)
+        seen = self.dropped(x).to(y.dtype)
+        change = self._product(seen, self.lora_A, self.lora_B)
+        if "lora_A0" in self._buffers:
+            change = change - self._product(seen, self.get_buffer("lora_A0"), self.get_buffer("lora_B0"))
+        if self.lora_bias:
+            change = change + self.lora_B_bias.to(y.dtype)
+        if "lora_magnitude_vector" in self._parameters:
+            return self._decomposed(base, y, seen, change * self.scale)
+        return y + change * self.scale
+
+    def _is_plain(self) -> bool:
+        extra = self._parameters.keys() - {"lora_A", "lora_B"} or self._buffers.keys() - {"lora_A"}
+        return not extra and not (self.p and self.training)
+
+    @staticmethod
+    def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+    def _decomposed(self, base: Callable[..., Any], y: Tensor, seen: Tensor, change: Tensor) -> Tensor:
+        """``y + (g - 1) W x + g s B A x`` with ``g = m / |W + s B A|``, a row at a time (DoRA, 4.3).
+
+        The norm takes no gradient, which the paper finds to cost nothing. Dropout is on both products.
+        """
+        module: Any = module_of(base)
+        weight = weight_of(module)
+        g = (self.lora_magnitude_vector / self._norm(module)).to(y.dtype)
+        if self.p and self.training:
+            product = F.linear(seen, weight.to(y.dtype))
+        else:
+            product = y if module.bias is None else y - module.bias.to(y.dtype)
+        return y + (g - 1) * product + g * change
+
+    def _difference(self) -> Tensor:
+        delta = self.lora_B @ self.lora_A
+        if "lora_A0" in self._buffers:
+            delta = delta - self.get_buffer("lora_B0") @ self.get_buffer("lora_A0")
+        return delta * self.scale
+
+    @torch.no_grad()
+    def _norm(self, module: Module) -> Tensor:
+        norm: Tensor = (weight_of(module).to(self.lora_B.dtype) + self._difference()).norm(dim=1)
+        return norm
+
+    def deltas(self, module: Any) -> dict[str, Tensor]:
+        """The change of the weight."""
+        delta = self._difference()
+        if "lora_magnitude_vector" in self._parameters:
+            weight = weight_of(module).to(delta.dtype)
+            delta = (self.lora_magnitude_vector / self._norm(module)).unsqueeze(1) * (weight + delta) - weight
+        changes = {"weight": oriented(delta, module)}
+        if self.lora_bias:
+            if module.bias is None:
+                raise ValueError("lora_bias=True cannot be merged into a module without a bias; keep the adapter")
+            changes["bias"] = self.lora_B_bias * self.scale
+        return changes
+
+
+class EmbeddingLayer(AdapterLayer):
+    """``base(ids) + s B A[:, ids]`` on an Embedding; A: ``(r, vocabulary)`` at zero, B: ``(hidden, r)``."""
+
+    def __init__(self, name: str, module: Embedding, method: LoRA) -> None:
+        super().__init__()
+        device = device_for(module)
+        r = method.rank(name)
+        a = torch.zeros(r, module.num_embeddings, dtype=torch.float32, device=device)
+        b = torch.randn(module.embedding_dim, r, dtype=torch.float32, device=device)
+        self.lora_embedding_A = Parameter(a)
+        self.lora_embedding_B = Parameter(b)
+        # Gemma-like embeddings multiply what they look up
+        self.scale = method.scale(name)
+        self.embed_scale = getattr(module, "embed_scale", None)
+
+    def forward(self, base: Callable[..., Any], ids: Tensor) -> Tensor:
+        """Runs the module and adds the change."""
+        y: Tensor = base(ids)
+        rows = F.embedding(ids, self.lora_embedding_A.T).to(y.dtype)
+        change = rows @ self.lora_embedding_B.T.to(y.dtype) * self.scale
+        if self.embed_scale is not None:
+            change = change * self.embed_scale
+        return y + change
+
+    def deltas(self, module: Module) -> dict[str, Tensor]:
+        """The change of the weight."""
+        return {"weight": (self.lora_embedding_B @ self.lora_embedding_A).T * self.scale}
+
+
+class ConvLayer(LowRank):
+    """``base(x) + s B(A(x))`` with A a convolution of the base's geometry into r channels and B a 1x1 one."""
+
+    def __init__(self, name: str, module: Conv1d | Conv2d | Conv3d, method: LoRA) -> None:
+        if module.groups != 1:
+            raise ValueError(
+                f"LoRA: {name!r} is a convolution in {module.groups} groups, for which there is no low-rank form "
+                "that can be merged; expected groups=1, so exclude it"
+            )
+        ones = [1] * len(module.kernel_size)
+        a = (module.in_channels, *module.kernel_size)
+        super().__init__(name, module, method, a, (module.out_channels, *ones))
+
+    def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
+        """Runs the module and adds the change."""
+        y: Tensor = base(x)
+        module = module_of(base)
+        h: Tensor = module._conv_forward(self.dropped(x).to(y.dtype), self.lora_A.to(y.dtype), None)  # type: ignore[operator]
+        b = self.lora_B.flatten(1).to(y.dtype)
+        # A 1x1 convolution is a product over the channels, whatever the number of spatial dimensions.
+        channel = y.dim() - (self.lora_A.dim() - 1)
+        change: Tensor = torch.tensordot(b, h, ([1], [channel])).movedim(0, channel)
+        return y + change * self.scale
+
+    def deltas(self, module: Module) -> dict[str, Tensor]:
+        """The change of the weight."""
+        delta = torch.tensordot(self.lora_B.flatten(1), self.lora_A, ([1], [0]))
+        return {"weight": delta * self.scale}
+
+
+class AttentionLayer(LowRank):
+    """LoRA on the projections of ``nn.MultiheadAttention``, which reads weights and calls nothing.
+
+    ``lora_A``: ``(r, embed)``, ``lora_B``: ``(3 embed, r)`` on the joint input projection, a second pair under
+    ``out_proj``. The attention runs on a view of the module with ``W + s B A`` in place of ``W``.
+    """
+
+    def __init__(self, name: str, module: MultiheadAttention, method: LoRA) -> None:
+        raise_problems(
+            f"LoRA on the nn.MultiheadAttention {name!r}",
+            [
+                None if module._qkv_same_embed_dim else "kdim and vdim must equal embed_dim",
+                "lora_dropout must be 0, since the projections' input is not seen from outside"
+                if method.lora_dropout
+                else None,
+            ],
+        )
+        n = module.embed_dim
+        super().__init__(name, module, method, (n,), (3 * n,))
+        self.out_proj = LowRank(name, module, method, (n,), (n,))
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the module and adds the change."""
+        if not isinstance(base, Base) or base.instance_forward is not None:
+            raise RuntimeError(
+                "LoRA on nn.MultiheadAttention runs with changed weights, so it must be the innermost adapter "
+                "and the module must have no forward of its own; deactivate the other adapter"
+            )
+        module = base.module
+        changed: dict[str, Tensor] = {}
+        for key, delta in self.deltas(module).items():
+            weight = module.get_parameter(key)
+            changed[key] = weight + delta.to(weight.dtype)
+        return base.cls.forward(base.view({**base.casts(), **changed}), *args, **kwargs)
+
+    def deltas(self, module: Module) -> dict[str, Tensor]:
+        """The change of the weight."""
+        return {
+            "in_proj_weight": self.lora_B @ self.lora_A * self.scale,
+            "out_proj.weight": self.out_proj.lora_B @ self.out_proj.lora_A * self.scale,
+        }
+
+
+_LAYERS: dict[type, Callable[..., AdapterLayer]] = {
+    Linear: LinearLayer,
+    Embedding: EmbeddingLayer,
+    Conv1d: ConvLayer,
+    Conv2d: ConvLayer,
+    Conv3d: ConvLayer,
+    MultiheadAttention: AttentionLayer,
+}
+
+
+def layer_for(module: Module) -> Callable[..., AdapterLayer] | None:
+    """The kind of layer for a module, or None where LoRA has none."""
+    if is_conv1d(module):
+        return LinearLayer
+    return next((_LAYERS[c] for c in class_of(module).__mro__ if c in _LAYERS), None)

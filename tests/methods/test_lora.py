@@ -1,0 +1,99 @@
+"""LoRA's variants against the papers' formulas, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_peft import LoRA, adapt
+
+
+def _layer(**options):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"linear": nn.Linear(12, 8)})
+    adapter = adapt(model, LoRA(r=4, lora_alpha=6, **options))
+    return model["linear"], adapter.tree.layers_by_module["linear"]
+
+
+@torch.no_grad()
+def test_dora_is_the_papers_formula():
+    linear, layer = _layer(use_dora=True)
+    layer.lora_B.normal_()
+    layer.lora_magnitude_vector.mul_(1.3)
+    direction = linear.weight + 1.5 * layer.lora_B @ layer.lora_A
+    weight = layer.lora_magnitude_vector[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(linear(x), x @ weight.T + linear.bias)
+
+
+@torch.no_grad()
+def test_pissa_starts_from_the_largest_singular_values():
+    linear, layer = _layer(init_lora_weights="pissa")
+    u, s, vt = torch.linalg.svd(linear.weight, full_matrices=False)
+    torch.testing.assert_close(1.5 * layer.lora_B @ layer.lora_A, u[:, :4] * s[:4] @ vt[:4])
+    _, quick = _layer(init_lora_weights="pissa_niter_16")
+    torch.testing.assert_close(quick.lora_B @ quick.lora_A, layer.lora_B @ layer.lora_A, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_olora_starts_from_orthonormal_columns_and_orthogonal_starts_cancel():
+    linear, layer = _layer(init_lora_weights="olora")
+    torch.testing.assert_close(layer.lora_B.T @ layer.lora_B, torch.eye(4))
+    q, r = torch.linalg.qr(linear.weight)
+    torch.testing.assert_close(layer.lora_B @ layer.lora_A, q[:, :4] @ r[:4])
+    _, layer = _layer(init_lora_weights="orthogonal")
+    assert layer.lora_A.abs().min() > 0
+    assert layer.lora_B.abs().min() > 0
+    torch.testing.assert_close(layer.lora_B @ layer.lora_A, torch.zeros(8, 12), rtol=0, atol=1e-6)
+
+
+def test_lora_fa_trains_b_alone_and_keeps_a_with_the_adapter():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"linear": nn.Linear(12, 8)})
+    adapter = adapt(model, LoRA(r=4, lora_fa=True))
+    assert [p.shape for p in adapter.parameters()] == [(8, 4)]
+    assert sorted(adapter.state_dict()) == ["linear.lora_A", "linear.lora_B"]
+
+
+def test_patterns_give_modules_ranks_and_strengths_of_their_own():
+    model = nn.ModuleDict({"a": nn.Linear(12, 8), "b": nn.Linear(12, 8)})
+    method = LoRA(r=4, lora_alpha=8, rank_pattern={"b": 2}, alpha_pattern={"a": 16})
+    layers = adapt(model, method).tree.layers_by_module
+    assert [len(layers[n].lora_A) for n in "ab"] == [4, 2]
+    assert [layers[n].scale for n in "ab"] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 9}, "a rank of 9 is above 8, the smaller side of the weight of 'linear'"),
+        (
+            {"rank_pattern": {"linaer": 2}},
+            "rank_pattern: 'linaer' names none of the target modules; did you mean 'linear'",
+        ),
+        ({"rank_pattern": {"linear": 0}}, "rank_pattern: 'linear' must be a whole number of 1 or more"),
+        ({"alpha_pattern": {"linear": 0}}, "alpha_pattern: 'linear' must be above 0"),
+        ({"init_lora_weights": "pisa"}, "init_lora_weights must be one of .* but got 'pisa'"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "needs even ranks"),
+        ({"lora_fa": True, "init_lora_weights": "pissa"}, "leaves A as it was drawn"),
+        ({"lora_bias": True, "bias": "all"}, "two biases for one"),
+        (
+            {"use_dora": True, "target_modules": ["embedding"]},
+            "use_dora=True is for Linear and Conv1D, but 'embedding'",
+        ),
+    ],
+)
+def test_what_has_no_meaning_is_refused_before_anything_changes(options, message):
+    model = nn.ModuleDict({"linear": nn.Linear(12, 8), "embedding": nn.Embedding(20, 12)})
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        adapt(model, LoRA(**{"r": 4, **options}))
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_a_bias_beside_b_cannot_be_merged_where_there_is_none():
+    model = nn.ModuleDict({"linear": nn.Linear(12, 8, bias=False)})
+    adapter = adapt(model, LoRA(r=4, lora_bias=True))
+    with pytest.raises(ValueError, match="cannot be merged into a module without a bias"):
+        adapter.merge()
