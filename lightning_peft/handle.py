@@ -42,7 +42,10 @@ class Adapter:
 
     @override
     def __repr__(self) -> str:
-        return f"Adapter({self.name!r}, {self.method!r}, of {type(self.model).__name__})"
+        adapters = adapters_of(self.model)
+        there = adapters is not None and self.name in adapters
+        what = repr(self.method) if there else "removed"
+        return f"Adapter({self.name!r}, {what}, of {type(self.model).__name__})"
 
     @property
     def tree(self) -> AdapterTree:

@@ -72,6 +72,13 @@ TABLE = (
         mergeable=False,
     ),
     Row("parallel", lambda: BottleneckAdapter(is_parallel=True, scaling=2.0, reduction_factor=4), mergeable=False),
+    Row("compacter", lambda: lp.Compacter(reduction_factor=4), mergeable=False),
+    Row(
+        "compacter_own_rules",
+        lambda: lp.Compacter(reduction_factor=4, shared_phm_rule=False, phm_rank=2, mh_adapter=False),
+        ("bert",),
+        mergeable=False,
+    ),
     Row("ia3", lambda: lp.IA3()),
     Row("vera", lambda: lp.VeRA(r=4)),
     Row("loha", lambda: lp.LoHa(r=2, alpha=3)),
@@ -89,6 +96,14 @@ TABLE = (
     Row("oft_shared", lambda: lp.OFT(oft_block_size=8, block_share=True, num_cayley_neumann_terms=3), ("bert",)),
     Row("boft", lambda: lp.BOFT()),
     Row("prompt_tuning", lambda: PromptTuning(4), identity=False, mergeable=False),
+    Row("p_tuning", lambda: lp.PTuning(num_virtual_tokens=4), identity=False, mergeable=False),
+    Row(
+        "p_tuning_lstm",
+        lambda: lp.PTuning(num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=5),
+        ("llama",),
+        identity=False,
+        mergeable=False,
+    ),
 )
 
 CASES = [(row, model) for row in TABLE for model in row.models]

@@ -23,9 +23,12 @@ def test_what_is_no_method_is_refused_by_name(build, given, said):
 
 
 def test_a_handle_shows_its_name_method_and_model(build):
-    shown = repr(adapt(build("bert"), LoRA(r=2)))
+    adapter = adapt(build("bert"), LoRA(r=2))
+    shown = repr(adapter)
     assert shown.startswith("Adapter('default', LoRA(r=2, ")
     assert shown.endswith("of BertForSequenceClassification)")
+    adapter.remove()
+    assert repr(adapter) == "Adapter('default', removed, of BertForSequenceClassification)"
 
 
 def test_the_submodule_of_the_callback_is_given_by_name():

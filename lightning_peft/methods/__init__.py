@@ -2,12 +2,14 @@
 
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
+from lightning_peft.methods.compacter import Compacter
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.oft import OFT
+from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.randlora import RandLoRA
 from lightning_peft.methods.selective import Selective
@@ -18,10 +20,12 @@ __all__ = [
     "IA3",
     "OFT",
     "BottleneckAdapter",
+    "Compacter",
     "LoHa",
     "LoKr",
     "LoRA",
     "MiSS",
+    "PTuning",
     "PromptTuning",
     "RandLoRA",
     "Selective",

@@ -7,49 +7,18 @@ arXiv 2005.00247; beside the block instead of after it: He et al., arXiv 2110.04
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter, init
 from torch.nn import functional as F
 
-from lightning_peft.core.layer import AdapterLayer, device_for
-from lightning_peft.core.matching import base_modules, class_of, layer_number, match_modules
+from lightning_peft.core.layer import device_for
 from lightning_peft.core.method import Placement
 from lightning_peft.core.problems import nearest, raise_problems
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
-
-
-class _Block(NamedTuple):
-    """Where a known architecture has one of its blocks."""
-
-    after: str  # the module whose output a sequential adapter takes, as a regular expression
-    around: str  # the module that a parallel adapter runs beside
-    residual: bool  # whether `around` takes the block's input as its second argument and adds it itself
-
-
-_ATTENTION = (
-    _Block(r"(?:.*\.)?attention\.output\.dense", r"(?:.*\.)?attention\.output", residual=True),  # BERT, RoBERTa
-    _Block(r"(?:.*\.)?h\.\d+\.attn", r"(?:.*\.)?h\.\d+\.attn", residual=False),  # GPT-2
-    _Block(r"(?:.*\.)?layers\.\d+\.self_attn", r"(?:.*\.)?layers\.\d+\.self_attn", residual=False),  # Llama-like
-    _Block(r"(?:.*\.)?SelfAttention", r"(?:.*\.)?SelfAttention", residual=False),  # T5
-)
-_FEED_FORWARD = (
-    _Block(r"(?:.*\.)?layer\.\d+\.output\.dense", r"(?:.*\.)?layer\.\d+\.output", residual=True),
-    _Block(r"(?:.*\.)?h\.\d+\.mlp", r"(?:.*\.)?h\.\d+\.mlp", residual=False),
-    _Block(r"(?:.*\.)?layers\.\d+\.mlp", r"(?:.*\.)?layers\.\d+\.mlp", residual=False),
-    _Block(r"(?:.*\.)?DenseReluDense", r"(?:.*\.)?DenseReluDense", residual=False),
-)
+from lightning_peft.methods.blocks import ACTIVATIONS, BlockLayer, Place, find_blocks
 
 
 @dataclass
@@ -94,7 +63,7 @@ class BottleneckAdapter:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        unknown = self.non_linearity not in _ACTIVATIONS
+        unknown = self.non_linearity not in ACTIVATIONS
         raise_problems(
             "BottleneckAdapter",
             [
@@ -102,7 +71,7 @@ class BottleneckAdapter:
                 f"reduction_factor must be above 0, but got {self.reduction_factor}"
                 if self.reduction_factor <= 0
                 else None,
-                f"non_linearity {self.non_linearity!r} is unknown{nearest(self.non_linearity, _ACTIVATIONS)}"
+                f"non_linearity {self.non_linearity!r} is unknown{nearest(self.non_linearity, ACTIVATIONS)}"
                 if unknown
                 else None,
                 f"dropout must be at least 0 and below 1, but got {self.dropout}"
@@ -121,66 +90,16 @@ class BottleneckAdapter:
         Raises:
             ValueError: if a chosen kind of block is neither known nor named.
         """
-        layers: dict[str, AdapterLayer] = {}
-        for chosen, named, known, option in (
-            (self.mh_adapter, self.attention_modules, _ATTENTION, "attention_modules"),
-            (self.output_adapter, self.feed_forward_modules, _FEED_FORWARD, "feed_forward_modules"),
-        ):
-            if chosen:
-                layers |= self._layers(model, named, known, option)
-        return Placement(layers)
-
-    def _layers(
-        self, model: Module, named: list[str] | str | None, known: Sequence[_Block], option: str
-    ) -> dict[str, AdapterLayer]:
-        blocks: dict[str, bool] = {}
-        if named is not None:
-            blocks = dict.fromkeys(match_modules(model, named, layers=self.layers_to_transform, option=option), False)
-        else:
-            for block in known:
-                expression = re.compile(block.around if self.is_parallel else block.after)
-                blocks |= {n: block.residual for n in base_modules(model) if expression.fullmatch(n)}
-            if not blocks:
-                raise ValueError(
-                    f"BottleneckAdapter does not know the blocks of {class_of(model).__name__}; "
-                    f"name them in {option}, for instance {option}=['self_attn']"
-                )
-            if self.layers_to_transform is not None:
-                wanted = match_modules(model, list(blocks), layers=self.layers_to_transform, option=option)
-                blocks = {n: blocks[n] for n in wanted}
-        return {
-            name: _Bottleneck(self, model.get_submodule(name), _hidden_size(model, name), residual and self.is_parallel)
-            for name, residual in blocks.items()
-        }
+        places = find_blocks(model, self, beside=self.is_parallel)
+        return Placement({p.name: _Bottleneck(self, model.get_submodule(p.name), p) for p in places})
 
 
-def _hidden_size(model: Module, name: str) -> int:
-    """The width of the hidden state at a block: what the block says, or that of its layer's widest norm."""
-    modules = base_modules(model)
-    for key in ("out_features", "nf", "embed_dim", "hidden_size"):
-        if isinstance(getattr(modules[name], key, None), int):
-            return int(getattr(modules[name], key))
-    number = layer_number(name)
-    layer = f"{number[0]}.{number[1]}.".lstrip(".") if number else ""
-    inside = (m for n, m in modules.items() if n.startswith(layer) and not n.startswith(f"{name}."))
-    vectors = [m._parameters.get("weight") for m in inside]
-    widths = [v.numel() for v in vectors if v is not None and v.dim() == 1]
-    if not widths:
-        raise ValueError(
-            f"BottleneckAdapter cannot tell the width of {name!r}, a {class_of(modules[name]).__name__}; name its "
-            "last Linear instead"
-        )
-    return max(widths)
+class _Bottleneck(BlockLayer):
+    """``down``: ``(m, hidden)``, ``up``: ``(hidden, m)`` with ``m = hidden / reduction_factor``, at least 1."""
 
-
-class _Bottleneck(AdapterLayer):
-    """``down``: ``(m, hidden)``, ``up``: ``(hidden, m)`` with ``m = hidden / reduction_factor``, at least 1.
-
-    The block's output, or the first part of it if it is a tuple, is ``(batch, tokens, hidden)``.
-    """
-
-    def __init__(self, method: BottleneckAdapter, module: Module, hidden: int, residual: bool) -> None:
-        super().__init__()
+    def __init__(self, method: BottleneckAdapter, module: Module, place: Place) -> None:
+        super().__init__(beside=method.is_parallel, residual=place.residual)
+        hidden = place.hidden
         size = max(1, int(hidden / method.reduction_factor))
         device = device_for(module)
         self.down_weight = Parameter(torch.empty(size, hidden, dtype=torch.float32, device=device))
@@ -191,24 +110,9 @@ class _Bottleneck(AdapterLayer):
         self.non_linearity = method.non_linearity
         self.scaling = method.scaling
         self.p = method.dropout
-        self.is_parallel = method.is_parallel
-        self.residual = residual
 
     def change(self, h: Tensor) -> Tensor:
         """``s up(act(down(h)))``, ``(..., hidden)`` -> ``(..., hidden)``."""
         z = F.linear(h, self.down_weight.to(h.dtype), self.down_bias.to(h.dtype))
-        z = F.dropout(_ACTIVATIONS[self.non_linearity](z), self.p, self.training)
+        z = F.dropout(ACTIVATIONS[self.non_linearity](z), self.p, self.training)
         return F.linear(z, self.up_weight.to(h.dtype), self.up_bias.to(h.dtype)) * self.scaling
-
-    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.residual:
-            # BERT's output module ends in norm(dense(h) + x): what is added to x is added beside the block
-            h, x = args
-            return base(h, x + self.change(x))
-        output = base(*args, **kwargs)
-        first: Tensor = output[0] if isinstance(output, tuple) else output
-        source = first
-        if self.is_parallel:
-            source = args[0] if args else kwargs["hidden_states"]
-        changed = first + self.change(source)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Linear, Module, Parameter
 from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer
@@ -188,16 +188,20 @@ class DeltaLayer(AdapterLayer):
 
 
 class SharedTensors(AdapterLayer):
-    """Fixed tensors that all layers of one adapter read; they are the root's and saved with the adapter.
+    """Tensors that all layers of one adapter read; they are the root's and saved with the adapter.
 
     Args:
         tensors: the tensors by name, in float32.
+        train: whether they train; else they stay as they are.
     """
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], *, train: bool = False) -> None:
         super().__init__()
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.float())
+            if train:
+                self.register_parameter(name, Parameter(tensor.float()))
+            else:
+                self.register_buffer(name, tensor.float())
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the root as it is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_peft import LoRA, PromptTuning, adapt, load_adapter
+from lightning_peft import LoRA, PromptTuning, PTuning, adapt, load_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -138,6 +138,44 @@ def test_a_start_from_the_base_trains_as_it_does_in_peft(start, build, call):
         if not key.endswith("0"):
             theirs_now = trained[f"base_model.model.{key}.weight"]
             torch.testing.assert_close(tensor, theirs_now, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("kind", ["MLP", "LSTM"])
+def test_p_tuning_trains_as_it_does_in_peft(kind, name, build, call):
+    options = {"num_virtual_tokens": 4, "encoder_hidden_size": 6, "encoder_reparameterization_type": kind}
+    ours = build(name)
+    adapter = adapt(ours, PTuning(**options))
+    ours.double()
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.double()
+    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    config = peft.PromptEncoderConfig(task_type=task, num_transformer_submodules=1, **options)
+    theirs = peft.get_peft_model(build(name).double(), config).double()
+    network = theirs.prompt_encoder["default"]
+    named = {"virtual": network.embedding.weight}
+    heads = {"encoder.head.": network.mlp_head, "encoder.lstm.": getattr(network, "lstm_head", None)}
+    heads = heads if kind == "LSTM" else {"encoder.": network.mlp_head}
+    named |= {prefix + n: p for prefix, part in heads.items() for n, p in part.named_parameters()}
+    pairs = {k: named[k[k.index("virtual" if "virtual" in k else "encoder.", 8) :]] for k in adapter.state_dict()}
+    with torch.no_grad():
+        for key, tensor in adapter.state_dict().items():
+            pairs[key].copy_(tensor)
+    losses = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        seen = []
+        for _ in range(10):
+            loss = call(model, name)[:, -7:].pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.detach())
+        losses.append(torch.stack(seen))
+    torch.testing.assert_close(losses[0][0], losses[1][0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-8, atol=1e-8)
+    for key, tensor in adapter.state_dict().items():
+        torch.testing.assert_close(tensor, pairs[key].data, rtol=1e-8, atol=1e-8)
 
 
 def test_options_that_are_not_supported_are_refused_by_name(build, tmp_path):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # peft's layers of these kinds know no Conv1D
 WITHOUT_PEER = {(kind, "gpt2") for kind in ("loha", "lokr", "miss", "oft", "boft")}
 # and its prompts for classifiers need a trained head, which test_hf_peft gives them
-WITHOUT_PEER |= {("prompt_tuning", "bert")}
+WITHOUT_PEER |= {("prompt_tuning", "bert"), ("p_tuning", "bert")}
 CASES = [
     pytest.param(row.make(), name, id=f"{row.name}-{name}")
     for row in TABLE
@@ -37,6 +37,10 @@ def build(build):
         return model
 
     return make
+
+
+# PEFT's file of a P-tuning has its vectors, in float32, and not the network; test_hf_peft compares the networks
+EXACT = [case for case in CASES if not case.id.startswith("p_tuning")]
 
 
 def _pair(build, perturb, method, name, tmp_path, scale=0.05):
@@ -60,7 +64,7 @@ def _kept(output, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "name"), CASES)
+@pytest.mark.parametrize(("method", "name"), EXACT)
 def test_the_output_is_that_of_peft(method, name, build, call, perturb, tmp_path):
     ours, adapter, theirs = _pair(build, perturb, method, name, tmp_path)
     expected = _kept(call(theirs.eval(), name), name)
@@ -71,7 +75,7 @@ def test_the_output_is_that_of_peft(method, name, build, call, perturb, tmp_path
 
 # a start that is subtracted is written as a LoRA of twice the rank, all of which peft would train; what peft does with
 # such a start of its own is in test_hf_peft
-TRAINED = [case for case in CASES if not getattr(case.values[0], "starts_apart", False)]
+TRAINED = [case for case in EXACT if not getattr(case.values[0], "starts_apart", False)]
 
 
 @pytest.mark.parametrize(("method", "name"), TRAINED)

@@ -1,0 +1,157 @@
+"""The blocks that adapter layers stand in, attention and feed-forward, and how a layer joins one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn import functional as F
+
+from lightning_peft.core.layer import AdapterLayer
+from lightning_peft.core.matching import base_modules, class_of, layer_number, match_modules
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class _Block(NamedTuple):
+    """Where a known architecture has one of its blocks."""
+
+    after: str  # the module whose output a sequential adapter takes, as a regular expression
+    around: str  # the module that a parallel adapter runs beside
+    residual: bool  # whether `around` takes the block's input as its second argument and adds it itself
+
+
+_ATTENTION = (
+    _Block(r"(?:.*\.)?attention\.output\.dense", r"(?:.*\.)?attention\.output", residual=True),  # BERT, RoBERTa
+    _Block(r"(?:.*\.)?h\.\d+\.attn", r"(?:.*\.)?h\.\d+\.attn", residual=False),  # GPT-2
+    _Block(r"(?:.*\.)?layers\.\d+\.self_attn", r"(?:.*\.)?layers\.\d+\.self_attn", residual=False),  # Llama-like
+    _Block(r"(?:.*\.)?SelfAttention", r"(?:.*\.)?SelfAttention", residual=False),  # T5
+)
+_FEED_FORWARD = (
+    _Block(r"(?:.*\.)?layer\.\d+\.output\.dense", r"(?:.*\.)?layer\.\d+\.output", residual=True),
+    _Block(r"(?:.*\.)?h\.\d+\.mlp", r"(?:.*\.)?h\.\d+\.mlp", residual=False),
+    _Block(r"(?:.*\.)?layers\.\d+\.mlp", r"(?:.*\.)?layers\.\d+\.mlp", residual=False),
+    _Block(r"(?:.*\.)?DenseReluDense", r"(?:.*\.)?DenseReluDense", residual=False),
+)
+
+
+class BlockOptions(Protocol):
+    """The options that say which blocks a method's layers stand in."""
+
+    mh_adapter: bool
+    output_adapter: bool
+    attention_modules: list[str] | str | None
+    feed_forward_modules: list[str] | str | None
+    layers_to_transform: list[int] | int | None
+
+
+class Place(NamedTuple):
+    """A block that gets a layer.
+
+    Attributes:
+        name: the module to adapt.
+        hidden: the width of the hidden state.
+        residual: whether the module takes the block's input as its second argument and adds it itself.
+    """
+
+    name: str
+    hidden: int
+    residual: bool
+
+
+def find_blocks(model: Module, method: BlockOptions, *, beside: bool = False) -> Iterator[Place]:
+    """The chosen blocks of a model, those of known architectures or those that the user names.
+
+    Args:
+        model: the root.
+        method: which blocks are chosen.
+        beside: whether the layers run beside the blocks instead of on their output.
+
+    Raises:
+        ValueError: if a chosen kind of block is neither known nor named.
+    """
+    for chosen, named, known, option in (
+        (method.mh_adapter, method.attention_modules, _ATTENTION, "attention_modules"),
+        (method.output_adapter, method.feed_forward_modules, _FEED_FORWARD, "feed_forward_modules"),
+    ):
+        if not chosen:
+            continue
+        blocks: dict[str, bool] = {}
+        if named is not None:
+            blocks = dict.fromkeys(match_modules(model, named, layers=method.layers_to_transform, option=option), False)
+        else:
+            for block in known:
+                expression = re.compile(block.around if beside else block.after)
+                blocks |= {n: block.residual for n in base_modules(model) if expression.fullmatch(n)}
+            if not blocks:
+                raise ValueError(
+                    f"{type(method).__name__} does not know the blocks of {class_of(model).__name__}; "
+                    f"name them in {option}, for instance {option}=['self_attn']"
+                )
+            if method.layers_to_transform is not None:
+                wanted = match_modules(model, list(blocks), layers=method.layers_to_transform, option=option)
+                blocks = {n: blocks[n] for n in wanted}
+        for name, residual in blocks.items():
+            yield Place(name, _hidden_size(type(method).__name__, model, name), residual and beside)
+
+
+def _hidden_size(method: str, model: Module, name: str) -> int:
+    """The width of the hidden state at a block: what the block says, or that of its layer's widest norm."""
+    modules = base_modules(model)
+    for key in ("out_features", "nf", "embed_dim", "hidden_size"):
+        if isinstance(getattr(modules[name], key, None), int):
+            return int(getattr(modules[name], key))
+    number = layer_number(name)
+    layer = f"{number[0]}.{number[1]}.".lstrip(".") if number else ""
+    inside = (m for n, m in modules.items() if n.startswith(layer) and not n.startswith(f"{name}."))
+    vectors = [m._parameters.get("weight") for m in inside]
+    widths = [v.numel() for v in vectors if v is not None and v.dim() == 1]
+    if not widths:
+        raise ValueError(
+            f"{method} cannot tell the width of {name!r}, a {class_of(modules[name]).__name__}; name its "
+            "last Linear instead"
+        )
+    return max(widths)
+
+
+class BlockLayer(AdapterLayer):
+    """``h + change(h)`` on a block's output, or beside the block on its input; ``(batch, tokens, hidden)``.
+
+    A block that gives a tuple has its hidden state first.
+
+    Args:
+        beside: whether the change is made of the block's input.
+        residual: whether the module adds the block's input itself.
+    """
+
+    def __init__(self, *, beside: bool, residual: bool) -> None:
+        super().__init__()
+        self.is_parallel = beside
+        self.residual = residual
+
+    def change(self, h: Tensor) -> Tensor:
+        """What is added, ``(..., hidden)`` -> ``(..., hidden)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define change(h)")
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the block and adds the change."""
+        if self.residual:
+            # BERT's output module ends in norm(dense(h) + x): what is added to x is added beside the block
+            h, x = args
+            return base(h, x + self.change(x))
+        output = base(*args, **kwargs)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        source = first
+        if self.is_parallel:
+            source = args[0] if args else kwargs["hidden_states"]
+        changed = first + self.change(source)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed

@@ -1,0 +1,40 @@
+"""Compacter's weights against the paper's sum of Kronecker products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_peft import Compacter, adapt
+from lightning_peft.methods.compacter import phm
+
+
+def test_the_product_is_that_with_the_papers_matrix():
+    torch.manual_seed(0)
+    rule, left, right = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 4, 4), (4, 3, 2), (4, 2, 5)))
+    matrix = sum(torch.kron(rule[i], left[i] @ right[i]) for i in range(4))
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    torch.testing.assert_close(phm(x, rule, left, right), x @ matrix)
+    inputs = [t.requires_grad_() for t in (x[:1, :2].clone(), rule, left, right)]
+    torch.autograd.gradcheck(phm, inputs)
+
+
+def test_the_rule_is_one_for_all_layers_unless_asked_otherwise(build):
+    shared = adapt(build("bert"), Compacter(reduction_factor=4))
+    assert [n for n in shared.state_dict() if "phm_rule" in n] == ["phm_rule"]
+    own = adapt(build("bert"), Compacter(reduction_factor=4, shared_phm_rule=False))
+    assert len([n for n in own.state_dict() if "phm_rule" in n]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"phm_dim": 3, "reduction_factor": 4}, "phm_dim=3 must divide the hidden size 32 and the bottleneck 8"),
+        ({"reduction_factor": 16}, "phm_dim=4 must divide the hidden size 32 and the bottleneck 2 .* such as 8"),
+        ({"non_linearity": "gelo"}, "non_linearity 'gelo' is unknown; did you mean 'gelu'"),
+        ({"mh_adapter": False, "output_adapter": False}, "choose mh_adapter, output_adapter or both"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message, build):
+    with pytest.raises(ValueError, match=message):
+        adapt(build("bert"), Compacter(**options))
