@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_peft.data.module import TextDataModule
     from lightning_peft.handle import Adapter, adapt, load_adapter
     from lightning_peft.methods import *  # noqa: F403 - a new method is one name there and none here
+    from lightning_peft.methods.lora_plus import lora_plus_groups
     from lightning_peft.module import PeftModule
     from lightning_peft.tasks import CausalLM, TextClassification
 
@@ -29,6 +30,7 @@ _HOMES = {
     "adapt": "handle",
     "load_adapter": "handle",
     "load_from_checkpoint": "callbacks.loading",
+    "lora_plus_groups": "methods.lora_plus",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "adapt",
     "load_adapter",
     "load_from_checkpoint",
+    "lora_plus_groups",
 ]
 
 if TYPE_CHECKING:

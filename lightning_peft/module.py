@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -26,16 +25,19 @@ from lightning_peft.callbacks.adaptation import (
 )
 from lightning_peft.callbacks.peft_callback import warn_of_missing_gradients
 from lightning_peft.core.method import Method, require_method
-from lightning_peft.core.problems import nearest
 from lightning_peft.formats.folder import load_into, read_folder
 from lightning_peft.handle import Adapter
 from lightning_peft.methods.config import method_from_config, method_to_config
 from lightning_peft.tasks import Task, task_from_config
 from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.optimization import (
+    OPTIMIZER,
+    SCHEDULER,
+    check_optimization,
+    make_optimizer,
+    make_schedule,
+)
 from lightning_peft.tasks.token_mean import TokenMean
-
-_OPTIMIZER = {"name": "AdamW", "lr": None, "weight_decay": 0.0}
-_SCHEDULER = {"name": "linear", "warmup": 0.06}
 
 
 class PeftModule(LightningModule):
@@ -50,7 +52,7 @@ class PeftModule(LightningModule):
         method: the method, or its plain values.
         task: the task, its name, or its plain values.
         optimizer: ``{"name": "AdamW", "lr": ..., ...}``: a class of ``torch.optim`` and its options. Without a
-            rate the method's own is taken.
+            rate the method's own is taken; ``loraplus_lr_ratio`` makes B of LoRA learn so many times as fast.
         scheduler: ``{"name": "linear", "warmup": 0.06}``: one of transformers' schedules, and the share of the
             steps that warm up.
         generation: options of ``generate`` for prediction.
@@ -72,10 +74,10 @@ class PeftModule(LightningModule):
         self.method = method_from_config(method) if isinstance(method, dict) else method
         require_method(self.method)
         self.task: Task = task_from_config(task) if isinstance(task, (str, dict)) else task
-        self.optimizer = {**_OPTIMIZER, **(optimizer or {})}
-        self.scheduler = {**_SCHEDULER, **(scheduler or {})}
+        self.optimizer = {**OPTIMIZER, **(optimizer or {})}
+        self.scheduler = {**SCHEDULER, **(scheduler or {})}
         self.generation = dict(generation or {})
-        self._check_options()
+        check_optimization(self.optimizer, self.scheduler)
         self.model: Module | None = None
         self._given = (model,) if isinstance(model, Module) else ()
         self.base = None if isinstance(model, Module) else BaseModel.of(model)
@@ -86,20 +88,6 @@ class PeftModule(LightningModule):
         self._random_state: dict[str, Any] | None = None
         self._checked = False
         self._save_plain_hparams()
-
-    def _check_options(self) -> None:
-        names = [n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer"]
-        if self.optimizer["name"] not in names:
-            raise ValueError(f"optimizer {self.optimizer['name']!r} is unknown{nearest(self.optimizer['name'], names)}")
-        from transformers import SchedulerType
-
-        schedules = [s.value for s in SchedulerType]
-        if self.scheduler["name"] not in schedules:
-            raise ValueError(
-                f"scheduler {self.scheduler['name']!r} is unknown{nearest(self.scheduler['name'], schedules)}"
-            )
-        if not 0 <= self.scheduler["warmup"] < 1:
-            raise ValueError(f"scheduler.warmup must be at least 0 and below 1, but got {self.scheduler['warmup']}")
 
     def _save_plain_hparams(self) -> None:
         """Plain containers only: anything else makes ``torch.load(weights_only=True)`` refuse the checkpoint."""
@@ -238,16 +226,8 @@ class PeftModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        from transformers import get_scheduler
-
-        options = {k: v for k, v in self.optimizer.items() if k != "name"}
-        if options["lr"] is None:
-            options["lr"] = self.method.learning_rate
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = getattr(torch.optim, self.optimizer["name"])(trained, **options)
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = math.ceil(self.scheduler["warmup"] * steps)
-        schedule = get_scheduler(self.scheduler["name"], optimizer, warmup, steps)
+        optimizer = make_optimizer(self, self.optimizer, self.method.learning_rate)
+        schedule = make_schedule(optimizer, self.scheduler, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @override

@@ -1,0 +1,74 @@
+"""Optimizers and schedules by name, as a configuration gives them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_peft.core.problems import nearest
+from lightning_peft.methods.lora_plus import lora_plus_groups
+
+OPTIMIZER = {"name": "AdamW", "lr": None, "weight_decay": 0.0}
+SCHEDULER = {"name": "linear", "warmup": 0.06}
+
+
+def check_optimization(optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """Refuses names and numbers that would fail when training begins.
+
+    Args:
+        optimizer: the name of a class of ``torch.optim``, and its options.
+        scheduler: the name of one of transformers' schedules, and ``warmup``.
+
+    Raises:
+        ValueError: if a name is unknown or a number is out of its range.
+    """
+    names = [n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer"]
+    if optimizer["name"] not in names:
+        raise ValueError(f"optimizer {optimizer['name']!r} is unknown{nearest(optimizer['name'], names)}")
+    ratio = optimizer.get("loraplus_lr_ratio")
+    if ratio is not None and ratio < 1:
+        raise ValueError(f"optimizer.loraplus_lr_ratio must be 1 or more, but got {ratio}")
+    from transformers import SchedulerType
+
+    schedules = [s.value for s in SchedulerType]
+    if scheduler["name"] not in schedules:
+        raise ValueError(f"scheduler {scheduler['name']!r} is unknown{nearest(scheduler['name'], schedules)}")
+    if not 0 <= scheduler["warmup"] < 1:
+        raise ValueError(f"scheduler.warmup must be at least 0 and below 1, but got {scheduler['warmup']}")
+
+
+def make_optimizer(model: Module, config: dict[str, Any], learning_rate: float) -> Optimizer:
+    """The optimizer for all that trains.
+
+    Args:
+        model: what holds the parameters.
+        config: the name of a class of ``torch.optim``, and its options; ``loraplus_lr_ratio`` makes B of LoRA learn
+            so many times as fast.
+        learning_rate: taken where the options have none.
+    """
+    options = {k: v for k, v in config.items() if k not in ("name", "loraplus_lr_ratio")}
+    if options.get("lr") is None:
+        options["lr"] = learning_rate
+    ratio = config.get("loraplus_lr_ratio")
+    trained: Any = [p for p in model.parameters() if p.requires_grad]
+    if ratio is not None:
+        trained = lora_plus_groups(model, options["lr"], ratio)
+    made: Optimizer = getattr(torch.optim, config["name"])(trained, **options)
+    return made
+
+
+def make_schedule(optimizer: Optimizer, config: dict[str, Any], steps: int) -> Any:
+    """The schedule of the rate, a step at a time.
+
+    Args:
+        optimizer: whose rate it moves.
+        config: the name of one of transformers' schedules, and the share of the steps that warm up.
+        steps: all optimizer steps of the run.
+    """
+    from transformers import get_scheduler
+
+    return get_scheduler(config["name"], optimizer, math.ceil(config["warmup"] * steps), steps)
