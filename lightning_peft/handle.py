@@ -54,10 +54,13 @@ class Adapter:
         Raises:
             RuntimeError: if it has been removed.
         """
+        self._require()
+        return tree_of(self.model, self.name)
+
+    def _require(self) -> None:
         adapters = adapters_of(self.model)
         if adapters is None or self.name not in adapters:
             raise RuntimeError(f"the adapter {self.name!r} has been removed from the model")
-        return tree_of(self.model, self.name)
 
     @property
     def method(self) -> Method:
@@ -102,6 +105,7 @@ class Adapter:
         Raises:
             RuntimeError: if the method kept no originals of what it trains in place.
         """
+        self._require()
         unmerge(self.model, self.name)
         eject(self.model, self.name)
         return self.model
@@ -112,10 +116,12 @@ class Adapter:
         Raises:
             ValueError: if the method is no change of weights, or a value is not finite.
         """
+        self._require()
         merge(self.model, self.name)
 
     def unmerge(self) -> None:
         """Undoes `merge`, to the bit."""
+        self._require()
         unmerge(self.model, self.name)
 
     def merge_and_unload(self) -> Module:
@@ -127,6 +133,7 @@ class Adapter:
         Raises:
             ValueError: if the method cannot be merged.
         """
+        self._require()
         merge(self.model, self.name)
         record = self.tree.record
         record.merged, record.originals = None, {}
@@ -146,6 +153,7 @@ class Adapter:
         Raises:
             FileExistsError: if the folder already holds an adapter.
         """
+        self._require()
         return save_folder(self.model, self.name, Path(path), info)
 
     def print_trainable_parameters(self) -> None:

@@ -29,6 +29,10 @@ def test_a_handle_shows_its_name_method_and_model(build):
     assert shown.endswith("of BertForSequenceClassification)")
     adapter.remove()
     assert repr(adapter) == "Adapter('default', removed, of BertForSequenceClassification)"
+    for call in (adapter.remove, adapter.merge, adapter.unmerge, adapter.merge_and_unload, lambda: adapter.save("x")):
+        with pytest.raises(RuntimeError, match="the adapter 'default' has been removed"):
+            call()
+    assert repr(PeftCallback(LoRA(r=2), model="a")).startswith("PeftCallback(LoRA(r=2, ")
 
 
 def test_the_submodule_of_the_callback_is_given_by_name():

@@ -23,7 +23,7 @@ class MyModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.backbone, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.backbone, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
 
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
@@ -37,7 +37,7 @@ class MyModule(L.LightningModule):
 
 class Data(L.LightningDataModule):
     def train_dataloader(self):
-        return DataLoader(TensorDataset(torch.randn(8, 4), torch.arange(8) % 2), 4)
+        return DataLoader(TensorDataset(torch.randn(8, 8), torch.arange(8) % 2), 4)
 
     test_dataloader = train_dataloader
 
@@ -45,7 +45,7 @@ class Data(L.LightningDataModule):
 @pytest.mark.parametrize("code", [c for kind, c in BLOCKS if kind == "python"], ids=lambda c: c.split("\n")[0])
 def test_the_code_in_the_readme_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"MyModule": MyModule, "datamodule": Data(), "model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))}
+    names = {"MyModule": MyModule, "datamodule": Data(), "model": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))}
     exec(compile(code, "README.md", "exec"), names)
 
 

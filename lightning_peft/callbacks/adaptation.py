@@ -109,15 +109,18 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
     record = record_of(checkpoint)
     base, mine = record["base"]["fingerprint"], base_description(root)["fingerprint"]
     if None not in (base, mine) and base != mine:
+        named = f"{record['base']['name']} with " if record["base"]["name"] else ""
         raise ValueError(
-            f"the checkpoint was made on another base: {record['base']['name'] or 'unnamed'} with fingerprint {base}, "
-            f"but this model has {mine}; build the model from the base that it names"
+            f"the checkpoint was made on another base: {named}fingerprint {base}, but this model has {mine}; build the "
+            "model with the same sizes and weights, and adapt the same part of it"
         )
     adapters = adapters_of(root)
     assert adapters is not None
     methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
     if methods != record["methods"]:
-        raise ValueError(f"the checkpoint's method is {record['methods']}, but the module was adapted by {methods}")
+        raise ValueError(
+            "the checkpoint was trained by another method: " + "; ".join(_differences(record["methods"], methods))
+        )
     if record["trained"] != _trained(root):
         # Optimizer states are matched to parameters by their order alone
         raise ValueError(
@@ -127,6 +130,18 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
     lost = sorted(set(record["tensors"]) - set(checkpoint["state_dict"]))
     if lost:
         raise ValueError(f"the checkpoint lacks {len(lost)} of the tensors that it lists, such as {lost[0]}")
+
+
+def _differences(saved: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any]]) -> list[str]:
+    """What differs between methods by adapter name, a phrase each."""
+    if set(saved) != set(mine):
+        return [f"it has the adapters {sorted(saved)}, the module {sorted(mine)}"]
+    return [
+        f"{option.replace('_target_', 'method')} was {saved[name].get(option)!r} and is {mine[name].get(option)!r} here"
+        for name in saved
+        for option in dict.fromkeys([*saved[name], *mine[name]])
+        if saved[name].get(option) != mine[name].get(option)
+    ]
 
 
 def _trained(root: Module) -> list[str]:

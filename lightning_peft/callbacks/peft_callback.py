@@ -78,6 +78,11 @@ class PeftCallback(Callback):
         self._checked = False
         self._printed = False
 
+    @override
+    def __repr__(self) -> str:
+        where = f", model={self.model!r}" if self.model else ""
+        return f"PeftCallback({self.method!r}{where})"
+
     @property
     @override
     def state_key(self) -> str:

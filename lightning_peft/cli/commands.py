@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,6 +29,9 @@ def train(config: DictConfig) -> float | None:
     """Trains, keeps the best checkpoint, exports the adapter; returns the monitored metric for a sweeper."""
     target = Path(config.run_dir) / "adapter"
     refuse_occupied(target)
+    epochs = config.trainer.get("max_epochs")
+    if epochs is not None and epochs != -1 and epochs < 1:
+        raise ValueError(f"trainer.max_epochs must be 1 or more, or -1 for no end, but got {epochs}")
     L.seed_everything(config.seed, workers=True, verbose=False)
     method = _method(config)
     data: TextDataModule = instantiate(config.data, _convert_="all")
@@ -54,7 +58,9 @@ def train(config: DictConfig) -> float | None:
     reached = getattr(trainer.checkpoint_callback, "best_model_score", None)
     score = metrics.get(config.monitor) if reached is None else float(reached)
     _write_json(Path(config.run_dir) / "metrics.json", {**metrics, f"best/{config.monitor}": score})
-    print_training(config.monitor, score, best, module, folder)
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    data_words = [w for w in words if w.startswith(("data=", "data."))]
+    print_training(config.monitor, score, best, module, folder, data_words)
     return score
 
 

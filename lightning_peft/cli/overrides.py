@@ -50,10 +50,19 @@ def problem_with(command: str, overrides: list[str], *, asks: bool = False) -> s
                 if wrong is not None:
                     return wrong
         except HydraException as error:
-            base = compose(command)
+            try:  # the options that there are depend on the groups that were chosen
+                base = compose(command, [o for o in overrides if _chooses(o)])
+            except HydraException:
+                base = compose(command)
             assert isinstance(base, DictConfig)
             return _in_a_sentence(str(error), base)
     return None
+
+
+def _chooses(override: str) -> bool:
+    """Whether an override is the plain choice of one group, as ``method=lora`` is."""
+    key, _, value = override.partition("=")
+    return "." not in key and "," not in value
 
 
 def _word_for_a_number(config: Any, usual: Any, keys: list[str]) -> str | None:

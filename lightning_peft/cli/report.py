@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from lightning_peft.module import PeftModule
 
 
-def print_training(monitor: str, score: float | None, best: Path | None, module: PeftModule, folder: Path) -> None:
+def print_training(
+    monitor: str, score: float | None, best: Path | None, module: PeftModule, folder: Path, data: list[str]
+) -> None:
     """Says what a run reached, where it lies, how small it is, and what to try next.
 
     Args:
@@ -21,6 +24,7 @@ def print_training(monitor: str, score: float | None, best: Path | None, module:
         best: the best checkpoint.
         module: the trained module.
         folder: the exported adapter.
+        data: the words of the command line that chose the data.
     """
     plan = module.adapter.plan
     shown_best, shown_folder = _short(best), _short(folder)
@@ -36,8 +40,10 @@ def print_training(monitor: str, score: float | None, best: Path | None, module:
     print(f"exported adapter     {shown_folder}")
     print(f"  its size           {_size(_bytes(folder))} (the full model's weights: {_size(4 * plan.total)})")
     print("\nNext:")
-    print(f"  lightning-peft eval adapter={shown_folder}")
-    print(f"  lightning-peft predict adapter={shown_folder} output=predictions.jsonl")
+    same_data = "".join(f" {shlex.quote(word)}" for word in data)
+    new_data = " data.predict_files=new.jsonl" if data else ""
+    print(f"  lightning-peft eval adapter={shown_folder}{same_data}")
+    print(f"  lightning-peft predict adapter={shown_folder} output=predictions.jsonl{new_data}")
     if module.method.mergeable:
         print(f"  lightning-peft export adapter={shown_folder} to=merged format=merged")
     print("  lightning-peft -m method=lora,bitfit,houlsby,prompt_tuning seed=1,2")

@@ -18,14 +18,21 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
         ``"; did you mean 'a' or 'b'?"``, or the first known names where none is near.
     """
     names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=count, cutoff=0.6)
+    near = _close(name, names, count, 0.6)
     if not near:
         tail = name.rpartition(".")[2]
         ends = {n.rpartition(".")[2] for n in names}
-        near = difflib.get_close_matches(tail, sorted(ends), n=count, cutoff=0.4)
+        near = _close(tail, sorted(ends), count, 0.4)
     if near:
         return "; did you mean " + " or ".join(repr(n) for n in near) + "?"
     return "; known: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else ""
+
+
+def _close(name: str, known: list[str], count: int, cutoff: float) -> list[str]:
+    """The nearest names, best first, without those that are clearly further off than the best."""
+    found = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
+    ratios = [difflib.SequenceMatcher(None, f, name).ratio() for f in found]
+    return [f for f, ratio in zip(found, ratios, strict=True) if ratio > ratios[0] - 0.1]
 
 
 def raise_problems(subject: str, problems: Iterable[str | None]) -> None:

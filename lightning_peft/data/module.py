@@ -167,9 +167,10 @@ class TextDataModule(LightningDataModule):
         if self.source == _EMBEDDED and self.files["train"] is None:
             train, embedded = classification_examples() if "label" in required else completion_examples()
             validation = validation or embedded
+        known = train  # before the split and the limit: a rare label may be in none of the rows that they leave
         if validation is None:
             train, validation = self._split_off(train)
-        self.task.learn_from(train)  # before the limit: a rare label may be in none of the rows that it leaves
+        self.task.learn_from(known)
         if self.limit is not None:
             train = random.Random(self.seed).sample(train, min(self.limit, len(train)))
         test = self._split("test", required) or validation

@@ -130,5 +130,9 @@ def _renamed(rows: list[Row], columns: dict[str, str], required: Sequence[str], 
                     f"{where}, row {number} has no column {wanted!r}{nearest(wanted, row)} "
                     f"(name it with data.columns.{name}=...)"
                 )
+            if row[wanted] is None:
+                raise ValueError(
+                    f"{where}, row {number} has nothing in the column {wanted!r}: fill it in or leave the row out"
+                )
         renamed.append({name: row[columns.get(name, name)] for name in required})
     return renamed

@@ -176,7 +176,7 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     if check_base and None not in (saved.fingerprint, mine) and saved.fingerprint != mine:
         raise ValueError(
             f"{saved.path} was trained on another base: fingerprint {saved.fingerprint}, but this model has {mine}; "
-            "load the base that it names, or pass check_base=False if you know better"
+            "load the base, or the part of the model, that was adapted, or pass check_base=False if you know better"
         )
     tree = tree_of(model, name)
     wanted = _file_tensors(model, tree)

@@ -151,10 +151,14 @@ def _helpful(name: str) -> Iterator[None]:
             raise
         hint = "; install the embedded default with pip install 'lightning-peft[demo]'" if name == EMBEDDED else ""
         near = Path(name).parent
-        there = [str(p) for p in near.iterdir() if p.is_dir()] if near.is_dir() and near != Path(".") else []
-        instead = nearest(name, there) if there else ""
+        there = (
+            [str(p) for p in near.iterdir() if p.is_dir()]
+            if near.is_dir() and near not in (Path("."), Path("/"))
+            else []
+        )
+        instead = nearest(name, there) if there else ";"
         raise OSError(
-            f"{name!r} is no local folder{instead} and could not be fetched from the hub; "
+            f"{name!r} is no local folder and could not be fetched from the hub{instead} "
             f"pass model.name_or_path=/a/local/folder with config.json and weights{hint}"
         ) from error
 

@@ -29,6 +29,9 @@ def check_optimization(optimizer: dict[str, Any], scheduler: dict[str, Any]) -> 
     names = [n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer"]
     if optimizer["name"] not in names:
         raise ValueError(f"optimizer {optimizer['name']!r} is unknown{nearest(optimizer['name'], names)}")
+    rate = optimizer.get("lr")
+    if rate is not None and rate <= 0:
+        raise ValueError(f"optimizer.lr must be above 0, but got {rate}")
     ratio = optimizer.get("loraplus_lr_ratio")
     if ratio is not None and ratio < 1:
         raise ValueError(f"optimizer.loraplus_lr_ratio must be 1 or more, but got {ratio}")

@@ -35,6 +35,8 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
     said = run(*words, "method.r=2", "hydra.run.dir=run", cwd=tmp_path).stdout
     for expected in ("validation accuracy", "run/checkpoints/best.ckpt", "run/adapter", "lightning-peft predict"):
         assert expected in said
+    (printed,) = [line.split()[1:] for line in said.splitlines() if line.startswith("  lightning-peft eval")]
+    assert "val/accuracy" in run(*printed, cwd=tmp_path).stdout
     folder = tmp_path / "run"
     assert yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())["method"]["r"] == 2
     assert "val/accuracy" in json.loads((folder / "metrics.json").read_text())
@@ -124,6 +126,7 @@ def test_language_modelling_from_the_command_line(tmp_path, llama_folder):
         (["method=lroa"], "method=lroa is unknown; did you mean 'lora'"),
         (["metod=lora"], "there is no 'metod'; did you mean 'method'"),
         (["method.lora_alhpa=3"], "there is no 'method.lora_alhpa'; did you mean 'lora_alpha'?"),
+        (["method=norm", "method.r=4"], "there is no 'method.r'; known: keep_originals, "),
         (["trian"], "command 'trian' is unknown; did you mean 'train'?"),
         (["eval"], "eval needs adapter=..."),
         (["-m", "method=lora,bitfitt"], "method=bitfitt is unknown; did you mean 'bitfit'?"),
@@ -154,12 +157,16 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(monkeypatch, capsys, w
         (["data=files", "data.train_files=text.jsonl"], "there is no file 'text.jsonl'; did you mean 'texts.jsonl'?"),
         (["data=files", "data.train_files=texts.jsonl"], "has no column 'text'; did you mean"),
         (["method.target_modules=[qurey]"], "'qurey' matches no module; did you mean 'query'"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs must be 1 or more, or -1 for no end, but got 0"),
+        (["optimizer.lr=-1"], "optimizer.lr must be above 0, but got -1"),
+        (["data=files", "data.train_files=empty.jsonl"], "row 2 has nothing in the column 'label'"),
         (["+method=lora"], "method"),
         (["hydra.run.dir=held"], "held/adapter already holds an adapter"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_training(tmp_path, words, said):
     (tmp_path / "texts.jsonl").write_text('{"txt": "a", "label": "b"}\n')
+    (tmp_path / "empty.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "c", "label": null}\n')
     (tmp_path / "held" / "adapter").mkdir(parents=True)
     (tmp_path / "held" / "adapter" / "adapter_config.json").write_text("{}")
     done = run(*words, cwd=tmp_path, check=False)
