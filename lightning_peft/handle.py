@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lightning_peft.core.adapters import adapters_of, switch_of, tree_of
 from lightning_peft.core.disable import disabled
 from lightning_peft.core.inject import eject, inject
 from lightning_peft.core.merge import merge, unmerge
-from lightning_peft.core.method import Method, require_method
+from lightning_peft.core.method import DataDriven, Method, Scheduled, require_method
 from lightning_peft.core.problems import nearest
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
@@ -82,6 +83,59 @@ class Adapter:
         """Its tensors by name, base parameters that train in place included."""
         named = dict(self.model.named_parameters())
         return {**self.tree.state_dict(), **{n: named[n].detach() for n in self.tree.record.in_place}}
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `prepare` is still to be called before the first training step."""
+        return isinstance(self.method, DataDriven) and self.method.needs_data and not self.tree.record.prepared
+
+    def prepare(self, losses: Iterable[Callable[[], Tensor]]) -> None:
+        """Lets a data-driven method see training data, once, before the optimizer's first step.
+
+        With Lightning it happens by itself. The model runs in evaluation mode for as long as it takes.
+
+        Args:
+            losses: a callable for each batch, which runs the model on it and gives the loss. It may be lazy: a
+                method that has seen enough stops.
+
+        Raises:
+            RuntimeError: if the adapter looks at no data, or has done so.
+
+        Example:
+            ``adapter.prepare((lambda b=b: model(**b).loss) for b in loader)``
+        """
+        method = self.method
+        if not self.needs_data:
+            raise RuntimeError(f"the adapter {self.name!r} looks at no data, or has seen it: {method!r}")
+        assert isinstance(method, DataDriven)
+        modes = {m: m.training for m in self.model.modules()}
+        self.model.eval()
+        try:
+            method.prepare(self.model, self.tree, losses)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        self.tree.record.prepared = True
+
+    def before_step(self, step: int, total: int) -> None:
+        """To be called between ``backward()`` and ``optimizer.step()``; with Lightning it happens by itself.
+
+        Args:
+            step: the number of this step, from 1.
+            total: how many steps the training has.
+        """
+        if isinstance(self.method, Scheduled):
+            self.method.before_step(self.model, self.tree, step, total)
+
+    def after_step(self, step: int, total: int) -> None:
+        """To be called between ``optimizer.step()`` and ``zero_grad()``; with Lightning it happens by itself.
+
+        Args:
+            step: the number of this step, from 1.
+            total: how many steps the training has.
+        """
+        if isinstance(self.method, Scheduled):
+            self.method.after_step(self.model, self.tree, step, total)
 
     def activate(self) -> None:
         """Makes this the only active adapter; which parameters train stays as it is."""

@@ -24,6 +24,7 @@ from lightning_peft.callbacks.adaptation import (
     restore_random_state,
 )
 from lightning_peft.callbacks.peft_callback import warn_of_missing_gradients
+from lightning_peft.callbacks.steps import after_step, before_step, prepare
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.formats.folder import load_into, read_folder
 from lightning_peft.handle import Adapter
@@ -174,6 +175,12 @@ class PeftModule(LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.mean.normalise(self.parameters(), self.trainer.accumulate_grad_batches)
+        before_step(self.trainer, self.adapter)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        after_step(self.trainer, self.adapter, self.trainer.global_step + 1)
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -240,6 +247,8 @@ class PeftModule(LightningModule):
         if self._random_state is not None and self.trainer.world_size == 1:
             restore_random_state(self._random_state)
         self._random_state = None
+        prepare(self.trainer, self, self.adapter)
+        self.mean = TokenMean()  # what was counted while the method looked at data is of no step
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

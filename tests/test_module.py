@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft import LoRA, PeftModule, PromptTuning, Selective, TextDataModule, adapt
+from lightning_peft import AdaLoRA, LoRA, PeftModule, PromptTuning, Selective, TextDataModule, adapt
 from tests.method_table import TABLE
 
 WORDS = ("red", "green", "blue", "small", "large")
@@ -49,14 +49,24 @@ def _data(files, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        (LoRA(r=2, lora_dropout=0.1), "32-true"),
+        (LoRA(r=2, lora_dropout=0.1), "bf16-mixed"),
+        (LoRA(r=2, lora_dropout=0.1), "bf16-true"),
+        (AdaLoRA(target_r=1, init_r=2, deltaT=3), "32-true"),
+        (AdaLoRA(target_r=1, init_r=2, deltaT=3), "bf16-true"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
 @pytest.mark.parametrize("every", ["epoch", "step"])
-def test_a_resumed_run_continues_the_same_run(bert_folder, texts, trainer, tmp_path, precision, every):
+def test_a_resumed_run_continues_the_same_run(bert_folder, texts, trainer, tmp_path, method, precision, every):
     """With dropout on, in the middle of an epoch or at its end: the same losses and the same tensors."""
 
     def module():
         L.seed_everything(0, verbose=False)
-        return PeftModule(str(bert_folder), LoRA(r=2, lora_dropout=0.1))
+        return PeftModule(str(bert_folder), method)
 
     keep = {"every_n_train_steps": 7} if every == "step" else {"every_n_epochs": 1}
     checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path / "c", save_top_k=-1, filename="{step}", **keep)

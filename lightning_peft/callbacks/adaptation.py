@@ -130,6 +130,8 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
     lost = sorted(set(record["tensors"]) - set(checkpoint["state_dict"]))
     if lost:
         raise ValueError(f"the checkpoint lacks {len(lost)} of the tensors that it lists, such as {lost[0]}")
+    for tree in adapters.trees.values():
+        tree.record.prepared = True
 
 
 def _differences(saved: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any]]) -> list[str]:

@@ -17,6 +17,7 @@ from lightning_peft.callbacks.adaptation import (
     check_record,
     checkpoint_record,
 )
+from lightning_peft.callbacks.steps import after_step, before_step, prepare
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.handle import Adapter
@@ -77,6 +78,7 @@ class PeftCallback(Callback):
         self.print_plan = print_plan
         self._checked = False
         self._printed = False
+        self._steps = 0
 
     @override
     def __repr__(self) -> str:
@@ -115,6 +117,25 @@ class PeftCallback(Callback):
             return
         self._checked = True
         warn_of_missing_gradients(pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows a data-driven method its data."""
+        self._steps = trainer.global_step
+        prepare(trainer, pl_module, self.adapter(pl_module))
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        before_step(trainer, self.adapter(pl_module))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lets a scheduled method act, where the batch ended a step."""
+        if trainer.global_step > self._steps:
+            self._steps = trainer.global_step
+            after_step(trainer, self.adapter(pl_module), trainer.global_step)
 
 
 def warn_of_missing_gradients(module: LightningModule) -> None:

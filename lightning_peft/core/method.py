@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.layer import AdapterLayer
+
+if TYPE_CHECKING:
+    from lightning_peft.core.tree import AdapterTree
 
 
 @dataclass
@@ -112,5 +115,52 @@ class PeftRepacked(Protocol):
 
         Args:
             stored: as `to_peft` gives them.
+        """
+        ...
+
+
+@runtime_checkable
+class DataDriven(Protocol):
+    """A method that looks at training data once, before the first step."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether these options ask for it."""
+        ...
+
+    def prepare(self, model: Module, tree: AdapterTree, losses: Iterable[Callable[[], Tensor]]) -> None:
+        """Sets the adapter up from data; the shapes of its tensors stay what they are.
+
+        Args:
+            model: the adapted model, in evaluation mode.
+            tree: the adapter.
+            losses: a callable for each batch of training data, which runs the model on it and gives the loss.
+        """
+        ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A method that acts during training, around every step of the optimizer."""
+
+    def before_step(self, model: Module, tree: AdapterTree, step: int, total: int) -> None:
+        """Between the backward pass and the optimizer's step: the gradients are whole and may be changed.
+
+        Args:
+            model: the adapted model.
+            tree: the adapter.
+            step: the number of this step, from 1.
+            total: how many steps the training has.
+        """
+        ...
+
+    def after_step(self, model: Module, tree: AdapterTree, step: int, total: int) -> None:
+        """After the optimizer's step, with the gradients still there.
+
+        Args:
+            model: the adapted model.
+            tree: the adapter.
+            step: the number of this step, from 1.
+            total: how many steps the training has.
         """
         ...

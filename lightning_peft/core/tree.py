@@ -24,6 +24,7 @@ class Record:
         in_place: names of the base's parameters that train in place.
         originals: their starting values, or None where the method keeps none.
         merged: for each merged parameter (module, name) the original and the merged one; None when unmerged.
+        prepared: whether the data that the method asks for has been seen, here or before it was loaded.
     """
 
     method: Method
@@ -33,6 +34,7 @@ class Record:
     in_place: list[str]
     originals: dict[str, Tensor] | None
     merged: dict[tuple[str, str], tuple[Parameter, Parameter]] | None = None
+    prepared: bool = False
 
 
 class AdapterTree(Module):

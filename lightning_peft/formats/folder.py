@@ -195,6 +195,7 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(own[key])
+    tree.record.prepared = True
 
 
 def _live_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The methods: one file each, with the options as a dataclass and the layer."""
 
+from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.compacter import Compacter
@@ -19,6 +20,7 @@ __all__ = [
     "BOFT",
     "IA3",
     "OFT",
+    "AdaLoRA",
     "BottleneckAdapter",
     "Compacter",
     "LoHa",

@@ -1,0 +1,96 @@
+"""What a method does around the steps of a Trainer: looking at data before the first, acting before and after each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_peft.callbacks.adaptation import random_state, restore_random_state
+from lightning_peft.core.method import Scheduled
+from lightning_peft.handle import Adapter
+
+
+def prepare(trainer: Trainer, module: LightningModule, adapter: Adapter) -> None:
+    """Shows the adapter training data if it asks for some, before the first step; a resumed run has seen it.
+
+    The batches are those of the training loader, which begins anew afterwards; random generators are left as they
+    were, so that the run draws what it would have drawn. Over several ranks the first one's tensors are taken.
+
+    Args:
+        trainer: the trainer, its loaders set up.
+        module: the module whose ``training_step`` gives the loss.
+        adapter: the adapter.
+
+    Raises:
+        ValueError: if the module optimizes by hand, so that its ``training_step`` would step.
+    """
+    if not adapter.needs_data:
+        return
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{adapter.method!r} looks at data before it trains, but the module optimizes by hand; call "
+            "adapter.prepare(losses) in on_train_start"
+        )
+    state = random_state()
+    try:
+        adapter.prepare(_losses(trainer, module))
+    finally:
+        restore_random_state(state)
+    if trainer.world_size > 1:
+        adapter.tree.load_state_dict(trainer.strategy.broadcast(adapter.tree.state_dict()))
+
+
+def _losses(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[], Tensor]]:
+    for number, batch in enumerate(cast(Any, trainer.train_dataloader)):
+        here = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+        yield functools.partial(_loss, trainer, module, here, number)
+
+
+def _loss(trainer: Trainer, module: LightningModule, batch: Any, number: int) -> Tensor:
+    # these are no steps of the training: what training_step logs is not said of it
+    silent = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
+    module.__dict__.update(silent)
+    try:
+        with trainer.precision_plugin.train_step_context():
+            output: Any = module.training_step(batch, number)
+    finally:
+        for name in silent:
+            del module.__dict__[name]
+    return cast(Tensor, output["loss"] if isinstance(output, dict) else output)
+
+
+def before_step(trainer: Trainer, adapter: Adapter) -> None:
+    """Lets a scheduled method see the gradients of the step to come.
+
+    Args:
+        trainer: the trainer.
+        adapter: the adapter.
+    """
+    if isinstance(adapter.method, Scheduled):
+        adapter.before_step(trainer.global_step + 1, _total(trainer, adapter))
+
+
+def after_step(trainer: Trainer, adapter: Adapter, step: int) -> None:
+    """Lets a scheduled method act on the parameters after a step.
+
+    Args:
+        trainer: the trainer.
+        adapter: the adapter.
+        step: the number of the step that was made, from 1.
+    """
+    if isinstance(adapter.method, Scheduled):
+        adapter.after_step(step, _total(trainer, adapter))
+
+
+def _total(trainer: Trainer, adapter: Adapter) -> int:
+    total = trainer.estimated_stepping_batches
+    if total == float("inf"):
+        raise ValueError(
+            f"{type(adapter.method).__name__} follows a schedule over the whole training, but this one has no end; "
+            "set max_epochs or max_steps"
+        )
+    return int(total)

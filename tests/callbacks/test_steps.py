@@ -1,0 +1,70 @@
+"""What a method does around the steps of a Trainer is what it does in a loop of one's own."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_peft import AdaLoRA, PeftCallback, adapt
+
+
+class Net(L.LightningModule):
+    """Two linear layers and an optimizer without momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.5)
+
+
+@pytest.fixture
+def loader():
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(16, 6, generator=generator), torch.arange(16) % 4)
+    return DataLoader(data, batch_size=4)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_trainer_runs_the_schedule_as_a_loop_of_ones_own(trainer, loader, accumulated):
+    method = AdaLoRA(target_r=1, init_r=3, tinit=1, tfinal=1, target_modules=["0", "2"])
+    module = Net()
+    torch.manual_seed(1)
+    callback = PeftCallback(method, model="net")
+    trainer(callback, max_epochs=3, accumulate_grad_batches=accumulated).fit(module, loader)
+
+    plain = Net()
+    torch.manual_seed(1)
+    adapter = adapt(plain.net, method)
+    optimizer = plain.configure_optimizers()
+    step, total = 0, 12 // accumulated
+    for _ in range(3):
+        for number, batch in enumerate(loader):
+            (plain.training_step(batch, number) / accumulated).backward()
+            if (number + 1) % accumulated == 0:
+                step += 1
+                adapter.before_step(step, total)
+                optimizer.step()
+                adapter.after_step(step, total)
+                optimizer.zero_grad()
+    trained = callback.adapter(module).state_dict()
+    for name, tensor in adapter.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-5, atol=1e-6)
+    assert sum(int((layer.lora_E != 0).sum()) for layer in adapter.tree.layers_by_module.values()) == 2
+
+
+def test_a_schedule_without_an_end_is_refused(trainer, loader):
+    endless = trainer(PeftCallback(AdaLoRA(target_modules=["0"])), max_epochs=-1)
+    with pytest.raises(ValueError, match="this one has no end; set max_epochs or max_steps"):
+        endless.fit(Net(), loader)
