@@ -17,6 +17,7 @@ from lightning_peft.core.disable import disabled
 from lightning_peft.core.inject import eject, inject
 from lightning_peft.core.merge import merge, unmerge
 from lightning_peft.core.method import DataDriven, Method, Scheduled, require_method
+from lightning_peft.core.mode import evaluating
 from lightning_peft.core.problems import nearest
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
@@ -108,13 +109,8 @@ class Adapter:
         if not self.needs_data:
             raise RuntimeError(f"the adapter {self.name!r} looks at no data, or has seen it: {method!r}")
         assert isinstance(method, DataDriven)
-        modes = {m: m.training for m in self.model.modules()}
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             method.prepare(self.model, self.tree, losses)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         self.tree.record.prepared = True
 
     def before_step(self, step: int, total: int) -> None:

@@ -58,6 +58,7 @@ TABLE = (
     Row("pissa", lambda: LoRA(r=4, lora_alpha=6, init_lora_weights="pissa"), ("bert", "gpt2", "llama")),
     Row("pissa_dora", lambda: LoRA(r=4, use_rslora=True, use_dora=True, init_lora_weights="pissa_niter_4"), ("bert",)),
     Row("olora", lambda: LoRA(r=4, lora_alpha=6, init_lora_weights="olora"), ("bert",)),
+    Row("eva", lambda: LoRA(r=4, lora_alpha=6, init_lora_weights="eva"), ("bert", "gpt2")),
     Row("lora_orthogonal", lambda: LoRA(r=4, lora_alpha=6, init_lora_weights="orthogonal"), ("bert",)),
     Row("adalora", lambda: lp.AdaLoRA(target_r=2, init_r=4, lora_alpha=6)),
     Row("full", lambda: Selective(), EVERYWHERE),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_peft.callbacks.adaptation import random_state, restore_random_state
 from lightning_peft.core.method import Scheduled
+from lightning_peft.core.mode import evaluating
 from lightning_peft.handle import Adapter
 
 
@@ -37,7 +38,8 @@ def prepare(trainer: Trainer, module: LightningModule, adapter: Adapter) -> None
         )
     state = random_state()
     try:
-        adapter.prepare(_losses(trainer, module))
+        with evaluating(module):
+            adapter.prepare(_losses(trainer, module))
     finally:
         restore_random_state(state)
     if trainer.world_size > 1:

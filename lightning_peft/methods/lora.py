@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -22,7 +22,9 @@ from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import class_of, is_conv1d
 from lightning_peft.core.method import Placement
 from lightning_peft.core.problems import nearest, raise_problems, refuse_unknown
+from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import target_names
+from lightning_peft.methods.lora_eva import input_directions
 from lightning_peft.methods.lora_init import is_apart, known_start
 from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, layer_for
 
@@ -43,8 +45,9 @@ class LoRA:
         rank_pattern: ranks of their own for some modules, by name, suffix or regular expression.
         alpha_pattern: the same for ``lora_alpha``.
         init_lora_weights: where the factors start: True (A random, B zero), ``"gaussian"``, ``"orthogonal"``,
-            ``"olora"``, ``"pissa"`` or ``"pissa_niter_4"``. The last four change the base in the papers; here what
-            they start with is subtracted instead, so that the base stays the base. Linear layers only.
+            ``"olora"``, ``"pissa"``, ``"pissa_niter_4"``, or ``"eva"`` (A from training data; without a Trainer call
+            ``adapter.prepare``). Those from orthogonal to pissa change the base in the papers; here what they start
+            with is subtracted instead, so that the base stays the base. All for linear layers only.
         use_dora: also train the lengths of the weight's rows. Linear layers only.
         lora_bias: also train a bias beside B. Linear layers only.
         lora_fa: leave A as it was drawn, which halves what trains and keeps no input for the backward pass.
@@ -127,6 +130,28 @@ class LoRA:
         """Whether the factors' product is not zero at the start, and what it is has to be subtracted."""
         return is_apart(self.init_lora_weights)
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether A starts from data."""
+        return self.init_lora_weights == "eva"
+
+    def prepare(self, model: Module, tree: AdapterTree, losses: Iterable[Callable[[], Tensor]]) -> None:
+        """Sets each A to the main directions of its module's input.
+
+        Args:
+            model: the adapted model.
+            tree: the adapter.
+            losses: run the model on a batch of training data.
+
+        Raises:
+            ValueError: if no batch has as many tokens as the rank.
+        """
+        factors = {n: x.lora_A for n, x in tree.layers_by_module.items() if isinstance(x, LowRank)}
+        modules = {n: model.get_submodule(n) for n in factors}
+        with torch.no_grad():
+            for name, rows in input_directions(modules, {n: len(a) for n, a in factors.items()}, losses).items():
+                factors[name].copy_(rows)
+
     def rank(self, name: str) -> int:
         """The rank for the module of that name."""
         return int(_own(self.rank_pattern, name, self.r))
@@ -168,7 +193,7 @@ class LoRA:
             "use_dora=True": self.use_dora,
             "lora_bias=True": self.lora_bias,
             "lora_fa=True": self.lora_fa,
-            f"init_lora_weights={self.init_lora_weights!r}": self.starts_apart,
+            f"init_lora_weights={self.init_lora_weights!r}": self.starts_apart or self.needs_data,
         }
         asked = [k for k, v in given.items() if v]
         for name in names if asked else ():
@@ -270,7 +295,7 @@ def _is_rank(r: Any) -> bool:
     return isinstance(r, int) and not isinstance(r, bool) and r >= 1
 
 
-_STARTS = "True, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_<iterations>'"
+_STARTS = "True, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_<iterations>', 'eva'"
 
 
 def _names(pattern: str, name: str) -> bool:

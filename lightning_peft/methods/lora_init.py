@@ -13,7 +13,7 @@ CHANGING = ("orthogonal", "olora", "pissa")
 
 def known_start(name: object) -> bool:
     """Whether LoRA can start so."""
-    return name is True or name == "gaussian" or is_apart(name)
+    return name is True or name in ("gaussian", "eva") or is_apart(name)
 
 
 def is_apart(name: object) -> bool:

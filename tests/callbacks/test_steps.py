@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import AdaLoRA, PeftCallback, adapt
+from lightning_peft import AdaLoRA, LoRA, PeftCallback, adapt
 
 
 class Net(L.LightningModule):
@@ -17,6 +17,7 @@ class Net(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.rate = 0.5
         self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 
     def training_step(self, batch, batch_idx):
@@ -25,7 +26,7 @@ class Net(L.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.5)
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.rate)
 
 
 @pytest.fixture
@@ -68,3 +69,28 @@ def test_a_schedule_without_an_end_is_refused(trainer, loader):
     endless = trainer(PeftCallback(AdaLoRA(target_modules=["0"])), max_epochs=-1)
     with pytest.raises(ValueError, match="this one has no end; set max_epochs or max_steps"):
         endless.fit(Net(), loader)
+
+
+def test_a_trainer_shows_the_data_once_and_trains_as_without(trainer, loader):
+    """The first fit sees the data, a second does not; the loader and the random generators are left as they were."""
+    drawn = []
+
+    class Noting(Net):
+        def training_step(self, batch, batch_idx):
+            if self.training:
+                drawn.append((batch[0][0, 0].item(), torch.rand(()).item()))
+            return super().training_step(batch, batch_idx)
+
+    shuffled = DataLoader(loader.dataset, batch_size=8, shuffle=True)
+    for method in (LoRA(r=2), LoRA(r=2, init_lora_weights="eva")):
+        torch.manual_seed(5)
+        callback = PeftCallback(method, model="net")
+        module = Noting()
+        torch.manual_seed(5)
+        trainer(callback, max_epochs=2).fit(module, shuffled)
+    assert drawn[: len(drawn) // 2] == drawn[len(drawn) // 2 :]
+    before = callback.adapter(module).state_dict()["0.lora_A"].clone()
+    assert not callback.adapter(module).needs_data
+    module.rate = 0.0  # so that only a second start could move it
+    trainer(PeftCallback(method, model="net"), max_epochs=1).fit(module, shuffled)
+    assert torch.equal(callback.adapter(module).state_dict()["0.lora_A"], before)

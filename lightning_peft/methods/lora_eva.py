@@ -1,0 +1,127 @@
+"""EVA: A starts as the main directions of what the layer sees (Paischer et al., arXiv 2410.07170, 3).
+
+An incremental singular value decomposition over the batches of training data (Ross et al., 2008) finds the
+directions that explain most of the variance of each layer's input. All modules keep the rank that they were given: the
+paper's second part, which moves ranks between them, is left out, since an optimizer holds the factors by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+CLOSE = 0.99
+"""Cosine between a direction before and after a batch from which on it counts as found, as in PEFT."""
+
+
+class Components:
+    """The main directions of rows that come in batches.
+
+    Args:
+        count: how many directions.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.seen = 0
+        self.found = False
+        self.directions: Tensor | None = None  # (count, features)
+        self._strengths: Tensor | None = None
+        self._mean: Tensor | None = None
+
+    def update(self, rows: Tensor) -> None:
+        """Takes in one batch.
+
+        Args:
+            rows: ``(rows, features)``; fewer rows than directions say too little and are passed over.
+        """
+        rows = rows.float()
+        if len(rows) < self.count:
+            return
+        mean = rows.mean(0)
+        parts = [rows - mean]
+        if self.directions is not None and self._strengths is not None and self._mean is not None:
+            shift = (self.seen * len(rows) / (self.seen + len(rows))) ** 0.5
+            parts = [self._strengths.unsqueeze(1) * self.directions, *parts, shift * (self._mean - mean).unsqueeze(0)]
+            mean = (self.seen * self._mean + len(rows) * mean) / (self.seen + len(rows))
+        strengths, directions = _main(torch.cat(parts), self.count)
+        if self.directions is not None:
+            # a direction and its opposite are the same
+            signs = (directions * self.directions).sum(1, keepdim=True).sign()
+            directions = torch.where(signs == 0, directions, directions * signs)
+            self.found = bool(((directions * self.directions).sum(1) >= CLOSE).all())
+        self.seen += len(rows)
+        self.directions, self._strengths, self._mean = directions, strengths, mean
+
+
+def _main(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest singular values and their right vectors; a sketch of twice as many where that is much less work."""
+    sketch = 2 * count
+    if 4 * sketch < min(rows.shape):
+        _, strengths, v = torch.svd_lowrank(rows, sketch, niter=4)
+        return strengths[:count], v.T[:count].contiguous()
+    _, strengths, vt = torch.linalg.svd(rows, full_matrices=False)
+    return strengths[:count], vt[:count]
+
+
+@torch.no_grad()
+def input_directions(
+    modules: dict[str, Module], ranks: dict[str, int], losses: Iterable[Callable[[], Tensor]]
+) -> dict[str, Tensor]:
+    """The main directions of what each module is given.
+
+    Modules that are given the same tensor (query, key and value) share one decomposition.
+
+    Args:
+        modules: the modules by name.
+        ranks: how many directions each wants.
+        losses: run the model on a batch; they are called until all directions stand, or until they end.
+
+    Returns:
+        ``(rank, in)`` by name.
+
+    Raises:
+        ValueError: if no batch had as many rows as directions are wanted.
+    """
+    given: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[Module, tuple[Any, ...]], None]:
+        return lambda module, args: given.__setitem__(name, args[0])
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    shared: dict[str, Components] = {}
+    try:
+        for loss in losses:
+            given.clear()
+            loss()
+            if not shared:
+                shared = _grouped(given, ranks)
+            for name, components in {id(c): (n, c) for n, c in shared.items()}.values():
+                if not components.found:
+                    components.update(given[name].flatten(0, -2))
+            if all(c.found for c in shared.values()):
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    short = [n for n in modules if n not in shared or shared[n].directions is None]
+    if short:
+        raise ValueError(
+            f"EVA: no batch gave {short[0]!r} as many tokens as its rank of {ranks[short[0]]}; take larger "
+            "batches or a lower rank"
+        )
+    return {n: c.directions[: ranks[n]] for n, c in shared.items() if c.directions is not None}
+
+
+def _grouped(given: dict[str, Tensor], ranks: dict[str, int]) -> dict[str, Components]:
+    groups: dict[int, list[str]] = {}
+    for name, tensor in given.items():
+        groups.setdefault(id(tensor), []).append(name)
+    made: dict[str, Components] = {}
+    for names in groups.values():
+        made |= dict.fromkeys(names, Components(max(ranks[n] for n in names)))
+    return made

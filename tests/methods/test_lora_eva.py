@@ -1,0 +1,92 @@
+"""EVA's start: what a library that computes it apart gives, and what a Trainer does with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_peft import LoRA, adapt, load_adapter
+from lightning_peft.methods.lora_eva import Components
+
+EVA = LoRA(r=4, lora_alpha=6, init_lora_weights="eva")
+
+
+def _batches(count, rows=6):
+    generator = torch.Generator().manual_seed(3)
+    return [{"input_ids": torch.randint(3, 97, (rows, 9), generator=generator)} for _ in range(count)]
+
+
+def test_the_directions_of_many_batches_are_those_of_all_rows_together():
+    torch.manual_seed(0)
+    rows = torch.randn(300, 4) @ torch.diag(torch.tensor([5.0, 3.0, 2.0, 1.0])) @ torch.randn(4, 12) + 3
+    rows += 0.01 * torch.randn(300, 12)
+    components = Components(4)
+    for batch in rows.split(60):
+        components.update(batch)
+    exact = torch.linalg.svd(rows.double() - rows.double().mean(0), full_matrices=False).Vh[:4].float()
+    assert components.found
+    # what lies beyond the kept directions is forgotten between batches: noise of 0.01 beside strengths of 1 and more
+    torch.testing.assert_close((components.directions * exact).sum(1).abs(), torch.ones(4), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_starts_where_it_starts_in_peft(build):
+    peft = pytest.importorskip("peft")
+    batches = _batches(3)
+    models = [build("llama"), build("llama")]
+    for model in models:  # what the first layer sees lies in four dimensions, which a sketch finds too
+        torch.manual_seed(4)
+        model.model.embed_tokens.weight.data = torch.randn(97, 4) @ torch.randn(4, 32)
+    first = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
+    adapter = adapt(models[0], LoRA(r=4, lora_alpha=6, init_lora_weights="eva", **first))
+    adapter.prepare((lambda b=b: models[0](**b).logits.sum()) for b in batches)
+    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0), **first)
+    theirs = peft.get_peft_model(models[1], config)
+    peft.initialize_lora_eva_weights(
+        theirs, batches, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False
+    )
+    state = peft.get_peft_model_state_dict(theirs)
+    for key, tensor in adapter.state_dict().items():
+        expected = state[f"base_model.model.{key}.weight"]
+        if key.endswith("lora_A"):
+            # the cosines of the angles between the two spaces
+            torch.testing.assert_close(torch.linalg.svdvals(tensor @ expected.T), torch.ones(4), rtol=0, atol=1e-4)
+        else:
+            assert not tensor.any()
+            assert not expected.any()
+
+
+def test_the_model_still_starts_as_the_base_and_modules_with_one_input_share_a_start(build):
+    model = build("llama")
+    batches = _batches(2)
+    with torch.no_grad():
+        base = model(**batches[0]).logits
+    adapter = adapt(model, EVA)
+    model.train()
+    adapter.prepare((lambda b=b: model(**b).logits.sum()) for b in batches)
+    assert model.training
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batches[0]).logits, base)
+    state = adapter.state_dict()
+    attention = "model.layers.0.self_attn"
+    assert torch.equal(state[f"{attention}.q_proj.lora_A"], state[f"{attention}.v_proj.lora_A"])
+    rows = state["model.layers.1.mlp.down_proj.lora_A"]
+    torch.testing.assert_close(rows @ rows.T, torch.eye(4), rtol=0, atol=1e-5)
+
+
+def test_data_is_seen_once(build, tmp_path):
+    model = build("llama")
+    adapter = adapt(model, EVA)
+    assert adapter.needs_data
+    adapter.prepare([lambda: model(**_batches(1)[0]).logits.sum()])
+    with pytest.raises(RuntimeError, match="looks at no data, or has seen it"):
+        adapter.prepare([])
+    adapter.save(tmp_path / "a")
+    assert not load_adapter(build("llama"), tmp_path / "a").needs_data
+
+
+def test_batches_that_are_too_small_are_an_error(build):
+    model = build("llama")
+    adapter = adapt(model, EVA)
+    with pytest.raises(ValueError, match=r"no batch gave 'model.layers.0.self_attn.q_proj' as many tokens"):
+        adapter.prepare([lambda: model(input_ids=torch.tensor([[3, 4]])).logits.sum()])
