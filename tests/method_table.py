@@ -62,6 +62,7 @@ TABLE = (
     Row("lora_orthogonal", lambda: LoRA(r=4, lora_alpha=6, init_lora_weights="orthogonal"), ("bert",)),
     Row("adalora", lambda: lp.AdaLoRA(target_r=2, init_r=4, lora_alpha=6)),
     Row("full", lambda: Selective(), EVERYWHERE),
+    Row("gradual_unfreezing", lambda: Selective(unfreeze_until=0.5), ("bert", "t5")),
     Row("bitfit", lambda: Selective(parameter_types=["bias"]), ("bert", "gpt2", "convnet", "encoder")),
     Row("norm", lambda: Selective(parameter_types=["norm"]), EVERYWHERE),
     Row("last_layers", lambda: Selective(last_layers=1), (*LANGUAGE, "encoder")),

@@ -1,7 +1,8 @@
 """Selective fine-tuning: a chosen part of the base's own parameters trains, the rest is frozen.
 
 Sources: biases only, BitFit (Ben Zaken et al., arXiv 2106.10199); norms (arXiv 2302.08106 for language models);
-the last layers (Lee et al., arXiv 2210.11466); embeddings, the head alone and full fine-tuning as in common use.
+the last layers (Lee et al., arXiv 2210.11466); embeddings, the head alone and full fine-tuning as in common use; layers
+that join one after another, from the last to the first (Howard and Ruder, arXiv 1801.06146, 3.3).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lightning_peft.core.matching import (
 from lightning_peft.core.method import Placement
 from lightning_peft.core.new_heads import new_parameters
 from lightning_peft.core.problems import nearest, raise_problems
+from lightning_peft.core.tree import AdapterTree
 
 _KINDS = ("bias", "norm", "embedding", "head", "weight")
 
@@ -39,6 +41,9 @@ class Selective:
         last_layers: parameters in the last so many layers of each stack, 1 or more. None takes any.
         parameter_types: parameters of one of these kinds: ``"bias"``, ``"norm"``, ``"embedding"``, ``"head"``
             (the output head), ``"weight"`` (all others). None takes any.
+        unfreeze_until: share of the training's steps after which everything chosen trains. The last layer trains
+            from the start, the one before it joins next, and so on down to the embeddings, at even distances; what
+            has not joined gets no update. None trains all from the start.
         keep_originals: keep the starting values, so that ``disabled()`` and ``remove()`` give back the base. It
             costs a second copy of what trains.
         modules_to_save: modules that train in full, as copies that the adapter owns.
@@ -52,6 +57,7 @@ class Selective:
     layers_to_transform: list[int] | int | None = None
     last_layers: int | None = None
     parameter_types: list[str] | None = None
+    unfreeze_until: float | None = None
     keep_originals: bool = True
     modules_to_save: list[str] | None = None
     learning_rate: float = 2e-4
@@ -73,6 +79,9 @@ class Selective:
                 if self.last_layers is not None and self.last_layers < 1
                 else None,
                 "layers_to_transform and last_layers exclude each other" if both else None,
+                f"unfreeze_until must be above 0 and at most 1, but got {self.unfreeze_until}"
+                if self.unfreeze_until is not None and not 0 < self.unfreeze_until <= 1
+                else None,
                 f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
@@ -104,6 +113,20 @@ class Selective:
             )
         return Placement(in_place=[n for n in names if n not in new], keep_originals=self.keep_originals)
 
+    def before_step(self, model: Module, tree: AdapterTree, step: int, total: int) -> None:
+        """Takes away the gradients of what is not to train yet: an optimizer leaves parameters without one alone."""
+        if self.unfreeze_until is None:
+            return
+        groups = _from_the_top(model, tree.record.in_place)
+        between = self.unfreeze_until * total / max(1, len(groups) - 1)
+        for number, group in enumerate(groups):
+            if step - 1 < number * between:
+                for name in group:
+                    model.get_parameter(name).grad = None
+
+    def after_step(self, model: Module, tree: AdapterTree, step: int, total: int) -> None:
+        """Nothing: the gradients decide."""
+
     def _in_layers(self, names: Sequence[str]) -> list[str]:
         numbers = {n: number for n in names if (number := layer_number(n)) is not None}
         counts: dict[str, int] = {}
@@ -128,6 +151,32 @@ class Selective:
         fields = ("target_modules", "layers_to_transform", "last_layers", "parameter_types")
         given = {f: getattr(self, f) for f in fields if getattr(self, f) is not None}
         return ", ".join(f"{k}={v!r}" for k, v in given.items()) or "no condition"
+
+
+def _from_the_top(model: Module, names: Sequence[str]) -> list[list[str]]:
+    """Parameters in groups, the last layers' first; what stands before or after a stack of layers is below or above it.
+
+    Args:
+        model: the root.
+        names: the parameters.
+    """
+    order = [n for n, _ in model.named_parameters()]
+    numbers = {n: number for n in order if (number := layer_number(n)) is not None}
+    deepest: dict[str, int] = {}
+    for stack, i in numbers.values():
+        deepest[stack] = max(deepest.get(stack, 0), i)
+    groups: dict[int, list[str]] = {}
+    height = -1  # of what comes before the first layer
+    for name in order:
+        if name in numbers:
+            stack, i = numbers[name]
+            # of several stacks, such as an encoder's and a decoder's, the last layers stand side by side
+            height = i - deepest[stack] + max(deepest.values())
+        elif height >= 0:
+            height = max(deepest.values())
+        if name in names:
+            groups.setdefault(height, []).append(name)
+    return [groups[h] for h in sorted(groups, reverse=True)]
 
 
 def _is_norm(module: Module) -> bool:

@@ -1,0 +1,52 @@
+"""Layers that join the training one after another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_peft import Selective, adapt
+
+
+def _moving(model, adapter, call, name, steps):
+    """The layers, by a word of their parameters' names, that each step moves."""
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2, weight_decay=0.1)
+    seen = []
+    for step in range(1, steps + 1):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        call(model, name).pow(2).mean().backward()
+        adapter.before_step(step, steps)
+        optimizer.step()
+        adapter.after_step(step, steps)
+        optimizer.zero_grad()
+        seen.append({n for n, p in model.named_parameters() if not torch.equal(p, before[n])})
+    return seen
+
+
+def test_layers_join_from_the_last_to_the_embeddings(build, call):
+    model = build("bert")
+    adapter = adapt(model, Selective(unfreeze_until=0.5))
+    seen = _moving(model, adapter, call, "bert", 8)
+    parts = {
+        "top": {n for n in seen[-1] if "layer.1." in n or "pooler" in n or "classifier" in n},
+        "middle": {n for n in seen[-1] if "layer.0." in n},
+        "bottom": {n for n in seen[-1] if "embeddings" in n},
+    }
+    assert all(parts.values())
+    # three groups over the first four of eight steps: they join at steps 1, 3 and 5
+    expected = [{"top"}] * 2 + [{"top", "middle"}] * 2 + [{"top", "middle", "bottom"}] * 4
+    assert [{part for part, names in parts.items() if names & now} for now in seen] == expected
+
+
+def test_the_last_layers_of_two_stacks_begin_together(build, call):
+    model = build("t5")
+    adapter = adapt(model, Selective(unfreeze_until=1.0, parameter_types=["weight"]))
+    first = _moving(model, adapter, call, "t5", 4)[0]
+    assert {n.split(".")[0] for n in first if ".block.1." in n} == {"encoder", "decoder"}
+    assert not [n for n in first if ".block.0." in n]
+
+
+@pytest.mark.parametrize("share", [0, 1.5])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match="unfreeze_until must be above 0 and at most 1"):
+        Selective(unfreeze_until=share)
