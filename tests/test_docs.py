@@ -1,0 +1,42 @@
+"""Every method has a page, and the pages say what is there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_peft
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "methods"
+YAMLS = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((ROOT / "conf" / "method").glob("*.yaml"))}
+
+
+def _class(stem):
+    return getattr(lightning_peft, YAMLS[stem]["_target_"].rpartition(".")[2])
+
+
+@pytest.mark.parametrize("stem", YAMLS)
+def test_a_method_has_a_page_with_its_command(stem):
+    page = (PAGES / f"{stem}.md").read_text()
+    assert f"method={stem}" in page
+    assert _class(stem).__name__ in page
+
+
+@pytest.mark.parametrize("cls", {_class(stem) for stem in YAMLS}, ids=lambda c: c.__name__)
+def test_the_pages_of_a_class_name_all_its_options(cls):
+    pages = "".join((PAGES / f"{stem}.md").read_text() for stem in YAMLS if _class(stem) is cls)
+    assert not [f.name for f in fields(cls) if f"`{f.name}`" not in pages]
+
+
+@pytest.mark.parametrize("path", sorted(PAGES.glob("*.md")), ids=lambda p: p.stem)
+def test_a_page_makes_methods_that_can_be_made_and_links_to_pages_that_exist(path):
+    page = path.read_text()
+    for name, options in re.findall(r"PeftCallback\((\w+)(\(.*?\))\)\]", page):
+        eval(f"{name}{options}", vars(lightning_peft) | {name: getattr(lightning_peft, name)})
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+        assert (path.parent / link).exists(), link
