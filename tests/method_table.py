@@ -98,6 +98,12 @@ TABLE = (
     Row("oft_exact", lambda: lp.OFT(r=4, oft_block_size=0, use_cayley_neumann=False), ("bert",)),
     Row("oft_shared", lambda: lp.OFT(oft_block_size=8, block_share=True, num_cayley_neumann_terms=3), ("bert",)),
     Row("boft", lambda: lp.BOFT()),
+    Row("trainable_tokens", lambda: lp.TrainableTokens([14, 50, 9, 3])),
+    Row(
+        "trainable_tokens_two_ends",
+        lambda: lp.TrainableTokens([50, 14], target_modules=["embed_tokens", "lm_head"]),
+        ("llama",),
+    ),
     Row("prompt_tuning", lambda: PromptTuning(4), identity=False, mergeable=False),
     Row("p_tuning", lambda: lp.PTuning(num_virtual_tokens=4), identity=False, mergeable=False),
     Row(

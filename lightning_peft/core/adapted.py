@@ -104,11 +104,16 @@ class Base:
         return weight
 
 
-def module_of(base: Callable[..., Any]) -> Module:
-    """The adapted module behind the callable that a layer was given, other adapters' layers in between or not."""
+def innermost(base: Callable[..., Any]) -> Base:
+    """The original forward behind the callable that a layer was given, other adapters' layers in between or not."""
     while not isinstance(base, Base):
         base = base.args[0]  # type: ignore[attr-defined]  # the functools.partial of an inner layer
-    return base.module
+    return base
+
+
+def module_of(base: Callable[..., Any]) -> Module:
+    """The adapted module behind the callable that a layer was given."""
+    return innermost(base).module
 
 
 class Site:

@@ -14,7 +14,8 @@ def merge(model: Module, name: str) -> None:
     """Adds an adapter's deltas to the weights; the adapter is inactive as long as it is merged.
 
     The sum is taken in float32 and cast once. Each merged weight is a new parameter in place of the original,
-    which waits beside it: a weight tied to another module is untied, so the other end is not changed.
+    which waits beside it: a weight tied to another module is untied, so the other end is not changed. Where the
+    adapter changes both ends alike the tie stays.
 
     Args:
         model: the root.
@@ -35,7 +36,7 @@ def merge(model: Module, name: str) -> None:
         original = owner._parameters[attribute]
         assert original is not None
         total = original.detach().float() + deltas[place, key].to(original.device)
-        merged[place, key] = (original, Parameter(total.to(original.dtype), requires_grad=False))
+        merged[place, key] = (original, _tied(merged, original, total.to(original.dtype)))
     tree.record.merged = merged
     _exchange(model, tree, 1)
     switch.active = tuple(n for n in switch.active if n != name)
@@ -53,6 +54,13 @@ def unmerge(model: Module, name: str) -> None:
         _exchange(model, tree, 0)
         tree.record.merged = None
         switch.active = (*switch.active, name)
+
+
+def _tied(merged: dict[tuple[str, str], tuple[Parameter, Parameter]], original: Parameter, total: Tensor) -> Parameter:
+    """The parameter that stands for the original: one that another module got for it, if that is the same."""
+    known = (after for before, after in merged.values() if before is original and torch.equal(after, total))
+    found = next(known, None)
+    return Parameter(total, requires_grad=False) if found is None else found
 
 
 def _exchange(model: Module, tree: AdapterTree, which: int) -> None:

@@ -223,20 +223,30 @@ def _file_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
 
 
 def _without_repeats(model: Module, stored: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    """Leaves out what peft writes twice: an embedding's base weights, tensors that all layers share."""
+    """Leaves out what peft writes twice: an embedding's base weights, tensors that layers share."""
     base = {f"base_model.model.{k}": t for k, t in base_tensors(model).items()}
     kept: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         # with bias="all" peft also writes a saved module's biases under its wrapper's inner names
         if ".original_module." in key or key.replace(".modules_to_save.", ".") in stored.keys() - {key}:
             continue
-        shared = stored.get(f"base_model.{key.rpartition('.')[2]}")
-        if key not in expected and shared is not None and torch.equal(shared, tensor):
-            continue
+        if key not in expected:
+            twins = expected & stored.keys() & {f"base_model.{key.rpartition('.')[2]}", *_at_tied_modules(model, key)}
+            if any(torch.equal(stored[t], tensor) for t in twins):
+                continue
         own = base.get(key.replace(".base_layer.", "."))
         if key in expected or own is None or not torch.equal(own.detach().cpu().to(tensor.dtype), tensor):
             kept[key] = tensor
     return kept
+
+
+def _at_tied_modules(model: Module, key: str) -> list[str]:
+    """What a PEFT file would call the same tensor at the modules that share this one's weight."""
+    place, _, leaf = key.removeprefix("base_model.model.").rpartition(".")
+    weights = {n: m._parameters.get("weight") for n, m in model.named_modules(remove_duplicate=False)}
+    weight = weights.get(place)
+    others = [n for n, w in weights.items() if weight is not None and w is weight and n != place]
+    return [f"base_model.model.{n}.{leaf}" for n in others]
 
 
 def _check_tensors(path: Path, wanted: dict[str, Tensor], stored: dict[str, Tensor]) -> None:

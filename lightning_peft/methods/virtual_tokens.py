@@ -36,7 +36,7 @@ def place_virtual_tokens(
     Raises:
         ValueError: if there is no language model, or several, or one whose encoder does not read tokens.
     """
-    place = _host(method, model)
+    place = text_model(method, model)
     host: Any = model.get_submodule(place)
     names = {id(m): n for n, m in base_modules(model).items()}
     layers: dict[str, AdapterLayer] = {}
@@ -47,7 +47,7 @@ def place_virtual_tokens(
     else:
         reader = host
         layers[place] = _Prepend(method, n, host, trim=True)
-    embedding = _input_embedding(reader)
+    embedding = input_embedding(reader)
     if embedding is None:
         raise ValueError(
             f"{method}: the encoder of {class_of(host).__name__}, a {class_of(reader).__name__}, embeds no "
@@ -72,13 +72,21 @@ class VirtualEmbedding(AdapterLayer):
         return torch.where((ids < 0).unsqueeze(-1), chosen, embedded)
 
 
-def _host(method: str, model: Module) -> str:
-    """The name of the one module that has input embeddings, outermost first."""
+def text_model(method: str, model: Module) -> str:
+    """The name of the one module that has input embeddings, outermost first.
+
+    Args:
+        method: the method's name, for the error.
+        model: the root.
+
+    Raises:
+        ValueError: if there is none, or several side by side.
+    """
     found: list[str] = []
     for name, module in base_modules(model).items():
         if any(name == f or name.startswith(f"{f}.") or not f for f in found):
             continue
-        if _input_embedding(module) is not None:
+        if input_embedding(module) is not None:
             found.append(name)
     if len(found) != 1:
         what = f"{found} in {class_of(model).__name__}" if found else f"none in {class_of(model).__name__}"
@@ -89,7 +97,8 @@ def _host(method: str, model: Module) -> str:
     return found[0]
 
 
-def _input_embedding(module: Any) -> Embedding | None:
+def input_embedding(module: Any) -> Embedding | None:
+    """The Embedding that a transformers model looks its tokens up in, or None where it embeds no tokens."""
     if not hasattr(module, "get_input_embeddings") or not hasattr(module, "config"):
         return None
     try:

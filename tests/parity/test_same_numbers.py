@@ -55,7 +55,7 @@ def _pair(build, perturb, method, name, tmp_path, scale=0.05):
         theirs.prompt_encoder.requires_grad_(True)
     ours.double()
     for tensor in [*adapter.parameters(), *adapter.tree.buffers()]:
-        tensor.data = tensor.data.double()
+        tensor.data = tensor.data.double() if tensor.is_floating_point() else tensor.data
     return ours, adapter, theirs.double()
 
 

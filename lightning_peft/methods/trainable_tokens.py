@@ -1,0 +1,264 @@
+"""Trainable tokens: chosen rows of the embedding are trained, everywhere that the embedding's weight is read.
+
+``E[t] = R[i]`` for the i-th chosen token ``t``; the other rows of ``E: (vocabulary, hidden)`` stay. There is no paper;
+Hugging Face PEFT's method of this name is followed, with one difference: a tied output head keeps its bias, which
+PEFT 0.21 leaves out once the head is adapted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Embedding, Linear, Module, Parameter
+from torch.nn import functional as F
+
+from lightning_peft.core.adapted import innermost
+from lightning_peft.core.layer import AdapterLayer, device_for
+from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
+from lightning_peft.core.method import Placement
+from lightning_peft.core.problems import raise_problems, refuse_unknown
+from lightning_peft.methods.virtual_tokens import input_embedding, text_model
+
+
+@dataclass
+class TrainableTokens:
+    """Trains the embedding's rows ``R: (n, hidden)`` of ``n`` chosen tokens; a tied output head reads them too.
+
+    Where the head shares the embedding's weight (GPT-2, T5), the chosen tokens' logits come from the same trained
+    rows: ``x R^T + b`` stands in their place.
+
+    Args:
+        token_indices: the tokens' ids, each once, from 0 up to the vocabulary's last; at least one is needed. New
+            tokens are what this is made for: resize the embedding first, then name their ids.
+        target_modules: a list of exact names or dotted suffixes, or a regular expression for the whole name, of
+            Embedding or Linear modules that hold a row for each token; None takes the model's input embedding. All
+            modules that share a target's weight are adapted with it.
+        modules_to_save: modules that train in full, as copies that the adapter owns.
+        learning_rate: suits AdamW; large, since few rows move and each is seen seldom.
+
+    Raises:
+        ValueError: if an id is no whole number of 0 or more, or stands twice.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_peft import adapt
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+        >>> adapter = adapt(model, TrainableTokens([7, 2], target_modules=["0"]))
+        >>> {name: tuple(rows.shape) for name, rows in adapter.state_dict().items()}
+        {'0.trainable_tokens_delta': (2, 4)}
+    """
+
+    token_indices: list[int] = field(default_factory=list)
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    learning_rate: float = 1e-2
+
+    peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
+    mergeable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        raise_problems("TrainableTokens", [*token_problems(self.token_indices), self._rate_problem()])
+
+    def _rate_problem(self) -> str | None:
+        return f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None
+
+    def place(self, model: Module) -> Placement:
+        """A layer on each target and on every module that shares its weight; they read one parameter.
+
+        Args:
+            model: the root; it is not changed.
+
+        Raises:
+            ValueError: if no token is named, one is outside the vocabulary, or a target has no row for each token.
+        """
+        layers = token_layers(model, self._targets(model), self.token_indices)
+        saved = match_modules(model, self.modules_to_save, option="modules_to_save") if self.modules_to_save else []
+        twice = [n for n in layers if is_within(n, saved)]
+        if twice:
+            raise ValueError(
+                f"TrainableTokens: {twice[0]!r} reads the trained rows and cannot train in full beside them; leave it "
+                "out of modules_to_save, or untie it"
+            )
+        return Placement(layers)
+
+    def _targets(self, model: Module) -> dict[str, list[str]]:
+        if self.target_modules is None:
+            host = text_model("TrainableTokens", model)
+            embedding = input_embedding(model.get_submodule(host))
+            names = [n for n, m in base_modules(model).items() if m is embedding]
+        else:
+            kinds = "Embedding or Linear"
+            names = match_modules(model, self.target_modules, suits=holds_rows, kinds=kinds)
+        return ties(model, names)
+
+    def peft_config(self, model: Module, placed: Sequence[str]) -> dict[str, Any]:
+        """The fields of ``adapter_config.json``; tied modules are found anew by whoever loads it."""
+        return {"token_indices": self.token_indices, "target_modules": sorted(self._targets(model))}
+
+    def peft_name(self, key: str, model: Module) -> str:
+        """The name of a tensor in a PEFT file: its own behind ``base_model.model.``."""
+        return f"base_model.model.{key}"
+
+    @classmethod
+    def from_peft_config(cls, config: dict[str, Any]) -> TrainableTokens:
+        """The method that an ``adapter_config.json`` describes.
+
+        Raises:
+            ValueError: if it asks for an option that is not supported here.
+        """
+        names = ("token_indices", "target_modules", "modules_to_save")
+        # how the rows started says nothing of rows that are in the file
+        refuse_unknown("TrainableTokens", config, known=[*names, "init_weights", "runtime_config"])
+        return cls(**{n: config[n] for n in names if config.get(n) is not None})
+
+
+def token_problems(tokens: Sequence[Any]) -> list[str]:
+    """What is wrong with a list of token ids, whatever the vocabulary."""
+    odd = [t for t in tokens if not isinstance(t, int) or isinstance(t, bool) or t < 0]
+    if odd:
+        return [f"token_indices must be whole numbers of 0 or more, but {odd[0]!r} is among them"]
+    twice = [t for t, times in Counter(tokens).items() if times > 1]
+    return [f"token_indices must name each token once, but {twice[0]} stands twice"] if twice else []
+
+
+def holds_rows(module: Module) -> bool:
+    """Whether a module's weight has a row for each token."""
+    return isinstance(module, (Embedding, Linear))
+
+
+def ties(model: Module, names: Sequence[str]) -> dict[str, list[str]]:
+    """Who owns the trained rows, and who else reads the same weight.
+
+    Args:
+        model: the root.
+        names: the targeted modules; of those that share a weight the first Embedding owns the rows.
+
+    Returns:
+        Owners, and for each the other modules with its weight, targeted or not.
+    """
+    weights = {n: m._parameters.get("weight") for n, m in base_modules(model).items()}
+    found: dict[str, list[str]] = {}
+    embeddings_first = sorted(names, key=lambda n: not isinstance(model.get_submodule(n), Embedding))
+    for name in embeddings_first:
+        if not any(name in tied for tied in found.values()):
+            found[name] = [n for n, w in weights.items() if n != name and w is not None and w is weights[name]]
+    return found
+
+
+def token_layers(model: Module, owners: dict[str, list[str]], tokens: Sequence[int]) -> dict[str, AdapterLayer]:
+    """The layers on modules that hold rows for tokens, and on those that share their weights.
+
+    Args:
+        model: the root.
+        owners: as `ties` gives them.
+        tokens: the chosen ids.
+
+    Raises:
+        ValueError: if the ids are none or beyond the vocabulary, or a module does not suit.
+    """
+    layers: dict[str, AdapterLayer] = {}
+    for owner, tied in owners.items():
+        source: TokenRows | None = None
+        for name in (owner, *tied):
+            module = model.get_submodule(name)
+            _refuse_unfit(name, module, tokens)
+            kind: type[TokenRows] = EmbeddingRows if isinstance(module, Embedding) else HeadRows
+            layer = kind(module, tokens, source)
+            source = layer if source is None else source
+            layers[name] = layer
+    return layers
+
+
+def _refuse_unfit(name: str, module: Any, tokens: Sequence[int]) -> None:
+    what = class_of(module).__name__
+    weight = module._parameters.get("weight")
+    if not holds_rows(module) or weight is None or not weight.is_floating_point() or weight.is_meta:
+        raise ValueError(
+            f"{name!r}, a {what}, is to read trained rows; expected an Embedding or Linear whose weight is there in "
+            "floating point, neither quantized nor offloaded"
+        )
+    if not tokens:
+        raise ValueError("token_indices is empty; name the ids of the tokens to train, such as [5, 8]")
+    if max(tokens) >= len(weight):
+        raise ValueError(
+            f"token_indices: {max(tokens)} is beyond {name!r}, which has the tokens 0 to {len(weight) - 1}"
+        )
+    if getattr(module, "max_norm", None) is not None:
+        raise ValueError(
+            f"{name!r} rescales its own rows (max_norm={module.max_norm}), which trained rows cannot follow"
+        )
+
+
+class TokenRows(AdapterLayer):
+    """The trained rows of one weight; the layers of modules that share it hold none and read the owner's.
+
+    What is added is ``R - E[tokens]``, so several adapters add up as their merged weights do.
+
+    Args:
+        module: the module.
+        tokens: the chosen ids.
+        source: the owner's layer, or None if this is the owner's.
+    """
+
+    def __init__(self, module: Any, tokens: Sequence[int], source: TokenRows | None) -> None:
+        super().__init__()
+        self.source = (source,)  # a tuple, so that the owner is not registered here too
+        # the ids are an option of the method, so no file needs them once more
+        self.register_buffer("tokens", torch.tensor(list(tokens), device=device_for(module)), persistent=False)
+        if source is None:
+            rows = module.weight.detach()[self.get_buffer("tokens")]
+            self.trainable_tokens_delta = Parameter(rows.float().clone())
+
+    def change(self, module: Any) -> Tensor:
+        """What the rows differ by from the base's, ``(n, hidden)``."""
+        (source,) = self.source
+        rows = self.trainable_tokens_delta if source is None else source.trainable_tokens_delta
+        tokens = self.get_buffer("tokens")
+        base: Tensor = module.weight[tokens.to(module.weight.device)]
+        return rows - base.to(rows)
+
+    def deltas(self, module: Module) -> dict[str, Tensor]:
+        """The change of the whole weight: zero but in the chosen rows."""
+        whole = torch.zeros_like(module.get_parameter("weight"), dtype=torch.float32)
+        tokens = self.get_buffer("tokens").to(whole.device)
+        return {"weight": whole.index_copy(0, tokens, self.change(module).to(whole))}
+
+
+class EmbeddingRows(TokenRows):
+    """On an Embedding; ids of any shape ``(...)`` -> ``(..., hidden)``."""
+
+    def __init__(self, module: Any, tokens: Sequence[int], source: TokenRows | None) -> None:
+        super().__init__(module, tokens, source)
+        # for each token of the vocabulary its place among the chosen ones, from 1; 0 is nowhere
+        slots = torch.zeros(len(module.weight), dtype=torch.int32, device=device_for(module))
+        slots[self.get_buffer("tokens")] = torch.arange(1, len(tokens) + 1, dtype=torch.int32, device=slots.device)
+        self.register_buffer("slots", slots, persistent=False)
+        padding = module.padding_idx
+        self.padding_slot = tokens.index(padding) + 1 if padding in tokens else None
+
+    def forward(self, base: Callable[..., Any], ids: Tensor) -> Tensor:
+        """Looks the ids up, and the change of the chosen ones by the module's own forward, which may scale it."""
+        y: Tensor = base(ids)
+        inner = innermost(base)
+        change = self.change(inner.module).to(y.dtype)
+        small: Any = inner.view({"weight": torch.cat([torch.zeros_like(change[:1]), change])})
+        small.padding_idx, small.sparse = self.padding_slot, False
+        slots = self.get_buffer("slots")
+        more: Tensor = inner.cls.forward(small, slots[ids.to(slots.device)])
+        return y + more.to(y)
+
+
+class HeadRows(TokenRows):
+    """On a Linear that turns hidden states into logits; ``(..., hidden)`` -> ``(..., vocabulary)``."""
+
+    def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
+        """Computes all logits, and adds to the chosen tokens' what their rows' change gives."""
+        y: Tensor = base(x)
+        change = self.change(innermost(base).module)
+        more = F.linear(x.to(y), change.to(y)).to(y.dtype)
+        return y.index_add(-1, self.get_buffer("tokens").to(y.device), more)
