@@ -98,6 +98,8 @@ TABLE = (
     Row("oft_exact", lambda: lp.OFT(r=4, oft_block_size=0, use_cayley_neumann=False), ("bert",)),
     Row("oft_shared", lambda: lp.OFT(oft_block_size=8, block_share=True, num_cayley_neumann_terms=3), ("bert",)),
     Row("boft", lambda: lp.BOFT()),
+    Row("shira", lambda: lp.SparseTuning(r=4, random_seed=3)),
+    Row("shira_magnitude", lambda: lp.SparseTuning(r=4, mask_type="magnitude"), ("bert", "gpt2")),
     Row("trainable_tokens", lambda: lp.TrainableTokens([14, 50, 9, 3])),
     Row(
         "trainable_tokens_two_ends",

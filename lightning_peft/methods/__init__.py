@@ -14,6 +14,7 @@ from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.randlora import RandLoRA
 from lightning_peft.methods.selective import Selective
+from lightning_peft.methods.sparse_tuning import SparseTuning
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.methods.vera import VeRA
 
@@ -32,6 +33,7 @@ __all__ = [
     "PromptTuning",
     "RandLoRA",
     "Selective",
+    "SparseTuning",
     "TrainableTokens",
     "VeRA",
 ]

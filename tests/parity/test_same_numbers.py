@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # peft's layers of these kinds know no Conv1D
-WITHOUT_PEER = {(kind, "gpt2") for kind in ("loha", "lokr", "miss", "oft", "boft")}
+WITHOUT_PEER = {(kind, "gpt2") for kind in ("loha", "lokr", "miss", "oft", "boft", "shira", "shira_magnitude")}
 # and its prompts for classifiers need a trained head, which test_hf_peft gives them
 WITHOUT_PEER |= {("prompt_tuning", "bert"), ("p_tuning", "bert")}
 CASES = [
