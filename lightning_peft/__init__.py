@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lightning_peft import methods
     from lightning_peft.callbacks.loading import load_from_checkpoint
     from lightning_peft.callbacks.peft_callback import PeftCallback
+    from lightning_peft.core.activation import activate, active_adapters
     from lightning_peft.data.module import TextDataModule
     from lightning_peft.handle import Adapter, adapt, load_adapter
     from lightning_peft.methods import *  # noqa: F403 - a new method is one name there and none here
@@ -27,6 +28,8 @@ _HOMES = {
     "PeftModule": "module",
     "TextClassification": "tasks",
     "TextDataModule": "data",
+    "activate": "core.activation",
+    "active_adapters": "core.activation",
     "adapt": "handle",
     "load_adapter": "handle",
     "load_from_checkpoint": "callbacks.loading",
@@ -40,6 +43,8 @@ __all__ = [
     "PeftModule",
     "TextClassification",
     "TextDataModule",
+    "activate",
+    "active_adapters",
     "adapt",
     "load_adapter",
     "load_from_checkpoint",

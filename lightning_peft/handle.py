@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from torch.nn import Module, Parameter
 from typing_extensions import override
 
 from lightning_peft.analysis.plan import Plan, plan_of
-from lightning_peft.core.adapters import adapters_of, switch_of, tree_of
+from lightning_peft.core.activation import activate, set_trainable
+from lightning_peft.core.adapters import adapters_of, require_adapters, tree_of
 from lightning_peft.core.disable import disabled
 from lightning_peft.core.inject import eject, inject
 from lightning_peft.core.merge import merge, unmerge
 from lightning_peft.core.method import DataDriven, Method, Scheduled, require_method
 from lightning_peft.core.mode import evaluating
-from lightning_peft.core.problems import nearest
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
 
@@ -35,10 +35,7 @@ class Adapter:
     """
 
     def __init__(self, model: Module, name: str = "default") -> None:
-        adapters = adapters_of(model)
-        known = [] if adapters is None else list(adapters)
-        if name not in known:
-            raise ValueError(f"the model has no adapter {name!r}{nearest(name, known)}")
+        require_adapters(model, [name])
         self.model = model
         self.name = name
 
@@ -78,7 +75,22 @@ class Adapter:
         """Everything that the adapter trains, the base's own parameters of selective methods included."""
         named = dict(self.model.named_parameters())
         own = [p for p in self.tree.parameters() if p.requires_grad]
-        return [*own, *(named[n] for n in self.tree.record.in_place)]
+        return [*own, *(named[n] for n in self.tree.record.in_place if named[n].requires_grad)]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Lets the adapter train, or rest: an active adapter that rests runs and gets no gradients.
+
+        Adding, removing, activating and disabling adapters leave this as it is.
+
+        Args:
+            requires_grad: whether it trains.
+
+        Returns:
+            The handle.
+        """
+        self._require()
+        set_trainable(self.model, self.name, requires_grad)
+        return self
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its tensors by name, base parameters that train in place included."""
@@ -134,9 +146,13 @@ class Adapter:
             self.method.after_step(self.model, self.tree, step, total)
 
     def activate(self) -> None:
-        """Makes this the only active adapter; which parameters train stays as it is."""
-        if self.tree.record.merged is None:
-            switch_of(self.model).active = (self.name,)
+        """Makes this the only active adapter; which parameters train stays as it is.
+
+        Raises:
+            ValueError: if it is merged.
+        """
+        self._require()
+        activate(self.model, self.name)
 
     def disabled(self) -> AbstractContextManager[None]:
         """A ``with`` block in which the model is the base.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 from torch.nn import Module, ModuleDict
 
+from lightning_peft.core.problems import nearest
 from lightning_peft.core.routing import Switch
 from lightning_peft.core.tree import AdapterTree
 
@@ -40,6 +42,27 @@ def adapters_of(model: Module) -> Adapters | None:
     """The model's adapters, or None if it is not the root of an adapted model."""
     found = model._modules.get("adapters")
     return found if isinstance(found, Adapters) else None
+
+
+def require_adapters(model: Module, names: Iterable[str] = ()) -> Adapters:
+    """The adapters of a model that has those of the given names.
+
+    Args:
+        model: the root.
+        names: adapters that must be there.
+
+    Raises:
+        ValueError: if the model is not adapted, or has no adapter of one of the names.
+    """
+    adapters = adapters_of(model)
+    if adapters is None:
+        inside = [n for n, m in model.named_modules() if n and adapters_of(m) is not None]
+        instead = f"its submodule {inside[0]!r} is, so pass that" if inside else "adapt() it first"
+        raise ValueError(f"{type(model).__name__} is not adapted; {instead}")
+    for name in names:
+        if name not in adapters:
+            raise ValueError(f"the model has no adapter {name!r}{nearest(name, adapters)}")
+    return adapters
 
 
 def tree_of(model: Module, name: str) -> AdapterTree:

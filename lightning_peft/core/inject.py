@@ -24,6 +24,8 @@ from lightning_peft.core.tree import AdapterTree, Record
 def inject(model: Module, method: Method, name: str = "default", *, also_in_place: Sequence[str] = ()) -> AdapterTree:
     """Freezes a model, puts the layers of a method around its modules and makes the new adapter the active one.
 
+    Adapters that are there already go on training, or not, as before.
+
     Nothing is changed if anything about the method does not fit the model.
 
     Args:
@@ -95,7 +97,10 @@ def eject(model: Module, name: str) -> None:
     in_place = adapters.in_place
     _set_in_place(model, adapters, in_place)
     for key, parameter in _base_parameters(model).items():
-        parameter.requires_grad_(key in in_place if len(adapters) else adapters.requires_grad_before.get(key, True))
+        if not len(adapters):
+            parameter.requires_grad_(adapters.requires_grad_before.get(key, True))
+        elif key not in in_place:
+            parameter.requires_grad_(False)
     if not len(adapters):
         training = {n: m.training for n, m in base_modules(model).items()}
         del model._modules["adapters"]
@@ -238,9 +243,11 @@ def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) ->
         attach(model.get_submodule(place), adapters.switch).layers[name] = layer
     in_place = adapters.in_place
     for key, parameter in _base_parameters(model).items():
-        parameter.requires_grad_(key in in_place)
+        # what another adapter trains in place may have been told to rest
+        if key in tree.record.in_place or key not in in_place:
+            parameter.requires_grad_(key in in_place)
     _set_in_place(model, adapters, in_place)
-    _freeze_statistics(model, adapters)
+    freeze_statistics(model, adapters)
     _leave_fused_path(model, adapters)
     adapters.switch.active = (name,)
 
@@ -294,15 +301,21 @@ def _make_float32(module: Module, site: Site) -> None:
             parameter.data = parameter.data.float()
 
 
-def _freeze_statistics(model: Module, adapters: Adapters) -> None:
-    """Keeps batch norms that do not train in eval mode: their running statistics are part of the base."""
+def freeze_statistics(model: Module, adapters: Adapters) -> None:
+    """Keeps batch norms that do not train in eval mode: their running statistics are part of the base.
+
+    Args:
+        model: the root.
+        adapters: its adapters.
+    """
     for module in base_modules(model).values():
         if _has_statistics(module):
             trains = any(p.requires_grad for p in module.parameters(recurse=False))
             site = site_of(module)
             if trains:
-                if site is not None:
+                if site is not None and site.frozen_statistics:
                     site.frozen_statistics = False
+                    module.train(model.training)
                 continue
             attach(module, adapters.switch).frozen_statistics = True
             module.eval()

@@ -23,6 +23,7 @@ class Record:
         new: names of the parameters that the base's checkpoint lacked.
         in_place: names of the base's parameters that train in place.
         originals: their starting values, or None where the method keeps none.
+        resting: names of its parameters that trained until it was told not to; None while it trains.
         merged: for each merged parameter (module, name) the original and the merged one; None when unmerged.
         prepared: whether the data that the method asks for has been seen, here or before it was loaded.
     """
@@ -33,6 +34,7 @@ class Record:
     new: list[str]
     in_place: list[str]
     originals: dict[str, Tensor] | None
+    resting: list[str] | None = None
     merged: dict[tuple[str, str], tuple[Parameter, Parameter]] | None = None
     prepared: bool = False
 

@@ -1,0 +1,68 @@
+"""Which adapters run and which train: two things, chosen apart from each other."""
+
+from __future__ import annotations
+
+from torch.nn import Module
+
+from lightning_peft.core.adapters import require_adapters
+from lightning_peft.core.inject import base_tensors, freeze_statistics
+
+
+def activate(model: Module, *names: str) -> None:
+    """Makes the named adapters the active ones; which parameters train stays as it is.
+
+    Where several have a layer at one module, each works on what those named before it give: the first is the
+    innermost. What a method trains in place in the base counts whether it is active or not.
+
+    Args:
+        model: the root of an adapted model.
+        *names: the adapters; none at all leaves the base.
+
+    Raises:
+        ValueError: if the model is not adapted, has no such adapter, or one is named twice or is merged.
+    """
+    adapters = require_adapters(model, names)
+    twice = [n for n in names if names.count(n) > 1]
+    if twice:
+        raise ValueError(f"activate names the adapter {twice[0]!r} twice; it would run twice")
+    for name in names:
+        if adapters.trees[name].record.merged is not None:
+            raise ValueError(f"the adapter {name!r} is merged into the weights, so it acts already; unmerge() it first")
+    adapters.switch.active = names
+
+
+def active_adapters(model: Module) -> tuple[str, ...]:
+    """The names of the active adapters, the innermost first; merged ones are part of the weights and not listed.
+
+    Args:
+        model: the root of an adapted model.
+
+    Raises:
+        ValueError: if the model is not adapted.
+    """
+    return require_adapters(model).switch.active
+
+
+def set_trainable(model: Module, name: str, trains: bool) -> None:
+    """Tells one adapter to train or to rest; whether it is active stays as it is.
+
+    Args:
+        model: the root.
+        name: the adapter's name.
+        trains: whether its parameters get gradients. Those that did not train before it rested do not after.
+
+    Raises:
+        ValueError: if the model has no such adapter.
+    """
+    adapters = require_adapters(model, [name])
+    tree = adapters.trees[name]
+    record = tree.record
+    if trains == (record.resting is None):
+        return
+    base = base_tensors(model)
+    parameters = {**dict(tree.named_parameters()), **{n: base[n] for n in record.in_place}}
+    chosen = record.resting if trains else [n for n, p in parameters.items() if p.requires_grad]
+    for key in chosen or ():
+        parameters[key].requires_grad_(trains)
+    record.resting = None if trains else chosen
+    freeze_statistics(model, adapters)
