@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lightning_peft import methods
     from lightning_peft.callbacks.loading import load_from_checkpoint
     from lightning_peft.callbacks.peft_callback import PeftCallback
+    from lightning_peft.combination import combine
     from lightning_peft.core.activation import activate, active_adapters
     from lightning_peft.data.module import TextDataModule
     from lightning_peft.handle import Adapter, adapt, load_adapter
@@ -31,6 +32,7 @@ _HOMES = {
     "activate": "core.activation",
     "active_adapters": "core.activation",
     "adapt": "handle",
+    "combine": "combination",
     "load_adapter": "handle",
     "load_from_checkpoint": "callbacks.loading",
     "lora_plus_groups": "methods.lora_plus",
@@ -46,6 +48,7 @@ __all__ = [
     "activate",
     "active_adapters",
     "adapt",
+    "combine",
     "load_adapter",
     "load_from_checkpoint",
     "lora_plus_groups",
