@@ -78,6 +78,9 @@ def combine(
     _check_options(names, weights, combination_type, svd_rank, density)
     trees = [adapters.trees[n] for n in names]
     _check_adapters(names, trees)
+    merged = [n for n in names if n in adapters.merged]
+    if merged:
+        raise ValueError(f"combine: the adapter {merged[0]!r} is merged; unmerge() it first")
     how, kept = COMBINATIONS[combination_type], 1.0 if density is None else density
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
@@ -142,7 +145,6 @@ def _check_adapters(names: Sequence[str], trees: Sequence[AdapterTree]) -> None:
         if not isinstance(method, LoRA):
             raise ValueError(f"combine works on LoRA adapters, but {name!r} is a {type(method).__name__}")
         reasons = (
-            ("merged; unmerge() it first", record.merged is not None),
             ("a DoRA, whose lengths do not add up", method.use_dora),
             ("a LoRA with lora_bias=True, which has more than two factors", method.lora_bias),
             (f"training {record.in_place[:1]} of the base in place, which all adapters share", bool(record.in_place)),

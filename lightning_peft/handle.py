@@ -21,6 +21,7 @@ from lightning_peft.core.method import DataDriven, Method, Scheduled, require_me
 from lightning_peft.core.mode import evaluating
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
+from lightning_peft.formats.merged import unload_merged
 
 
 class Adapter:
@@ -169,24 +170,34 @@ class Adapter:
             The model; after its last adapter it is the base again, names, classes and values.
 
         Raises:
-            RuntimeError: if the method kept no originals of what it trains in place.
+            RuntimeError: if the method kept no originals of what it trains in place, or merging kept none.
         """
         self._require()
         unmerge(self.model, self.name)
         eject(self.model, self.name)
         return self.model
 
-    def merge(self) -> None:
+    def merge(self, *, keep_originals: bool = True) -> None:
         """Adds the adapter's change to the weights; the outputs stay, the extra work goes.
 
+        Args:
+            keep_originals: let the original weights wait on the CPU, so that `unmerge` gives them back to the bit.
+                False frees their memory, and there is no way back; `Plan.merge_bytes` says how much it is.
+
         Raises:
-            ValueError: if the method is no change of weights, or a value is not finite.
+            ValueError: if the method is no change of weights, a value is not finite, or another active adapter
+                runs inside this one.
         """
         self._require()
-        merge(self.model, self.name)
+        merge(self.model, self.name, keep_originals=keep_originals)
 
     def unmerge(self) -> None:
-        """Undoes `merge`, to the bit."""
+        """Undoes `merge`, to the bit; the adapter is active again.
+
+        Raises:
+            ValueError: if another adapter was merged over it; unmerge that first.
+            RuntimeError: if the originals were not kept.
+        """
         self._require()
         unmerge(self.model, self.name)
 
@@ -200,10 +211,7 @@ class Adapter:
             ValueError: if the method cannot be merged.
         """
         self._require()
-        merge(self.model, self.name)
-        record = self.tree.record
-        record.merged, record.originals = None, {}
-        eject(self.model, self.name)
+        unload_merged(self.model, self.name)
         return self.model
 
     def save(self, path: str | Path, **info: Any) -> Path:

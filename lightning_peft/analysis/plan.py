@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.nn import Linear, Module
 
 from lightning_peft.core.adapters import adapters_of, tree_of
@@ -41,6 +42,9 @@ class Plan:
         trainable: trained parameters.
         total: parameters of the base.
         trainable_bytes: bytes of the trained parameters.
+        originals_bytes: bytes of the base's originals that are kept beside what trains in place.
+        merge_bytes: bytes of the originals that wait on the CPU while the adapter is merged; before it is, an upper
+            bound: all weights of the modules that it changes. 0 if it cannot be merged.
         linears: linear layers of the base, output heads aside.
         covered: how many of them are adapted or train.
         notes: sentences on what a person might not expect.
@@ -51,6 +55,8 @@ class Plan:
     trainable: int
     total: int
     trainable_bytes: int
+    originals_bytes: int
+    merge_bytes: int
     linears: int
     covered: int
     notes: tuple[str, ...]
@@ -105,16 +111,45 @@ def plan_of(model: Module, name: str) -> Plan:
     own = {id(p) for p in adapters.parameters()} if adapters is not None else set()
     base = [p for p in model.parameters() if id(p) not in own]
     linears, covered = _coverage(model, tree)
+    merge_bytes = _merge_bytes(model, name, tree)
     return Plan(
         method=method,
         rows=rows,
         trainable=sum(r.parameters for r in rows),
         total=sum(p.numel() for p in base),
         trainable_bytes=sum(r.bytes for r in rows),
+        originals_bytes=sum(map(_bytes, (record.originals or {}).values())),
+        merge_bytes=merge_bytes,
         linears=linears,
         covered=covered,
-        notes=_notes(record.new, record.originals is None, method, linears, covered),
+        notes=(*_notes(record.new, record.originals is None, method, linears, covered), *_costs(merge_bytes)),
     )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _merge_bytes(model: Module, name: str, tree: AdapterTree) -> int:
+    adapters = adapters_of(model)
+    merged = None if adapters is None else adapters.merged.get(name)
+    if merged is False or not tree.record.method.mergeable:
+        return 0
+    places = [p for p in tree.layers_by_module if p]
+    if adapters is not None and merged:
+        parameters = [p for key, p in adapters.originals.items() if is_within(key, places)]
+    else:
+        parameters = [p for place in places for p in model.get_submodule(place).parameters()]
+    return sum(_bytes(p) for p in {id(p): p for p in parameters}.values() if p.is_floating_point())
+
+
+def _costs(merge_bytes: int) -> list[str]:
+    if not merge_bytes:
+        return []
+    return [
+        f"Merging keeps up to {merge_bytes / 2**20:.2f} MiB of original weights on the CPU, or none "
+        "(keep_originals=False)"
+    ]
 
 
 def _grouped(entries: list[tuple[str, str, str, int, int]]) -> tuple[PlanRow, ...]:

@@ -26,7 +26,7 @@ def activate(model: Module, *names: str) -> None:
     if twice:
         raise ValueError(f"activate names the adapter {twice[0]!r} twice; it would run twice")
     for name in names:
-        if adapters.trees[name].record.merged is not None:
+        if name in adapters.merged:
             raise ValueError(f"the adapter {name!r} is merged into the weights, so it acts already; unmerge() it first")
     adapters.switch.active = names
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
-from torch.nn import Module, ModuleDict
+from torch.nn import Module, ModuleDict, Parameter
 
 from lightning_peft.core.problems import nearest
 from lightning_peft.core.routing import Switch
@@ -18,6 +18,8 @@ class Adapters(ModuleDict):
     Attributes:
         switch: which of them are active.
         requires_grad_before: the base's flags before the first adapter froze it.
+        merged: the merged adapters in the order of their merging, and whether their originals wait.
+        originals: the waiting parameters by name.
         base_fingerprint: of the base before anything trained, or None where it cannot be read.
     """
 
@@ -25,6 +27,8 @@ class Adapters(ModuleDict):
         super().__init__()
         self.switch = Switch()
         self.requires_grad_before: dict[str, bool] = {}
+        self.merged: dict[str, bool] = {}
+        self.originals: dict[str, Parameter] = {}
         self.base_fingerprint: str | None = None
 
     @property

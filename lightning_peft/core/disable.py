@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.inject import base_tensors, kept_originals
-from lightning_peft.core.merge import merge, unmerge
+from lightning_peft.core.merge import unmerged
 
 
 @contextmanager
@@ -23,27 +23,23 @@ def disabled(model: Module) -> Iterator[None]:
         Nothing; on leaving, the earlier state is back, an error in the block included.
 
     Raises:
-        RuntimeError: if a method trained the base in place and kept no originals.
+        RuntimeError: if a method trained the base in place, or an adapter was merged, and kept no originals.
     """
     adapters = adapters_of(model)
     if adapters is None:
         raise RuntimeError("the model is not adapted")
     trees = adapters.trees
     originals = [item for t in trees.values() for item in kept_originals(t, "disabled()").items()]
-    merged = [n for n, t in trees.items() if t.record.merged is not None]
-    for name in reversed(merged):
-        unmerge(model, name)
     active = adapters.switch.active
-    tensors = base_tensors(model)
-    trained = {n: tensors[n].data for n, _ in originals}
-    adapters.switch.active = ()
-    for name, value in originals:
-        tensors[name].data = value
-    try:
-        yield
-    finally:
-        for name, value in trained.items():
+    with unmerged(model):
+        tensors = base_tensors(model)
+        trained = {n: tensors[n].data for n, _ in originals}
+        adapters.switch.active = ()
+        for name, value in originals:
             tensors[name].data = value
-        adapters.switch.active = active
-        for name in merged:
-            merge(model, name)
+        try:
+            yield
+        finally:
+            for name, value in trained.items():
+                tensors[name].data = value
+            adapters.switch.active = active

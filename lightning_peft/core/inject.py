@@ -226,6 +226,9 @@ def _refuse_unreachable(model: Module, layers: dict[str, AdapterLayer]) -> None:
 def _refuse_shared_in_place(adapters: Adapters | None, in_place: list[str]) -> None:
     if adapters is None:
         return
+    waiting = sorted(set(in_place) & adapters.originals.keys())
+    if waiting:
+        raise ValueError(f"{waiting[0]!r} would train in place, but an adapter is merged into it; unmerge() that first")
     for name, tree in adapters.trees.items():
         shared = sorted(set(in_place) & set(tree.record.in_place))
         if shared:

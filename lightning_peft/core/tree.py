@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from lightning_peft.core.layer import AdapterLayer, moved_only
 from lightning_peft.core.method import Method
@@ -24,7 +24,6 @@ class Record:
         in_place: names of the base's parameters that train in place.
         originals: their starting values, or None where the method keeps none.
         resting: names of its parameters that trained until it was told not to; None while it trains.
-        merged: for each merged parameter (module, name) the original and the merged one; None when unmerged.
         prepared: whether the data that the method asks for has been seen, here or before it was loaded.
     """
 
@@ -35,7 +34,6 @@ class Record:
     in_place: list[str]
     originals: dict[str, Tensor] | None
     resting: list[str] | None = None
-    merged: dict[tuple[str, str], tuple[Parameter, Parameter]] | None = None
     prepared: bool = False
 
 

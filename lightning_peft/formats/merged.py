@@ -11,9 +11,25 @@ from typing import Any, cast
 
 from torch.nn import Module
 
-from lightning_peft.core.adapters import tree_of
-from lightning_peft.core.inject import eject
-from lightning_peft.core.merge import merge
+from lightning_peft.core.merge import fold, ties
+
+
+def unload_merged(model: Module, name: str) -> None:
+    """Merges an adapter for good and takes it out; a config that says ends are tied says so only where they are.
+
+    Args:
+        model: an adapted model.
+        name: the adapter's name.
+
+    Raises:
+        ValueError: if the method cannot be merged.
+    """
+    before = ties(model)
+    fold(model, name)
+    config = getattr(model, "config", None)
+    # What is merged into one end of a tie is not in the other: tied again at loading, it would be
+    if before != ties(model) and getattr(config, "tie_word_embeddings", False):
+        cast(Any, config).tie_word_embeddings = False
 
 
 def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> Path:
@@ -40,16 +56,7 @@ def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> 
     if path.exists() and any(path.iterdir()):
         raise FileExistsError(f"{path} already holds files; choose another folder or move it away")
     twin = copy.deepcopy(model)
-    merge(twin, name)
-    tree = tree_of(twin, name)
-    # where the other end of a tie still holds the original, the two are tied no more
-    originals = {id(original) for original, _ in (tree.record.merged or {}).values()}
-    untied = any(id(parameter) in originals for parameter in twin.parameters())
-    tree.record.merged, tree.record.originals = None, {}
-    eject(twin, name)
-    config = cast(Any, twin).config
-    if untied and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    unload_merged(twin, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

@@ -222,9 +222,9 @@ class TokenRows(AdapterLayer):
         base: Tensor = module.weight[tokens.to(module.weight.device)]
         return rows - base.to(rows)
 
-    def deltas(self, module: Module) -> dict[str, Tensor]:
+    def deltas(self, module: Any) -> dict[str, Tensor]:
         """The change of the whole weight: zero but in the chosen rows."""
-        whole = torch.zeros_like(module.get_parameter("weight"), dtype=torch.float32)
+        whole = torch.zeros_like(module.weight, dtype=torch.float32)
         tokens = self.get_buffer("tokens").to(whole.device)
         return {"weight": whole.index_copy(0, tokens, self.change(module).to(whole))}
 
