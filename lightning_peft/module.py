@@ -26,6 +26,7 @@ from lightning_peft.callbacks.adaptation import (
 from lightning_peft.callbacks.peft_callback import warn_of_missing_gradients
 from lightning_peft.callbacks.steps import after_step, before_step, prepare
 from lightning_peft.core.method import Method, require_method
+from lightning_peft.core.per_forward import labels_of_batch
 from lightning_peft.formats.folder import load_into, read_folder
 from lightning_peft.handle import Adapter
 from lightning_peft.methods.config import method_from_config, method_to_config
@@ -159,9 +160,14 @@ class PeftModule(LightningModule):
         assert self.model is not None
         return self.model(**inputs)
 
+    def _outputs(self, batch: dict[str, Any]) -> Any:
+        # the model does not get the labels, but a method may want to know where the prompt ends
+        with labels_of_batch.passing(batch.get("labels")):
+            return self(**self.task.inputs(batch))
+
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        total, count = self.task.loss(self(**self.task.inputs(batch)), batch)
+        total, count = self.task.loss(self._outputs(batch), batch)
         shown = total.detach() / count.clamp_min(1)
         self.log("train/loss", shown, prog_bar=True, batch_size=int(count))
         return self.mean.scaled(total, count)
@@ -191,7 +197,7 @@ class PeftModule(LightningModule):
         self._evaluate(batch)
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
-        outputs = self(**self.task.inputs(batch))
+        outputs = self._outputs(batch)
         total, count = self.task.loss(outputs, batch)
         self.val_loss.update(total / count.clamp_min(1), weight=count)
         assert self.metrics is not None

@@ -106,6 +106,14 @@ TABLE = (
         lambda: lp.TrainableTokens([50, 14], target_modules=["embed_tokens", "lm_head"]),
         ("llama",),
     ),
+    Row("loreft", lambda: lp.LoReFT(r=3, positions="f2+l1"), (*LANGUAGE, "roberta"), mergeable=False),
+    Row("loreft_own_weights", lambda: lp.LoReFT(r=3, positions="f2+l1", share_weights=False), mergeable=False),
+    Row(
+        "loreft_everywhere",
+        lambda: lp.LoReFT(r=3, positions="all", layer_modules=r"encoder\.layers\.\d"),
+        ("encoder",),
+        mergeable=False,
+    ),
     Row("prompt_tuning", lambda: PromptTuning(4), identity=False, mergeable=False),
     Row("p_tuning", lambda: lp.PTuning(num_virtual_tokens=4), identity=False, mergeable=False),
     Row(

@@ -8,6 +8,7 @@ from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.loreft import LoReFT
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.p_tuning import PTuning
@@ -28,6 +29,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoReFT",
     "MiSS",
     "PTuning",
     "PromptTuning",

@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer
-from lightning_peft.core.matching import base_modules, class_of, layer_number, match_modules
+from lightning_peft.core.matching import base_modules, class_of, is_within, layer_number, match_modules
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -101,18 +101,28 @@ def find_blocks(model: Module, method: BlockOptions, *, beside: bool = False) ->
                 wanted = match_modules(model, list(blocks), layers=method.layers_to_transform, option=option)
                 blocks = {n: blocks[n] for n in wanted}
         for name, residual in blocks.items():
-            yield Place(name, _hidden_size(type(method).__name__, model, name), residual and beside)
+            yield Place(name, hidden_size(type(method).__name__, model, name), residual and beside)
 
 
-def _hidden_size(method: str, model: Module, name: str) -> int:
-    """The width of the hidden state at a block: what the block says, or that of its layer's widest norm."""
+def hidden_size(method: str, model: Module, name: str) -> int:
+    """The width of the hidden state at a block: what the block says, or that of its layer's widest norm.
+
+    Args:
+        method: its name, for errors.
+        model: the root.
+        name: the block, or the layer.
+
+    Raises:
+        ValueError: if neither tells.
+    """
     modules = base_modules(model)
     for key in ("out_features", "nf", "embed_dim", "hidden_size"):
         if isinstance(getattr(modules[name], key, None), int):
             return int(getattr(modules[name], key))
     number = layer_number(name)
-    layer = f"{number[0]}.{number[1]}.".lstrip(".") if number else ""
-    inside = (m for n, m in modules.items() if n.startswith(layer) and not n.startswith(f"{name}."))
+    layer = f"{number[0]}.{number[1]}".lstrip(".") if number else ""
+    around = (n for n in modules if is_within(n, [layer]) or not layer)
+    inside = (modules[n] for n in around if name == layer or not is_within(n, [name]))
     vectors = [m._parameters.get("weight") for m in inside]
     widths = [v.numel() for v in vectors if v is not None and v.dim() == 1]
     if not widths:

@@ -22,7 +22,7 @@ from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
 from lightning_peft.core.method import Placement
 from lightning_peft.core.problems import raise_problems, refuse_unknown
-from lightning_peft.methods.virtual_tokens import input_embedding, text_model
+from lightning_peft.methods.reader import find_reader, input_embedding
 
 
 @dataclass
@@ -88,8 +88,7 @@ class TrainableTokens:
 
     def _targets(self, model: Module) -> dict[str, list[str]]:
         if self.target_modules is None:
-            host = text_model("TrainableTokens", model)
-            embedding = input_embedding(model.get_submodule(host))
+            embedding = input_embedding(find_reader("TrainableTokens", model).host)
             names = [n for n, m in base_modules(model).items() if m is embedding]
         else:
             kinds = "Embedding or Linear"

@@ -18,6 +18,7 @@ from torch.nn import Embedding, Module
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of
 from lightning_peft.core.method import Placement
+from lightning_peft.methods.reader import find_reader, input_embedding
 
 _TRIMMED = ("logits", "last_hidden_state", "start_logits", "end_logits")
 
@@ -36,21 +37,17 @@ def place_virtual_tokens(
     Raises:
         ValueError: if there is no language model, or several, or one whose encoder does not read tokens.
     """
-    place = text_model(method, model)
-    host: Any = model.get_submodule(place)
-    names = {id(m): n for n, m in base_modules(model).items()}
-    layers: dict[str, AdapterLayer] = {}
-    if getattr(host.config, "is_encoder_decoder", False):
-        reader, decoder = host.get_encoder(), host.get_decoder()
-        layers[names[id(reader)]] = _Prepend(method, n, reader, trim=False)
-        layers[names[id(decoder)]] = _ExtendCrossMask(n)
-    else:
-        reader = host
-        layers[place] = _Prepend(method, n, host, trim=True)
-    embedding = input_embedding(reader)
+    reader = find_reader(method, model)
+    host = reader.host
+    encoder = reader.module is not host
+    layers: dict[str, AdapterLayer] = {reader.name: _Prepend(method, n, reader.module, trim=not encoder)}
+    names = {id(m): name for name, m in base_modules(model).items()}
+    if encoder:
+        layers[names[id(host.get_decoder())]] = _ExtendCrossMask(n)
+    embedding = input_embedding(reader.module)
     if embedding is None:
         raise ValueError(
-            f"{method}: the encoder of {class_of(host).__name__}, a {class_of(reader).__name__}, embeds no "
+            f"{method}: the encoder of {class_of(host).__name__}, a {class_of(reader.module).__name__}, embeds no "
             "tokens, so there is nothing to put virtual tokens before; choose another method for this model"
         )
     layers[names[id(embedding)]] = make(host, embedding)
@@ -70,42 +67,6 @@ class VirtualEmbedding(AdapterLayer):
         virtual = self.vectors().to(embedded.dtype)
         chosen = virtual[(-ids - 1).clamp(0, len(virtual) - 1)]
         return torch.where((ids < 0).unsqueeze(-1), chosen, embedded)
-
-
-def text_model(method: str, model: Module) -> str:
-    """The name of the one module that has input embeddings, outermost first.
-
-    Args:
-        method: the method's name, for the error.
-        model: the root.
-
-    Raises:
-        ValueError: if there is none, or several side by side.
-    """
-    found: list[str] = []
-    for name, module in base_modules(model).items():
-        if any(name == f or name.startswith(f"{f}.") or not f for f in found):
-            continue
-        if input_embedding(module) is not None:
-            found.append(name)
-    if len(found) != 1:
-        what = f"{found} in {class_of(model).__name__}" if found else f"none in {class_of(model).__name__}"
-        raise ValueError(
-            f"{method} needs exactly one module with get_input_embeddings() that embeds tokens, but found "
-            f"{what}; " + ("name the one to adapt (model=...)" if found else "choose another method for this model")
-        )
-    return found[0]
-
-
-def input_embedding(module: Any) -> Embedding | None:
-    """The Embedding that a transformers model looks its tokens up in, or None where it embeds no tokens."""
-    if not hasattr(module, "get_input_embeddings") or not hasattr(module, "config"):
-        return None
-    try:
-        embedding = module.get_input_embeddings()
-    except NotImplementedError:  # transformers' vision models inherit the method and cannot answer it
-        return None
-    return embedding if isinstance(embedding, Embedding) else None
 
 
 class _Prepend(AdapterLayer):
