@@ -82,6 +82,13 @@ TABLE = (
         ("bert",),
         mergeable=False,
     ),
+    Row("ladder_side_tuning", lambda: lp.LadderSideTuning(reduction_factor=4), (*LANGUAGE, "encoder"), mergeable=False),
+    Row(
+        "ladder_one_rung",
+        lambda: lp.LadderSideTuning(reduction_factor=4, layers_to_transform=[0]),
+        ("gpt2",),
+        mergeable=False,
+    ),
     Row("ia3", lambda: lp.IA3()),
     Row("vera", lambda: lp.VeRA(r=4)),
     Row("loha", lambda: lp.LoHa(r=2, alpha=3)),

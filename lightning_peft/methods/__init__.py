@@ -5,6 +5,7 @@ from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.compacter import Compacter
 from lightning_peft.methods.ia3 import IA3
+from lightning_peft.methods.ladder_side_tuning import LadderSideTuning
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
@@ -26,6 +27,7 @@ __all__ = [
     "AdaLoRA",
     "BottleneckAdapter",
     "Compacter",
+    "LadderSideTuning",
     "LoHa",
     "LoKr",
     "LoRA",
