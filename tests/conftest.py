@@ -94,6 +94,14 @@ def _qwen3() -> nn.Module:
     return Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, vocab_size=97, pad_token_id=0))
 
 
+def _moe() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    # the grouped products that transformers takes by itself know no float64
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    return MixtralForCausalLM(MixtralConfig(**SIZES, **experts, num_key_value_heads=2, vocab_size=97, pad_token_id=0))
+
+
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -109,6 +117,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "llama_classifier": _llama_classifier,
     "mistral": _mistral,
     "qwen3": _qwen3,
+    "moe": _moe,
     "t5": _t5,
     "convnet": ConvNet,
     "encoder": Encoder,

@@ -33,7 +33,7 @@ class Row:
 
 
 TABLE = (
-    Row("lora", lambda: LoRA(r=4, lora_alpha=6)),
+    Row("lora", lambda: LoRA(r=4, lora_alpha=6), (*LANGUAGE, "moe")),
     Row("lora_rs_bias", lambda: LoRA(r=4, lora_alpha=6, use_rslora=True, bias="all"), ("bert", "gpt2")),
     Row(
         "lora_regex",
@@ -49,6 +49,11 @@ TABLE = (
         "lora_saved_head",
         lambda: LoRA(r=2, lora_alpha=3, modules_to_save=["head"], target_modules=["conv1"]),
         ("convnet",),
+    ),
+    Row(
+        "lora_experts",
+        lambda: LoRA(r=4, lora_alpha=6, target_parameters=["gate.weight", "experts.gate_up_proj", "experts.down_proj"]),
+        ("moe",),
     ),
     Row("dora", lambda: LoRA(r=4, lora_alpha=6, use_dora=True)),
     Row("lora_fa", lambda: LoRA(r=4, lora_alpha=6, lora_fa=True), ("bert", "gpt2")),

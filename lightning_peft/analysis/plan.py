@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import Linear, Module
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_peft.core.adapters import adapters_of, tree_of
 from lightning_peft.core.inject import base_tensors
@@ -122,7 +123,10 @@ def plan_of(model: Module, name: str) -> Plan:
         merge_bytes=merge_bytes,
         linears=linears,
         covered=covered,
-        notes=(*_notes(record.new, record.originals is None, method, linears, covered), *_costs(merge_bytes)),
+        notes=(
+            *_notes(record.new, record.originals is None, method, linears, covered, _unreached_stacks(model, tree)),
+            *_costs(merge_bytes),
+        ),
     )
 
 
@@ -181,10 +185,33 @@ def _coverage(model: Module, tree: AdapterTree) -> tuple[int, int]:
     return len(names), len(covered)
 
 
-def _notes(new: list[str], no_originals: bool, method: str, linears: int, covered: int) -> tuple[str, ...]:
+def _unreached_stacks(model: Module, tree: AdapterTree) -> dict[str, int]:
+    """Sizes of the stacks of matrices, as mixtures of experts have them, in modules without a layer of the adapter."""
+    places = [n for n in tree.layers_by_module if n]
+    found: dict[str, int] = {}
+    for name, module in base_modules(model).items():
+        if isinstance(module, _ConvNd) or is_within(name, places):
+            continue
+        for key, parameter in module.named_parameters(prefix=name, recurse=False):
+            # a single matrix with a batch dimension is a table of positions or the like
+            stacked = parameter.dim() == 3 and len(parameter) > 1 and parameter.is_floating_point()
+            if stacked and key not in tree.record.in_place:
+                found[key] = parameter.numel()
+    return found
+
+
+def _notes(
+    new: list[str], no_originals: bool, method: str, linears: int, covered: int, stacks: dict[str, int]
+) -> tuple[str, ...]:
     notes: list[str] = []
     if linears and covered:
         notes.append(f"Reaches {covered} of {linears} linear layers, output heads aside")
+        if stacks:
+            names = sorted({".".join(n.split(".")[-2:]) for n in stacks})
+            notes.append(
+                f"{sum(stacks.values()):,} parameters are experts' stacked weights, which are not reached; LoRA "
+                f"reaches them by name: target_parameters={names}"
+            )
     if new:
         shown = ", ".join(new[:4]) + (", ..." if len(new) > 4 else "")
         notes.append(f"New in this model, so trained and saved without being asked for: {shown}")

@@ -25,6 +25,7 @@ from lightning_peft.core.problems import nearest, raise_problems, refuse_unknown
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import target_names
 from lightning_peft.methods.lora_eva import input_directions
+from lightning_peft.methods.lora_experts import owner_of, parameter_layers, parameter_names, peft_place
 from lightning_peft.methods.lora_init import is_apart, known_start
 from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, layer_for
 
@@ -39,7 +40,11 @@ class LoRA:
         lora_dropout: share of the input that A does not see in training, from 0 up to but not including 1.
         use_rslora: divide alpha by ``sqrt(r)`` instead of ``r``, which keeps high ranks learning.
         target_modules: a list of exact names or dotted suffixes, a regular expression for the whole name, or
-            ``"all-linear"`` for every linear layer but the output head. All layers is what works best.
+            ``"all-linear"`` for every linear layer but the output head. All layers is what works best. An empty
+            list leaves modules out, beside ``target_parameters``.
+        target_parameters: parameters by exact name or dotted suffix (``"experts.down_proj"``), for weights that
+            belong to no linear layer: the stacked ones of a mixture's experts, each expert with factors of its own.
+            What is excluded and which layers count says nothing of them.
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         rank_pattern: ranks of their own for some modules, by name, suffix or regular expression.
@@ -73,6 +78,7 @@ class LoRA:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     target_modules: list[str] | str = "all-linear"
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -119,6 +125,9 @@ class LoRA:
                 else None,
                 "lora_fa=True leaves A as it was drawn, so it must be drawn: init_lora_weights True or 'gaussian'"
                 if self.lora_fa and is_apart(self.init_lora_weights)
+                else None,
+                f"target_parameters must be a list of names, but got {self.target_parameters!r}"
+                if isinstance(self.target_parameters, str)
                 else None,
                 f"bias must be one of {biases}, but got {self.bias!r}" if self.bias not in biases else None,
                 f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
@@ -174,11 +183,15 @@ class LoRA:
             ValueError: if nothing matches or a matched module has no low-rank form.
         """
         kinds = "Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d or MultiheadAttention"
-        names = target_names(model, self, self.target_modules, lambda m: layer_for(m) is not None, kinds)
+        names: list[str] = []
+        if self.target_modules != [] or not self.target_parameters:
+            names = target_names(model, self, self.target_modules, lambda m: layer_for(m) is not None, kinds)
+        parameters = parameter_names(model, self.target_parameters, names)
+        there = [*names, *parameters]
         for option, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            idle = [p for p in pattern if not any(_names(p, n) for n in names)]
+            idle = [p for p in pattern if not any(_names(p, n) for n in there)]
             if idle:
-                raise ValueError(f"{option}: {idle[0]!r} names none of the target modules{nearest(idle[0], names)}")
+                raise ValueError(f"{option}: {idle[0]!r} names none of the target modules{nearest(idle[0], there)}")
         self._refuse_beyond_linear(model, names)
         layers: dict[str, AdapterLayer] = {}
         for name in names:
@@ -186,6 +199,7 @@ class LoRA:
             kind = layer_for(module)
             assert kind is not None
             layers[name] = kind(name, module, self)
+        layers |= parameter_layers(model, parameters, self)
         return Placement(layers, in_place=self._biases(model, names))
 
     def _refuse_beyond_linear(self, model: Module, names: Sequence[str]) -> None:
@@ -217,6 +231,9 @@ class LoRA:
         # what a start apart from zero subtracts is written as half of a LoRA of twice the rank
         times = 2 if self.starts_apart else 1
         alpha_times = math.sqrt(times) if self.use_rslora else times
+        parameters = [n for n in parameter_names(model, self.target_parameters) if owner_of(n) in placed]
+        owners = {owner_of(n) for n in parameters}
+        modules = [n for n in placed if n not in owners]
         return {
             "r": self.r * times,
             "lora_alpha": self.lora_alpha * alpha_times,
@@ -227,8 +244,9 @@ class LoRA:
             "rank_pattern": {k: v * times for k, v in self.rank_pattern.items()},
             "alpha_pattern": {k: v * alpha_times for k, v in self.alpha_pattern.items()},
             "bias": self.bias,
-            "target_modules": sorted(placed),
-            "fan_in_fan_out": all(is_conv1d(model.get_submodule(n)) for n in placed),
+            "target_modules": sorted(modules),
+            "target_parameters": parameters or None,
+            "fan_in_fan_out": bool(modules) and all(is_conv1d(model.get_submodule(n)) for n in modules),
             "init_lora_weights": True,
         }
 
@@ -261,7 +279,9 @@ class LoRA:
             return f"base_model.model.{place}.lora_B.bias"
         if leaf in ("lora_A", "lora_B"):
             parent, _, child = place.rpartition(".")
-            if child == "out_proj" and isinstance(model.get_submodule(parent), MultiheadAttention):
+            if self.target_parameters and place in parameter_names(model, self.target_parameters):
+                place = peft_place(model, place, self.target_parameters)
+            elif child == "out_proj" and isinstance(model.get_submodule(parent), MultiheadAttention):
                 place = f"{parent}.base_layer.out_proj"
             return f"base_model.model.{place}.{leaf}.weight"
         site = site_of(model.get_submodule(place)) if leaf.endswith("bias") else None
@@ -286,6 +306,9 @@ class LoRA:
                 f"LoRA: an adapter with init_lora_weights={start!r} is relative to a base that peft changed; save it "
                 "in peft with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
             )
+        if config.get("target_parameters") and config.get("target_modules") is None:
+            # peft writes the names that it found, so there were none
+            config = {**config, "target_modules": []}
         # where the factors started says nothing of an adapter that is trained
         options = {n: config[n] for n in names if config.get(n) is not None and n != "init_lora_weights"}
         return cls(**options)

@@ -32,19 +32,22 @@ class LowRank(AdapterLayer):
         method: the options.
         a: shape of A behind the rank.
         b: shape of B, with the number of outputs before the rank and what follows behind it.
+        copies: how many pairs of factors lie side by side along the rank.
     """
 
-    def __init__(self, name: str, module: Module, method: LoRA, a: Sequence[int], b: Sequence[int]) -> None:
+    def __init__(
+        self, name: str, module: Module, method: LoRA, a: Sequence[int], b: Sequence[int], copies: int = 1
+    ) -> None:
         super().__init__()
         device = device_for(module)
         r, n_out, limit = method.rank(name), b[0], min(math.prod(a), b[0])
         if r > limit:
             raise ValueError(
-                f"LoRA: a rank of {r} is above {limit}, the smaller side of the weight of {name!r}; lower r, give the "
-                f"module a rank of its own (rank_pattern={{{name!r}: {limit}}}) or exclude it"
+                f"LoRA: a rank of {r} is above {limit}, the smaller side of the weight of {name!r}; lower r, give it "
+                f"a rank of its own (rank_pattern={{{name!r}: {limit}}}) or exclude it"
             )
-        drawn = torch.empty(r, *a, dtype=torch.float32, device=device)
-        self.lora_B = Parameter(torch.zeros(n_out, r, *b[1:], dtype=torch.float32, device=device))
+        drawn = torch.empty(r * copies, *a, dtype=torch.float32, device=device)
+        self.lora_B = Parameter(torch.zeros(n_out, r * copies, *b[1:], dtype=torch.float32, device=device))
         if method.init_lora_weights == "gaussian":
             init.normal_(drawn, std=1 / r)
         else:
@@ -78,7 +81,8 @@ class LinearLayer(LowRank):
             for key, factor in zip(("lora_A", "lora_B"), start, strict=True):
                 with torch.no_grad():
                     getattr(self, key).copy_(factor)
-                self.register_buffer(f"{key}0", factor.clone())
+                # laid out as the factor itself: else the products could differ in their last bit
+                self.register_buffer(f"{key}0", getattr(self, key).detach().clone())
         self.lora_bias = method.lora_bias
         if method.lora_bias:
             self.lora_B_bias = Parameter(torch.zeros(n_out, dtype=torch.float32, device=self.lora_B.device))
