@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import lightning_peft as lp
 from lightning_peft import BottleneckAdapter, LoRA, PromptTuning, Selective
 
@@ -112,6 +114,7 @@ TABLE = (
     Row("boft", lambda: lp.BOFT()),
     Row("shira", lambda: lp.SparseTuning(r=4, random_seed=3)),
     Row("shira_magnitude", lambda: lp.SparseTuning(r=4, mask_type="magnitude"), ("bert", "gpt2")),
+    Row("fish_mask", lambda: lp.SparseTuning(r=4, mask_type="gradient")),
     Row("trainable_tokens", lambda: lp.TrainableTokens([14, 50, 9, 3])),
     Row(
         "trainable_tokens_two_ends",
@@ -136,6 +139,17 @@ TABLE = (
         mergeable=False,
     ),
 )
+
+
+def shown_data(adapter: lp.Adapter) -> lp.Adapter:
+    """The adapter itself, after it has seen a batch if its method looks at data before it trains."""
+    if adapter.needs_data:
+        model: Any = adapter.model
+        ids = torch.randint(3, 97, (4, 7), generator=torch.Generator().manual_seed(4))
+        more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        adapter.prepare([lambda: model(input_ids=ids, **more).logits.pow(2).mean()])
+    return adapter
+
 
 CASES = [(row, model) for row in TABLE for model in row.models]
 IDS = [f"{row.name}-{model}" for row, model in CASES]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
+from lightning_peft.core.adapted import site_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree
@@ -25,6 +26,10 @@ from lightning_peft.methods.linear import DeltaLayer, LinearMethod, sizes, weigh
 from lightning_peft.ops.sparse_linear import dense, sparse_linear
 
 _MASKS = ("random", "magnitude", "gradient")
+_UNSEEN = (
+    "SparseTuning(mask_type='gradient') chooses what it trains by data that it has not seen; call "
+    "adapter.prepare(losses) before the first training step"
+)
 
 
 @dataclass(kw_only=True)
@@ -134,7 +139,15 @@ class SparseTuning(LinearMethod):
                 layer.end_scoring()
 
     def peft_config(self, model: Module, placed: Sequence[str]) -> dict[str, Any]:
-        """The fields of ``adapter_config.json``; how much data was looked at is no field of PEFT's."""
+        """The fields of ``adapter_config.json``; how much data was looked at is no field of PEFT's.
+
+        Raises:
+            RuntimeError: if the entries are to be chosen by data and none has been seen, so there is nothing to write.
+        """
+        sites = [site for n in placed if (site := site_of(model.get_submodule(n))) is not None]
+        own = [x for s in sites for x in s.layers.values() if isinstance(x, SparseLayer) and x.method is self]
+        if not all(layer.chosen for layer in own):
+            raise RuntimeError(_UNSEEN)
         config = super().peft_config(model, placed)
         del config["mask_batches"]
         return config
@@ -161,6 +174,7 @@ class SparseLayer(DeltaLayer):
 
     def __init__(self, module: Module, method: SparseTuning) -> None:
         super().__init__()
+        self.method = method
         n_in, n_out = sizes(module)
         self.shape = (n_out, n_in)
         self.count = method.r * (n_in + n_out)
@@ -196,10 +210,7 @@ class SparseLayer(DeltaLayer):
             return y + F.linear(x.to(y.dtype), self.probe.to(y.dtype))
         if not self.chosen:
             if self.training:
-                raise RuntimeError(
-                    "SparseTuning(mask_type='gradient') chooses what it trains by data that it has not seen; call "
-                    "prepare(...) before the first training step"
-                )
+                raise RuntimeError(_UNSEEN)
             untouched: Tensor = base(x)
             return untouched
         return super().forward(base, x)

@@ -8,10 +8,15 @@ import pickle
 import pytest
 import torch
 
-from lightning_peft import Adapter, adapt, load_adapter
-from tests.method_table import CASES, IDS, TABLE
+import lightning_peft as lp
+from lightning_peft import Adapter, load_adapter
+from tests.method_table import CASES, IDS, TABLE, shown_data
 
 pytestmark = pytest.mark.parametrize(("row", "name"), CASES, ids=IDS)
+
+
+def adapt(model, method, name="default"):
+    return shown_data(lp.adapt(model, method, name))
 
 
 def _train(model, name, adapter, call, steps=3):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import SparseTuning, adapt, load_adapter
+from lightning_peft import PeftCallback, SparseTuning, adapt, load_adapter
 from lightning_peft.methods.sparse_tuning import SparseLayer
 
 
@@ -27,10 +29,6 @@ def _in_float64(model, adapter):
     model.double()
     for parameter in adapter.parameters():
         parameter.data = parameter.data.double()
-
-
-def _prepare(adapter, losses):
-    adapter.method.prepare(adapter.model, adapter.tree, losses)
 
 
 def _layers(adapter):
@@ -55,7 +53,7 @@ def test_the_gradient_mask_is_where_the_empirical_fisher_information_is_largest(
     model = build(name)
     adapter = adapt(model, SparseTuning(r=2, mask_type="gradient"))
     _in_float64(model, adapter)
-    _prepare(adapter, [lambda ids=ids: _loss(model, name, ids) for ids in batches])
+    adapter.prepare([lambda ids=ids: _loss(model, name, ids) for ids in batches])
     layers = _layers(adapter)
     fisher = _fisher(base, name, batches, list(layers))
     for place, layer in layers.items():
@@ -91,7 +89,7 @@ def test_no_more_batches_are_drawn_than_asked_for(build):
             drawn.append(ids)
             yield lambda ids=ids: model(input_ids=ids).logits.pow(2).mean()
 
-    _prepare(adapter, losses())
+    adapter.prepare(losses())
     assert len(drawn) == 2
     assert all(layer.chosen and layer.probe is None and layer.score is None for layer in _layers(adapter).values())
 
@@ -100,19 +98,22 @@ def test_preparing_leaves_the_model_as_it_was_and_nothing_with_a_gradient(build,
     model = build("bert")
     base, before = call(model, "bert"), copy.deepcopy(model.state_dict())
     adapter = adapt(model, SparseTuning(r=2, mask_type="gradient"))
-    _prepare(adapter, [lambda: call(model, "bert").pow(2).mean()])
+    adapter.prepare([lambda: call(model, "bert").pow(2).mean()])
     assert torch.equal(call(model, "bert"), base)
     assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_training_before_any_data_was_seen_is_refused_and_evaluation_gives_the_base(build, call):
+def test_training_before_any_data_was_seen_is_refused_and_evaluation_gives_the_base(build, call, tmp_path):
     model = build("bert")
     base = call(model, "bert")
     adapter = adapt(model, SparseTuning(r=2, mask_type="gradient"))
     assert torch.equal(call(model.eval(), "bert"), base)
     with pytest.raises(RuntimeError, match="data that it has not seen"):
         call(model.train(), "bert")
+    with pytest.raises(RuntimeError, match="data that it has not seen"):
+        adapter.save(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
     adapter.merge()
     assert torch.equal(call(model.eval(), "bert"), base)
 
@@ -120,7 +121,7 @@ def test_training_before_any_data_was_seen_is_refused_and_evaluation_gives_the_b
 def test_a_loaded_gradient_mask_is_ready_to_train(build, call, perturb, tmp_path):
     model = build("bert")
     adapter = adapt(model, SparseTuning(r=2, mask_type="gradient"))
-    _prepare(adapter, [lambda: call(model, "bert").pow(2).mean()])
+    adapter.prepare([lambda: call(model, "bert").pow(2).mean()])
     perturb(adapter)
     adapter.save(tmp_path / "a")
     fresh = build("bert")
@@ -135,7 +136,7 @@ def test_a_loss_that_does_not_reach_the_modules_is_refused(build, call):
     adapter = adapt(model, SparseTuning(r=2, mask_type="gradient"))
     for losses in ([], [lambda: torch.zeros(())], [lambda: torch.ones((), requires_grad=True) * 2]):
         with pytest.raises(ValueError, match="no loss depends on the modules"):
-            _prepare(adapter, losses)
+            adapter.prepare(losses)
     assert all(layer.probe is None for layer in _layers(adapter).values())
 
 
@@ -224,3 +225,43 @@ def test_a_sparse_adapter_compiles_as_one_graph_with_its_backward(perturb):
     torch.testing.assert_close(compiled(x), expected)
     compiled(x).sum().backward()
     assert all(p.grad is not None for p in adapter.parameters())
+
+
+class _Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.5)
+
+
+def test_a_trainer_chooses_by_its_data_and_a_resumed_run_keeps_the_choice(trainer, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(16, 6, generator=generator), torch.arange(16) % 4
+    batches = DataLoader(TensorDataset(x, y), batch_size=4)
+    method = SparseTuning(r=1, mask_type="gradient", target_modules=["0", "2"])
+    plain = _Net()
+    losses = [plain.training_step(batch, 0) for batch in batches]
+    weights = {"0": plain.net[0].weight, "2": plain.net[2].weight}
+    fisher = {n: sum(torch.autograd.grad(x, w, retain_graph=True)[0] ** 2 for x in losses) for n, w in weights.items()}
+
+    module, callback = _Net(), PeftCallback(method, model="net")
+    first = trainer(callback, max_epochs=1)
+    first.fit(module, batches)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    chosen = {n: x.shira_indices.clone() for n, x in _layers(callback.adapter(module)).items()}
+    for name, (row, column) in chosen.items():
+        wanted = fisher[name].flatten().topk(len(row)).indices.sort().values
+        assert torch.equal(row.long() * fisher[name].shape[1] + column, wanted)
+    resumed, again = _Net(), PeftCallback(method, model="net")
+    other = DataLoader(TensorDataset(x.flip(1), y), batch_size=4)  # by which other entries would be chosen
+    trainer(again, max_epochs=2).fit(resumed, other, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    for name, layer in _layers(again.adapter(resumed)).items():
+        assert torch.equal(layer.shira_indices, chosen[name])
+        before = callback.adapter(module).state_dict()[f"{name}.shira_weight"]
+        assert not torch.equal(layer.shira_weight, before)

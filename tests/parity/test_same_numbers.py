@@ -7,7 +7,7 @@ import torch
 
 from lightning_peft import adapt, load_adapter
 from lightning_peft.core.method import PeftFormat, PeftRepacked
-from tests.method_table import TABLE
+from tests.method_table import TABLE, shown_data
 
 peft = pytest.importorskip("peft")
 
@@ -15,7 +15,9 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # peft's layers of these kinds know no Conv1D
-WITHOUT_PEER = {(kind, "gpt2") for kind in ("loha", "lokr", "miss", "oft", "boft", "shira", "shira_magnitude")}
+WITHOUT_PEER = {
+    (kind, "gpt2") for kind in ("loha", "lokr", "miss", "oft", "boft", "shira", "shira_magnitude", "fish_mask")
+}
 # and its prompts for classifiers need a trained head, which test_hf_peft gives them
 WITHOUT_PEER |= {("prompt_tuning", "bert"), ("p_tuning", "bert")}
 CASES = [
@@ -46,7 +48,7 @@ EXACT = [case for case in CASES if not case.id.startswith("p_tuning")]
 def _pair(build, perturb, method, name, tmp_path, scale=0.05):
     """Our adapted model and peft's, both in float64, the tensors of ours in both."""
     ours = build(name)
-    adapter = adapt(ours, method)
+    adapter = shown_data(adapt(ours, method))
     perturb(adapter, scale)
     adapter.save(tmp_path / "a")
     prompt = not method.mergeable
