@@ -27,7 +27,7 @@ def test_a_method_has_a_page_with_its_command(stem):
     assert _class(stem).__name__ in page
 
 
-@pytest.mark.parametrize("cls", {_class(stem) for stem in YAMLS}, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", dict.fromkeys(_class(stem) for stem in YAMLS), ids=lambda c: c.__name__)
 def test_the_pages_of_a_class_name_all_its_options(cls):
     pages = "".join((PAGES / f"{stem}.md").read_text() for stem in YAMLS if _class(stem) is cls)
     assert not [f.name for f in fields(cls) if f"`{f.name}`" not in pages]
