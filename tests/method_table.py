@@ -138,6 +138,13 @@ TABLE = (
         identity=False,
         mergeable=False,
     ),
+    Row(
+        "deep_prompt",
+        lambda: lp.DeepPrompt(num_virtual_tokens=4),
+        (*LANGUAGE, "roberta"),
+        identity=False,
+        mergeable=False,
+    ),
 )
 
 

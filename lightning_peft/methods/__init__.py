@@ -4,6 +4,7 @@ from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.compacter import Compacter
+from lightning_peft.methods.deep_prompt import DeepPrompt
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.ladder_side_tuning import LadderSideTuning
 from lightning_peft.methods.loha import LoHa
@@ -27,6 +28,7 @@ __all__ = [
     "AdaLoRA",
     "BottleneckAdapter",
     "Compacter",
+    "DeepPrompt",
     "LadderSideTuning",
     "LoHa",
     "LoKr",

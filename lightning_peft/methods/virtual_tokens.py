@@ -1,4 +1,4 @@
-"""What prompt tuning and P-tuning share: trained vectors that stand before the text as virtual tokens.
+"""What prompt tuning, P-tuning and deep prompts share: trained vectors that stand before the text as virtual tokens.
 
 The whole-model layer puts stand-in ids before the text's and extends masks, positions and labels; the layer on the
 input embedding turns the stand-ins, ``-1`` to ``-n``, into the trained vectors. So everything that a model reads
@@ -18,13 +18,18 @@ from torch.nn import Embedding, Module
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of
 from lightning_peft.core.method import Placement
+from lightning_peft.core.per_forward import PerForward
 from lightning_peft.methods.reader import find_reader, input_embedding
 
 _TRIMMED = ("logits", "last_hidden_state", "start_logits", "end_logits")
 
 
 def place_virtual_tokens(
-    method: str, n: int, model: Module, make: Callable[[Module, Embedding], VirtualEmbedding]
+    method: str,
+    n: int,
+    model: Module,
+    make: Callable[[Module, Embedding], VirtualEmbedding],
+    prompt_at: PerForward[Tensor] | None = None,
 ) -> Placement:
     """One layer on the model that reads the text, one on its input embedding.
 
@@ -33,6 +38,8 @@ def place_virtual_tokens(
         n: number of virtual tokens.
         model: the root, or something with exactly one language model in it.
         make: makes the embedding's layer from the language model and its input embedding.
+        prompt_at: tells further layers where the virtual tokens stand, ``(batch, n)``, or ``(batch, 0)`` once they are
+            in the cache.
 
     Raises:
         ValueError: if there is no language model, or several, or one whose encoder does not read tokens.
@@ -40,7 +47,8 @@ def place_virtual_tokens(
     reader = find_reader(method, model)
     host = reader.host
     encoder = reader.module is not host
-    layers: dict[str, AdapterLayer] = {reader.name: _Prepend(method, n, reader.module, trim=not encoder)}
+    prepend = _Prepend(method, n, reader.module, prompt_at or PerForward(), trim=not encoder)
+    layers: dict[str, AdapterLayer] = {reader.name: prepend}
     names = {id(m): name for name, m in base_modules(model).items()}
     if encoder:
         layers[names[id(host.get_decoder())]] = _ExtendCrossMask(n)
@@ -72,9 +80,10 @@ class VirtualEmbedding(AdapterLayer):
 class _Prepend(AdapterLayer):
     """Puts ``n`` stand-ins before the text and takes their outputs away again."""
 
-    def __init__(self, method: str, n: int, host: Module, *, trim: bool) -> None:
+    def __init__(self, method: str, n: int, host: Module, prompt_at: PerForward[Tensor], *, trim: bool) -> None:
         super().__init__()
         self.method = method
+        self.prompt_at = prompt_at
         self.n = n
         self.trim = trim
         self.names = [p for p in inspect.signature(host.forward).parameters]
@@ -99,10 +108,13 @@ class _Prepend(AdapterLayer):
         values["attention_mask"] = mask
         if "position_ids" in self.names:
             values["position_ids"] = self._positions(values.get("position_ids"), mask, text, length, bool(cached))
+        first = text.long().argmax(1, keepdim=True)
         if cached:  # the prompt is in the cache
-            return base(**values)
+            with self.prompt_at.passing(first[:, :0]):
+                return base(**values)
         self._extend(values, source, text)
-        output = base(**values)
+        with self.prompt_at.passing(first + torch.arange(self.n, device=first.device)):
+            output = base(**values)
         return self._trimmed(output, text) if self.trim else output
 
     def _text_mask(self, given: Any, source: Tensor, length: int) -> Tensor:
