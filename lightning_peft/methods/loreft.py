@@ -2,8 +2,9 @@
 
 ``h + R^T (W h + b - R h)`` on the output of chosen layers, R with orthonormal rows. Deviations: W starts at R, so that
 the model starts as it is, where the authors' first code draws W at random; R is the orthonormal factor of a free
-matrix, made anew in each forward, where theirs is a product of Householder reflections; in a row shorter than its
-positions the paper's rule holds (half of it each), where their code halves every row.
+matrix, made anew in each forward, where theirs is a product of Householder reflections. Their data sets end the last
+positions one token before the prompt does and halve every row; here the prompt's last token counts, and only a row with
+fewer tokens than positions is halved.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ from lightning_peft.methods.reader import find_layers, find_reader
 class LoReFT:
     """Edits hidden states: ``h + R^T (W h + b - R h)`` with ``R, W: (r, hidden)``, ``b: (r)``, ``R R^T = I``.
 
-    Works on the layers of encoders, decoders, and an encoder-decoder's encoder, which reads the prompt there. In
-    generation only the prompt is edited, so what follows costs nothing (without a cache each step takes what it has
-    written for prompt). While a decoder learns, the prompt ends before
-    the first token with a label.
+    Works on the layers of encoders, decoders, and an encoder-decoder's encoder, which reads the prompt there. While a
+    model learns to write, the prompt ends before the first token with a label. In generation only the prompt is edited,
+    so what follows costs nothing; without a cache each step takes what it has written for prompt.
 
     Args:
         r: rank of the edit, from 1 to the hidden size.
@@ -181,7 +181,7 @@ class _Edit(AdapterLayer):
         return h + self._change(h.unsqueeze(1)).squeeze(1)
 
     def _change(self, h: Tensor) -> Tensor:
-        # outside autocast: these products are small, and R would lose its orthonormality in 16 bits
+        # outside autocast, which would take these small products to 16 bits where the hidden state itself is not
         with torch.autocast(h.device.type, enabled=False):
             change = edit(h, orthonormal_rows(self.rotation), self.weight, self.bias)
         # the authors drop from the whole edited state

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.per_forward import PerForward, labels_of_batch
@@ -63,7 +62,7 @@ class Chosen(NamedTuple):
 
 
 def choose(prompt: Tensor, ends: Ends, *, shared: bool) -> Chosen:
-    """The first and last tokens of each row; a short row is halved between the two, as in arXiv 2404.03592.
+    """The first and last tokens of each row; a row with fewer is halved between the two.
 
     Args:
         prompt: which tokens count, ``(batch, tokens)``, boolean.
@@ -94,8 +93,8 @@ def choose(prompt: Tensor, ends: Ends, *, shared: bool) -> Chosen:
 class FindPositions(AdapterLayer):
     """Stands on the model that reads the text, and passes the chosen positions on for the length of a forward.
 
-    Positions are the prompt's. Where a decoder is trained, the prompt ends before the first token with a label; a row
-    without such a prompt is taken whole. Once there is a cache the prompt has been read, and nothing is chosen.
+    Positions are the prompt's. While a model learns to write, the prompt ends before the first token with a label; a
+    row without such a prompt is taken whole. Once there is a cache the prompt has been read, and nothing is chosen.
 
     Args:
         method: its name, for errors.
@@ -104,13 +103,15 @@ class FindPositions(AdapterLayer):
         shared: one group for both ends, or one each.
     """
 
-    def __init__(self, method: str, reader: Module, ends: Ends, *, shared: bool) -> None:
+    def __init__(self, method: str, reader: Any, ends: Ends, *, shared: bool) -> None:
         super().__init__()
         self.method = method
         self.ends = ends
         self.shared = shared
         self.chosen: PerForward[Chosen] = PerForward()
         self.names = list(inspect.signature(reader.forward).parameters)
+        head = reader.get_output_embeddings() if hasattr(reader, "get_output_embeddings") else None
+        self.writes = head is not None and "past_key_values" in self.names
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the model with the positions at hand."""
@@ -142,8 +143,12 @@ class FindPositions(AdapterLayer):
 
     def _prompt(self, text: Tensor, labels: Any) -> Tensor:
         labels = labels_of_batch.read() if labels is None else labels
-        decoder = "past_key_values" in self.names
-        if not decoder or not isinstance(labels, Tensor) or labels.shape != text.shape or labels.is_floating_point():
+        if (
+            not self.writes
+            or not isinstance(labels, Tensor)
+            or labels.shape != text.shape
+            or labels.is_floating_point()
+        ):
             return text
         before = text & (((labels != -100) & text).cumsum(1) == 0)
         return torch.where(before.any(1, keepdim=True), before, text)

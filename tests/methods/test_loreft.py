@@ -8,9 +8,11 @@ from inspect import signature
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers import LlamaForTokenClassification
 
 from lightning_peft import LoReFT, PeftModule, adapt
 from lightning_peft.core.inject import base_tensors
+from lightning_peft.core.per_forward import labels_of_batch
 from lightning_peft.methods.loreft import orthonormal_rows
 from lightning_peft.methods.positions import parse_positions
 
@@ -257,6 +259,20 @@ def test_a_decoder_learns_to_edit_what_it_will_be_given_as_the_prompt(build, per
     # text without a prompt is taken whole
     whole = batch["input_ids"]
     assert torch.equal(model(**batch, labels=whole).logits, model(**batch).logits)
+
+
+@torch.no_grad()
+def test_labels_of_tokens_end_no_prompt_where_nothing_is_written(build, perturb):
+    config = build("llama").config
+    config.num_labels = 3
+    tagger, reader = LlamaForTokenClassification(config).eval(), build("t5")
+    labels = torch.tensor([[-100, -100, 1, 2, 0]])
+    for model in (tagger, reader):
+        perturb(adapt(model, LoReFT(r=3, positions="l1")), 0.3)
+        batch = _batch(model, [ROW])
+        with labels_of_batch.passing(labels):  # as long as the text by chance
+            told = model(**batch).logits
+        assert torch.equal(told, model(**batch).logits)
 
 
 def test_the_ready_module_says_where_the_prompt_ends(llama_folder):
