@@ -69,7 +69,7 @@ class LadderSideTuning:
     layer_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[str] | None = None
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
 
     peft_type: ClassVar[str | None] = None
     mergeable: ClassVar[bool] = False
