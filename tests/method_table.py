@@ -82,6 +82,11 @@ TABLE = (
         mergeable=False,
     ),
     Row("parallel", lambda: BottleneckAdapter(is_parallel=True, scaling=2.0, reduction_factor=4), mergeable=False),
+    Row(
+        "madx",
+        lambda: BottleneckAdapter(mh_adapter=False, reduction_factor=4, inv_adapter="nice"),
+        mergeable=False,
+    ),
     Row("compacter", lambda: lp.Compacter(reduction_factor=4), mergeable=False),
     Row(
         "compacter_own_rules",

@@ -1,7 +1,8 @@
 """Bottleneck adapters: small networks in each block, ``h + s up(act(down(h)))``.
 
 After attention and feed-forward: Houlsby et al., arXiv 1902.00751; after the feed-forward only: Pfeiffer et al.,
-arXiv 2005.00247; beside the block instead of after it: He et al., arXiv 2110.04366, 4.
+arXiv 2005.00247; beside the block instead of after it: He et al., arXiv 2110.04366, 4; with an invertible adapter at
+the embeddings: Pfeiffer et al., arXiv 2005.00052.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 from torch.nn import functional as F
 
-from lightning_peft.core.layer import device_for
+from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
+from lightning_peft.core.new_heads import new_parameters
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.methods.blocks import ACTIVATIONS, BlockLayer, Place, find_blocks
+from lightning_peft.methods.invertible import INVERTIBLE, place_invertible
 
 
 @dataclass
@@ -36,6 +39,9 @@ class BottleneckAdapter:
         is_parallel: run beside the block, on its input, instead of on its output.
         scaling: the factor ``s``; the parallel form was proposed with 4.
         dropout: share of the bottleneck's values dropped in training, from 0 up to but not including 1.
+        inv_adapter: ``"nice"`` puts MAD-X's coupling block on the input embeddings and its inverse before the output
+            embeddings, with the same ``non_linearity``; for language adapters.
+        inv_adapter_reduction_factor: half of the embedding's width divided by the width inside that block, above 0.
         attention_modules: the attention blocks of a model that is not known: names, suffixes or an expression.
         feed_forward_modules: the same for its feed-forward blocks.
         layers_to_transform: only the layers of these numbers.
@@ -53,6 +59,8 @@ class BottleneckAdapter:
     is_parallel: bool = False
     scaling: float = 1.0
     dropout: float = 0.0
+    inv_adapter: str | None = None
+    inv_adapter_reduction_factor: float = 2
     attention_modules: list[str] | str | None = None
     feed_forward_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -64,34 +72,46 @@ class BottleneckAdapter:
 
     def __post_init__(self) -> None:
         unknown = self.non_linearity not in ACTIVATIONS
+        positive = ("reduction_factor", "inv_adapter_reduction_factor", "learning_rate")
         raise_problems(
             "BottleneckAdapter",
             [
                 None if self.mh_adapter or self.output_adapter else "choose mh_adapter, output_adapter or both",
-                f"reduction_factor must be above 0, but got {self.reduction_factor}"
-                if self.reduction_factor <= 0
-                else None,
+                *(
+                    f"{n} must be above 0, but got {getattr(self, n)}" if getattr(self, n) <= 0 else None
+                    for n in positive
+                ),
                 f"non_linearity {self.non_linearity!r} is unknown{nearest(self.non_linearity, ACTIVATIONS)}"
                 if unknown
                 else None,
                 f"dropout must be at least 0 and below 1, but got {self.dropout}"
                 if not 0 <= self.dropout < 1
                 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
+                f"inv_adapter {self.inv_adapter!r} is unknown{nearest(str(self.inv_adapter), INVERTIBLE)}"
+                if self.inv_adapter not in (None, *INVERTIBLE)
+                else None,
             ],
         )
 
     def place(self, model: Module) -> Placement:
-        """A bottleneck for each chosen block.
+        """A bottleneck for each chosen block, and the invertible adapter if there is one.
 
         Args:
             model: the root; it is not changed.
 
         Raises:
-            ValueError: if a chosen kind of block is neither known nor named.
+            ValueError: if a chosen kind of block is neither known nor named, or the model has no place for an
+                invertible adapter.
         """
         places = find_blocks(model, self, beside=self.is_parallel)
-        return Placement({p.name: _Bottleneck(self, model.get_submodule(p.name), p) for p in places})
+        layers: dict[str, AdapterLayer] = {p.name: _Bottleneck(self, model.get_submodule(p.name), p) for p in places}
+        if not self.inv_adapter:
+            return Placement(layers)
+        factor, saved = self.inv_adapter_reduction_factor, self.modules_to_save
+        ends = place_invertible("BottleneckAdapter", model, factor, self.non_linearity, saved)
+        # a head that the checkpoint lacked cannot be a copy, which would run in place of what the inverse stands before
+        new = [n for n in new_parameters(model) if n.rpartition(".")[0] in ends]
+        return Placement(layers | ends, new)
 
 
 class _Bottleneck(BlockLayer):
