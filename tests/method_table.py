@@ -150,6 +150,13 @@ TABLE = (
         identity=False,
         mergeable=False,
     ),
+    Row("prefix_tuning", lambda: lp.PrefixTuning(4), identity=False, mergeable=False),
+    Row(
+        "prefix_tuning_mlp",
+        lambda: lp.PrefixTuning(4, prefix_projection=True, encoder_hidden_size=5),
+        identity=False,
+        mergeable=False,
+    ),
 )
 
 

@@ -14,6 +14,7 @@ from lightning_peft.methods.loreft import LoReFT
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.p_tuning import PTuning
+from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.randlora import RandLoRA
 from lightning_peft.methods.selective import Selective
@@ -36,6 +37,7 @@ __all__ = [
     "LoReFT",
     "MiSS",
     "PTuning",
+    "PrefixTuning",
     "PromptTuning",
     "RandLoRA",
     "Selective",

@@ -77,6 +77,35 @@ class VirtualEmbedding(AdapterLayer):
         return torch.where((ids < 0).unsqueeze(-1), chosen, embedded)
 
 
+def first_position(model: Module) -> int:
+    """The position of a row's first token: RoBERTa-like models count from behind the padding's.
+
+    Args:
+        model: the module that reads the text.
+    """
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((getattr(m, "padding_idx", None) for m in tables), None)
+    return 0 if padding is None else padding + 1
+
+
+def require_room(n: int, text: int, room: int | None) -> None:
+    """Refuses a text that does not fit the model's positions together with the virtual tokens.
+
+    Args:
+        n: number of virtual tokens.
+        text: number of the text's.
+        room: number of positions, or None where there is no limit.
+
+    Raises:
+        ValueError: if they exceed it.
+    """
+    if room is not None and n + text > room:
+        raise ValueError(
+            f"{n} virtual tokens and {text} of text exceed the model's {room} positions; cut "
+            f"the text to {room - n}, or take fewer virtual tokens"
+        )
+
+
 class _Prepend(AdapterLayer):
     """Puts ``n`` stand-ins before the text and takes their outputs away again."""
 
@@ -90,10 +119,7 @@ class _Prepend(AdapterLayer):
         self.limit: int | None = getattr(host.config, "max_position_embeddings", None)
         # An encoder that is read at its first position must find the prompt there, whatever the padding
         self.ahead_of_padding = "position_ids" in self.names and "past_key_values" not in self.names
-        # RoBERTa-like models count positions from behind the padding's
-        tables = (m for name, m in host.named_modules() if name.endswith("position_embeddings"))
-        padding = next((getattr(m, "padding_idx", None) for m in tables), None)
-        self.first_position = 0 if padding is None else padding + 1
+        self.first_position = first_position(host)
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         values = dict(zip(self.names, args, strict=False)) | kwargs
@@ -126,12 +152,7 @@ class _Prepend(AdapterLayer):
                 f"{self.method} extends an attention_mask of (batch, tokens), but got {what}; static caches and "
                 "packed batches make such masks: use a dynamic cache and plain padding"
             )
-        room = None if self.limit is None else self.limit - self.first_position
-        if room is not None and self.n + given.shape[1] > room:
-            raise ValueError(
-                f"{self.n} virtual tokens and {given.shape[1]} of text exceed the model's {room} positions; cut "
-                f"the text to {room - self.n}, or take fewer virtual tokens"
-            )
+        require_room(self.n, given.shape[1], None if self.limit is None else self.limit - self.first_position)
         return given
 
     def _positions(self, given: Tensor | None, mask: Tensor, text: Tensor, length: int, cached: bool) -> Tensor:

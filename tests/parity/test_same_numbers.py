@@ -19,7 +19,7 @@ WITHOUT_PEER = {
     (kind, "gpt2") for kind in ("loha", "lokr", "miss", "oft", "boft", "shira", "shira_magnitude", "fish_mask")
 }
 # and its prompts for classifiers need a trained head, which test_hf_peft gives them
-WITHOUT_PEER |= {("prompt_tuning", "bert"), ("p_tuning", "bert")}
+WITHOUT_PEER |= {(kind, "bert") for kind in ("prompt_tuning", "p_tuning", "prefix_tuning", "prefix_tuning_mlp")}
 CASES = [
     pytest.param(row.make(), name, id=f"{row.name}-{name}")
     for row in TABLE
@@ -41,8 +41,9 @@ def build(build):
     return make
 
 
-# PEFT's file of a P-tuning has its vectors, in float32, and not the network; test_hf_peft compares the networks
-EXACT = [case for case in CASES if not case.id.startswith("p_tuning")]
+# PEFT's file of a P-tuning has its vectors, in float32, and not the network; test_hf_peft compares the networks, and
+# test_prefix_in_peft those of a prefix
+EXACT = [case for case in CASES if not case.id.startswith(("p_tuning", "prefix_tuning_mlp"))]
 
 
 def _pair(build, perturb, method, name, tmp_path, scale=0.05):

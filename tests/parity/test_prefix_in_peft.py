@@ -1,0 +1,119 @@
+"""Prefix tuning beside Hugging Face PEFT's, where one test for all methods cannot say it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from lightning_peft import PrefixTuning, adapt, load_adapter
+
+peft = pytest.importorskip("peft")
+
+# what peft and transformers warn of each other is not ours to mend
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def build(build):
+    """The usual models, T5 with more layers, and a BART whose two halves have heads of their own."""
+
+    def make(name):
+        torch.manual_seed(0)
+        if name.startswith("t5-"):
+            sizes = {"d_model": 32, "d_ff": 64, "num_layers": int(name[3:]), "num_heads": 4, "d_kv": 8}
+            config = T5Config(**sizes, vocab_size=97, pad_token_id=0, decoder_start_token_id=0)
+            return T5ForConditionalGeneration(config).eval()
+        if name == "bart":
+            sizes = {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+            sizes |= {"decoder_attention_heads": 4, "decoder_ffn_dim": 32, "d_model": 32, "vocab_size": 97}
+            special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+            return BartForConditionalGeneration(BartConfig(**sizes, **special)).eval()
+        return build(name)
+
+    return make
+
+
+@pytest.fixture
+def call(call):
+    """Runs an encoder-decoder by its kind."""
+    return lambda model, name: call(model, "t5" if name.startswith(("t5", "bart")) else name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["t5-3", "t5-4", "bart", "qwen3"])
+def test_peft_gives_the_output_of_our_file(build, call, name, tmp_path):
+    ours = build(name)
+    adapt(ours, PrefixTuning(5)).save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "a").double().eval()
+    ours.double()
+    torch.testing.assert_close(call(ours, name), call(theirs, name), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_classifier_and_its_head_are_those_of_peft(build, call, tmp_path):
+    config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5, modules_to_save=["classifier"])
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(build("bert"), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = build("bert")
+    load_adapter(ours, tmp_path / "theirs").save(tmp_path / "ours")
+    expected = call(theirs, "bert")
+    torch.testing.assert_close(call(ours, "bert"), expected, rtol=1e-5, atol=1e-5)
+    again = peft.PeftModel.from_pretrained(build("bert"), tmp_path / "ours").eval()
+    torch.testing.assert_close(call(again, "bert"), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_peft_reads_what_the_network_gives(build, call, name, tmp_path):
+    ours = build(name)
+    adapt(ours, PrefixTuning(5, prefix_projection=True, encoder_hidden_size=6)).save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "a").eval()
+    torch.testing.assert_close(call(ours, name), call(theirs, name), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_peft_writes_the_same_text(build, name, tmp_path):
+    ours = build(name)
+    adapt(ours, PrefixTuning(5)).save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "a").eval()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(input_ids=ids, **settings), theirs.generate(input_ids=ids, **settings))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_the_network_trains_as_it_does_in_peft(build, call, name):
+    options = {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 6}
+    ours = build(name)
+    adapter = adapt(ours, PrefixTuning(**options))
+    ours.double()
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.double()
+    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    theirs = peft.get_peft_model(build(name), peft.PrefixTuningConfig(task_type=task, **options)).double().eval()
+    network = theirs.prompt_encoder["default"]
+    first, _, second = network.transform
+    pairs = [network.embedding.weight, first.weight, first.bias, second.weight, second.bias]
+    assert [p.shape for p in pairs] == [p.shape for p in adapter.parameters()]
+    with torch.no_grad():
+        for own, other in zip(adapter.parameters(), pairs, strict=True):
+            other.copy_(own)
+    losses = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
+        seen = []
+        for _ in range(10):
+            loss = call(model, name).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.detach())
+        losses.append(torch.stack(seen))
+    assert losses[0][0] > losses[0][-1]
+    torch.testing.assert_close(losses[0][0], losses[1][0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-8, atol=1e-8)
+    for own, other in zip(adapter.parameters(), pairs, strict=True):
+        torch.testing.assert_close(own.data, other.data, rtol=1e-8, atol=1e-8)
