@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks.loading import load_from_checkpoint
     from lightning_peft.callbacks.peft_callback import PeftCallback
     from lightning_peft.combination import combine
-    from lightning_peft.core.activation import activate, active_adapters
+    from lightning_peft.core.activation import activate, active_adapters, adapter_names
     from lightning_peft.data.module import TextDataModule
     from lightning_peft.handle import Adapter, adapt, load_adapter
     from lightning_peft.methods import *  # noqa: F403 - a new method is one name there and none here
@@ -32,6 +32,7 @@ _HOMES = {
     "activate": "core.activation",
     "active_adapters": "core.activation",
     "adapt": "handle",
+    "adapter_names": "core.activation",
     "combine": "combination",
     "load_adapter": "handle",
     "load_from_checkpoint": "callbacks.loading",
@@ -48,6 +49,7 @@ __all__ = [
     "activate",
     "active_adapters",
     "adapt",
+    "adapter_names",
     "combine",
     "load_adapter",
     "load_from_checkpoint",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 from torch.nn import Module
 
-from lightning_peft.core.adapters import require_adapters
+from lightning_peft.core.adapters import Adapters, require_adapters
 from lightning_peft.core.inject import base_tensors, freeze_statistics
+from lightning_peft.core.routing import Routing
+from lightning_peft.core.rows import Rows
 
 
 def activate(model: Module, *names: str) -> None:
@@ -26,8 +31,7 @@ def activate(model: Module, *names: str) -> None:
     if twice:
         raise ValueError(f"activate names the adapter {twice[0]!r} twice; it would run twice")
     for name in names:
-        if name in adapters.merged:
-            raise ValueError(f"the adapter {name!r} is merged into the weights, so it acts already; unmerge() it first")
+        _refuse_merged(adapters, name)
     adapters.switch.active = names
 
 
@@ -41,6 +45,53 @@ def active_adapters(model: Module) -> tuple[str, ...]:
         ValueError: if the model is not adapted.
     """
     return require_adapters(model).switch.active
+
+
+@contextmanager
+def adapter_names(model: Module, names: Sequence[str | None], repeats: int = 1) -> Iterator[None]:
+    """A ``with`` block in which each example of a batch runs with an adapter of its own, in this thread.
+
+    Each gets what it gets alone with only that adapter active, whatever is active outside the block. Modules are
+    run once for the whole batch, and the layers for their own examples; what cannot be parted so is refused.
+
+    Args:
+        model: the root of an adapted model, whose inputs have the examples along dim 0.
+        names: an adapter an example, or None for the base.
+        repeats: how many consecutive rows an example may have instead of one: ``num_beams``, or
+            ``num_return_sequences``, of ``generate()``.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: if the model is not adapted, has no such adapter, one is merged or trains the base in place,
+            which all examples share, or a number is out of its range.
+    """
+    given = [n for n in dict.fromkeys(names) if n is not None]
+    adapters = require_adapters(model, given)
+    if not names or repeats < 1:
+        raise ValueError(f"expected a name an example and repeats of 1 or more, but got {list(names)} and {repeats}")
+    for name in given:
+        _refuse_merged(adapters, name)
+        in_place = adapters.trees[name].record.in_place
+        if in_place:
+            raise ValueError(
+                f"the adapter {name!r} trains {in_place[0]!r} of the base in place, for all examples alike"
+            )
+    alone = len(set(names)) == 1
+    routing = Routing(tuple(given)) if alone else Routing((), Rows(tuple(names), repeats))
+    block = tuple(names)
+    adapters.switch.blocks.append(block)
+    try:
+        with adapters.switch.pinned(routing):
+            yield
+    finally:
+        adapters.switch.blocks.remove(block)
+
+
+def _refuse_merged(adapters: Adapters, name: str) -> None:
+    if name in adapters.merged:
+        raise ValueError(f"the adapter {name!r} is merged into the weights, so it acts already; unmerge() it first")
 
 
 def set_trainable(model: Module, name: str, trains: bool) -> None:

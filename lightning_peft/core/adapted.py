@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import (
-    Linear,
-    Module,
-    Parameter,
-    Sequential,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-)
+from torch.nn import Linear, Module, Parameter
 
-from lightning_peft.core.adapters import Adapters
-from lightning_peft.core.layer import AdapterLayer, moved_only
-from lightning_peft.core.routing import Switch, bind
+from lightning_peft.core.generated import SITE, adapted_class
+from lightning_peft.core.layer import AdapterLayer
+from lightning_peft.core.routing import Routing, Switch, bind
+from lightning_peft.core.rows import Rows, join, refuse_indivisible, take
 from lightning_peft.core.view import with_tensors
-
-_SITE = "_peft_site"
-_classes: dict[type, type] = {}
-
-# torch's fused encoder path reads all weights of the layers below and calls none of them. Each of these
-# attributes, when false, keeps a module of that class off it.
-_FUSED_PATH_FLAGS: dict[type, str] = {
-    TransformerEncoderLayer: "activation_relu_or_gelu",
-    TransformerEncoder: "use_nested_tensor",
-}
 
 
 class Base:
@@ -65,7 +49,7 @@ class Base:
     def view(self, tensors: dict[str, Tensor]) -> Module:
         """The module before adaptation, with some parameters replaced, for calling its class's forward."""
         twin = with_tensors(self.module, tensors)
-        twin.__dict__.pop(_SITE)
+        twin.__dict__.pop(SITE)
         twin.__class__ = self.cls
         return twin
 
@@ -144,18 +128,98 @@ class Site:
         return self._through(args, kwargs)
 
     def _through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        active = self.switch.active
+        routing = self.switch.routing
+        if routing.rows is not None:
+            return bind(_untraced(self._by_rows)(routing.rows, args, kwargs), routing)
         call: Callable[..., Any] = self.base
-        for name in active:
+        for name in routing.active:
             layer = self.layers.get(name)
             if layer is not None:
                 call = functools.partial(layer, call)
-        return bind(call(*args, **kwargs), active)
+        return bind(call(*args, **kwargs), routing)
+
+    def _by_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Each example through the layer of its own adapter, the original forward once for all of them."""
+        if not any(name in self.layers for name in rows.names):
+            return self.base(*args, **kwargs)
+        split = rows.split(self.base.module, args, kwargs)
+        whole = _Once(functools.partial(self.base, *args, **kwargs))
+        outputs, parts = [], []
+        for name, index in split.groups.items():
+            inputs = take((args, kwargs), index, split.total)
+            part = _Part(self, name, whole, inputs, index, split.total)
+            layer = None if name is None else self.layers.get(name)
+            outputs.append((part if layer is None else functools.partial(layer, part))(*inputs[0], **inputs[1]))
+            parts.append(part)
+            if not part.ran:  # a copy of the module ran instead, on what is its part of the inputs
+                refuse_indivisible(self.base.module, inputs, len(index))
+        if all(output is part.given for output, part in zip(outputs, parts, strict=True)):
+            return whole()
+        return join(self.base.module, outputs, split)
+
+
+def _untraced(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call without torch.compile, which leaves its graph in an ``adapter_names`` block and goes on inside."""
+    return torch.compiler.disable(call) if "torch._dynamo" in sys.modules else call  # type: ignore[no-untyped-call]
+
+
+class _Once:
+    """A call that is made when its result is first asked for."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call
+        self.result: Any = _NOTHING
+
+    def __call__(self) -> Any:
+        if self.result is _NOTHING:
+            self.result = self.call()
+        return self.result
+
+
+class _Part(Base):
+    """The original forward for some examples of a batch: their part of what it gives for the whole batch.
+
+    With inputs that a layer changed it runs on these alone, with their adapter in whatever lies inside it.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        name: str | None,
+        whole: Callable[[], Any],
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
+        index: Tensor,
+        count: int,
+    ) -> None:
+        self.__dict__.update(site.base.__dict__)
+        self.site, self.name, self.whole, self.inputs, self.index, self.count = site, name, whole, inputs, index, count
+        self.ran = False
+        self.given: Any = _NOTHING
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.ran = True
+        before, named = self.inputs
+        if len(args) == len(before) and kwargs.keys() == named.keys():
+            pairs = [*zip(args, before, strict=True), *((kwargs[k], named[k]) for k in named)]
+            if all(now is then for now, then in pairs):
+                if self.given is _NOTHING:
+                    self.given = take(self.whole(), self.index, self.count)
+                return self.given
+        refuse_indivisible(self.module, (args, kwargs), len(self.index))
+        with self.site.switch.pinned(Routing(() if self.name is None else (self.name,))):
+            return self.site.base(*args, **kwargs)
+
+    def plain_weight(self, x: Tensor) -> Tensor | None:
+        """None: the whole batch goes through the forward at once."""
+        return None
+
+
+_NOTHING = object()
 
 
 def site_of(module: Module) -> Site | None:
     """The adapted module's site, or None for a module that is not adapted."""
-    site: Site | None = module.__dict__.get(_SITE)
+    site: Site | None = module.__dict__.get(SITE)
     return site
 
 
@@ -173,125 +237,17 @@ def attach(module: Module, switch: Switch, *, is_root: bool = False) -> Site:
     site = site_of(module)
     if site is None:
         site = Site(module, switch, is_root)
-        module.__dict__[_SITE] = site
-        module.__class__ = _adapted_class(type(module))
+        module.__dict__[SITE] = site
+        module.__class__ = adapted_class(type(module))
     site.is_root = site.is_root or is_root
     return site
 
 
 def detach(module: Module) -> None:
     """Gives the module back its class and its instance-level forward; does nothing if it is not adapted."""
-    site = module.__dict__.pop(_SITE, None)
+    site = module.__dict__.pop(SITE, None)
     if site is None:
         return
     module.__class__ = site.base.cls
     if site.base.instance_forward is not None and "forward" not in module.__dict__:
         module.__dict__["forward"] = site.base.instance_forward
-
-
-def _rebuild(cls: type) -> Any:
-    generated = _adapted_class(cls)
-    return generated.__new__(generated)
-
-
-def _adapted_class(cls: type[Module]) -> type[Module]:
-    """The generated subclass of a class, one for each, under the class's own name."""
-    if cls in _classes:
-        return _classes[cls]
-
-    def forward(self: Module, *args: Any, **kwargs: Any) -> Any:
-        site = self.__dict__.get(_SITE)
-        # Somebody may have kept this forward from before the removal: it goes on as the plain base.
-        return cls.forward(self, *args, **kwargs) if site is None else site.run(args, kwargs)
-
-    forward.__doc__ = cls.forward.__doc__
-    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-
-    def reduce_ex(self: Module, protocol: Any) -> Any:
-        return _rebuild, (cls,), self.__dict__
-
-    def train(self: Module, mode: bool = True) -> Module:
-        return cls.train(self, mode and not self.__dict__[_SITE].frozen_statistics)
-
-    def apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
-        applied: Module = cls._apply(self, _leaving_in_place(self, fn), recurse)  # type: ignore[no-untyped-call]
-        return applied
-
-    names: dict[str, Any] = {
-        "forward": forward,
-        "__reduce_ex__": reduce_ex,
-        "train": train,
-        "_apply": apply,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-    }
-    for fused, flag in _FUSED_PATH_FLAGS.items():
-        if issubclass(cls, fused):
-            names[flag] = _off_when_adapted(flag)
-    if issubclass(cls, Sequential):
-        names |= {"__iter__": _iterate_without_adapters, "__len__": _length_without_adapters}
-        names["__getitem__"] = _item_without_adapters
-    if hasattr(cls, "save_pretrained"):
-        names["save_pretrained"] = _refuse_save_pretrained(cls.save_pretrained)
-    metaclass: Any = type(cls)
-    generated: type[Module] = metaclass(cls.__name__, (cls,), names)
-    _classes[cls] = generated
-    return generated
-
-
-def _leaving_in_place(module: Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``fn`` for ``_apply``, without its cast for the parameters of this module that train in place."""
-    base = module.__dict__[_SITE].base
-    if not base.in_place:
-        return fn
-    parameters = [module.get_parameter(name) for name in base.in_place]
-    kept = {id(tensor) for p in parameters for tensor in (p, p.grad) if tensor is not None}
-
-    # What the weights would be cast to if they did not train: `fn` alone tells, tried on a tensor of that dtype.
-    computed = fn(torch.empty(0, dtype=base.cast_to or torch.float32)).dtype
-    base.cast_to = None if computed == torch.float32 else computed
-    move = moved_only(fn)
-    return lambda tensor: move(tensor) if id(tensor) in kept else fn(tensor)
-
-
-def _off_when_adapted(flag: str) -> property:
-    def read(self: Module) -> Any:
-        site = self.__dict__.get(_SITE)
-        return False if site is not None and site.off_fused_path else self.__dict__[flag]
-
-    def write(self: Module, value: Any) -> None:
-        self.__dict__[flag] = value
-
-    return property(read, write)
-
-
-def _children_without_adapters(self: Sequential) -> dict[str, Module]:
-    return {n: m for n, m in self._modules.items() if m is not None and not isinstance(m, Adapters)}
-
-
-def _iterate_without_adapters(self: Sequential) -> Iterator[Module]:
-    return iter(_children_without_adapters(self).values())
-
-
-def _length_without_adapters(self: Sequential) -> int:
-    return len(_children_without_adapters(self))
-
-
-def _item_without_adapters(self: Sequential, index: int | slice) -> Module:
-    modules = list(_children_without_adapters(self).values())
-    return Sequential(*modules[index]) if isinstance(index, slice) else modules[index]
-
-
-def _refuse_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def save_pretrained(self: Module, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self._modules.get("adapters"), Adapters):
-            return original(self, *args, **kwargs)
-        raise RuntimeError(
-            "save_pretrained() on an adapted model would write names that from_pretrained() ignores, and the "
-            "bare base would come back. Call adapter.save(folder) for the adapter, or "
-            "adapter.merge_and_unload().save_pretrained(folder) for a merged model"
-        )
-
-    return save_pretrained

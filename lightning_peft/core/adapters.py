@@ -69,6 +69,20 @@ def require_adapters(model: Module, names: Iterable[str] = ()) -> Adapters:
     return adapters
 
 
+def refuse_in_use(adapters: Adapters, name: str) -> None:
+    """Refuses to change an adapter that examples are running with.
+
+    Args:
+        adapters: the model's adapters.
+        name: the adapter's name.
+
+    Raises:
+        RuntimeError: if some thread is in an ``adapter_names`` block that names it.
+    """
+    if any(name in names for names in adapters.switch.blocks):
+        raise RuntimeError(f"the adapter {name!r} is in use in an adapter_names() block; leave that first")
+
+
 def tree_of(model: Module, name: str) -> AdapterTree:
     """One adapter of an adapted model.
 

@@ -10,6 +10,7 @@ from torch.nn import Module
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.inject import base_tensors, kept_originals
 from lightning_peft.core.merge import unmerged
+from lightning_peft.core.routing import Routing
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def disabled(model: Module) -> Iterator[None]:
     trees = adapters.trees
     originals = [item for t in trees.values() for item in kept_originals(t, "disabled()").items()]
     active = adapters.switch.active
-    with unmerged(model):
+    with unmerged(model), adapters.switch.pinned(Routing(())):
         tensors = base_tensors(model)
         trained = {n: tensors[n].data for n, _ in originals}
         adapters.switch.active = ()

@@ -11,7 +11,7 @@ from torch.nn import Module, MultiheadAttention, TransformerEncoder, Transformer
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_peft.core.adapted import Site, attach, detach, site_of
-from lightning_peft.core.adapters import Adapters, adapters_of, tree_of
+from lightning_peft.core.adapters import Adapters, adapters_of, refuse_in_use, tree_of
 from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.core.layer import AdapterLayer, SavedModule
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules, reads_directly
@@ -83,6 +83,7 @@ def eject(model: Module, name: str) -> None:
     """
     adapters = adapters_of(model)
     assert adapters is not None
+    refuse_in_use(adapters, name)
     tree = tree_of(model, name)
     originals = kept_originals(tree, "remove()")
     tensors = base_tensors(model)

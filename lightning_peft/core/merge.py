@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lightning_peft.core.adapters import Adapters, require_adapters
+from lightning_peft.core.adapters import Adapters, refuse_in_use, require_adapters
 from lightning_peft.core.inject import eject
 from lightning_peft.core.matching import base_modules, is_within
 from lightning_peft.core.tree import AdapterTree
@@ -136,6 +136,7 @@ def ties(model: Module) -> set[frozenset[str]]:
 
 
 def _check(model: Module, adapters: Adapters, name: str) -> None:
+    refuse_in_use(adapters, name)
     active, trees = adapters.switch.active, adapters.trees
     if name not in active:
         raise ValueError(f"the adapter {name!r} is not active; activate it before merging")
