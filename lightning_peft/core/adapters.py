@@ -97,18 +97,3 @@ def tree_of(model: Module, name: str) -> AdapterTree:
     if adapters is None or name not in adapters:
         raise KeyError(f"the model has no adapter {name!r}")
     return adapters.trees[name]
-
-
-def switch_of(model: Module) -> Switch:
-    """The switch of an adapted model.
-
-    Args:
-        model: the root.
-
-    Raises:
-        KeyError: if it is not the root of an adapted model.
-    """
-    adapters = adapters_of(model)
-    if adapters is None:
-        raise KeyError("the model is not adapted")
-    return adapters.switch
