@@ -22,6 +22,7 @@ from lightning_peft.core.mode import evaluating
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
 from lightning_peft.formats.merged import unload_merged
+from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, save_for
 
 
 class Adapter:
@@ -229,6 +230,27 @@ class Adapter:
         """
         self._require()
         return save_folder(self.model, self.name, Path(path), info)
+
+    def save_for(self, consumer: str, path: str | Path, *, max_lora_rank: int = DEFAULT_MAX_LORA_RANK) -> Path:
+        """Writes the adapter as a server of language models reads it: a plain LoRA of one rank and one strength.
+
+        Patterns of ranks and strengths, starts from the weight and, where it is not known, rsLoRA are converted;
+        what cannot be said so is refused before anything is written.
+
+        Args:
+            consumer: ``"vllm"``, or ``"gguf"`` for llama.cpp's ``convert_lora_to_gguf.py``.
+            path: a folder that holds no adapter yet.
+            max_lora_rank: the highest rank that the vLLM server is started for (``--max-lora-rank``).
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: if the consumer is unknown or cannot hold the adapter.
+            FileExistsError: if the folder already holds an adapter.
+        """
+        self._require()
+        return save_for(consumer, self.model, self.name, Path(path), max_lora_rank=max_lora_rank)
 
     def print_trainable_parameters(self) -> None:
         """Prints how much trains of how much."""

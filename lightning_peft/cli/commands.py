@@ -19,6 +19,7 @@ from lightning_peft.cli.report import print_exported, print_metrics, print_train
 from lightning_peft.core.method import Method
 from lightning_peft.formats.folder import refuse_occupied
 from lightning_peft.formats.merged import save_merged
+from lightning_peft.formats.serving import consumer_of
 from lightning_peft.module import PeftModule
 
 if TYPE_CHECKING:
@@ -101,15 +102,22 @@ def export(config: DictConfig) -> Path:
     """Writes the adapter, or the merged model, from a checkpoint or an adapter's folder."""
     if config.format not in ("peft", "merged"):
         raise ValueError(f"format must be peft or merged, but got {config.format!r}")
+    consumer = config["for"]
+    if consumer is not None:
+        consumer_of(consumer, config.max_lora_rank)
+        if config.format == "merged":
+            raise ValueError(f"for={consumer} is a form of the adapter; leave it out for format=merged, a whole model")
     module = load(config.adapter)
     folder = Path(config.to)
     if config.format == "merged":
         assert module.model is not None
         module.model.eval()
         save_merged(module.model, "default", folder, module.tokenizer)
+    elif consumer is not None:
+        module.adapter.save_for(consumer, folder, max_lora_rank=config.max_lora_rank)
     else:
         module.save_adapter(folder)
-    print_exported(folder, config.format, module)
+    print_exported(folder, consumer or config.format, module)
     return folder
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+
+from lightning_peft.formats.folder import PEFT_CONFIG
+from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, served_rank
 
 if TYPE_CHECKING:
     from lightning_peft.module import PeftModule
@@ -67,16 +71,31 @@ def print_exported(folder: Path, form: str, module: PeftModule) -> None:
 
     Args:
         folder: where.
-        form: ``"peft"`` or ``"merged"``.
+        form: ``"peft"``, ``"merged"``, or whom it is for: ``"vllm"`` or ``"gguf"``.
         module: the exported module.
     """
     print(f"{folder}  {_size(_bytes(folder))}")
     if form == "merged":
         print(f"load it with transformers:  {module.task.auto_class}.from_pretrained({str(folder)!r})")
+    elif form == "vllm":
+        print(f"serve it:  vllm serve {_base_name(module)} --enable-lora {_lora_words(folder)}")
+    elif form == "gguf":
+        print(f"convert it with llama.cpp's script:  python convert_lora_to_gguf.py {shlex.quote(str(folder))}")
     elif module.method.peft_type is not None:
         print(f"load it with peft:  PeftModel.from_pretrained(base_model, {str(folder)!r})")
     if form == "peft":
         print(f"load it here:  PeftModule.from_adapter({str(folder)!r})")
+
+
+def _lora_words(folder: Path) -> str:
+    rank = json.loads((folder / PEFT_CONFIG).read_text())["r"]
+    words = ["--max-lora-rank", str(served_rank(rank))] if rank > DEFAULT_MAX_LORA_RANK else []
+    return shlex.join([*words, "--lora-modules", f"{folder.name}={folder}"])
+
+
+def _base_name(module: PeftModule) -> str:
+    config = getattr(module.model, "config", None)
+    return shlex.quote(str(getattr(config, "name_or_path", "") or "BASE"))
 
 
 def _spoken(monitor: str) -> str:

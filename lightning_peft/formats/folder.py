@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -106,7 +107,7 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
     """
     refuse_occupied(path)
     tree = tree_of(model, name)
-    tensors = {k: t.detach().cpu().contiguous() for k, t in _file_tensors(model, tree).items()}
+    tensors = {k: t.detach().cpu().contiguous() for k, t in file_tensors(model, tree).items()}
     base = base_description(model)
     manifest = {
         "format": 1,
@@ -117,14 +118,28 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
         "tensors": {k: list(t.shape) for k, t in sorted(tensors.items())},
         "info": info,
     }
+    with written_whole(path) as scratch:
+        write_tensors(scratch, tensors)
+        if has_peft_format(tree.record.method):
+            write_json(scratch / PEFT_CONFIG, adapter_config(model, tree.record, base))
+        write_json(scratch / MANIFEST, manifest)
+    return path
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` to write into, whose files appear there when the block ends well, and not at all else.
+
+    Args:
+        path: the folder; it may exist.
+
+    Yields:
+        The folder to write into.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        # safetensors refuses tensors that share memory: tied parameters are written once for each name
-        save_file({k: t.clone() for k, t in tensors.items()}, scratch / TENSORS, metadata={"format": "pt"})
-        if has_peft_format(tree.record.method):
-            _write_json(scratch / PEFT_CONFIG, adapter_config(model, tree.record, base))
-        _write_json(scratch / MANIFEST, manifest)
+        yield scratch
         scratch.chmod(0o755)
         if path.exists():
             for file in scratch.iterdir():
@@ -133,7 +148,17 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
             scratch.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return path
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes an adapter's tensors.
+
+    Args:
+        folder: where.
+        tensors: by their names in the file; tied ones are written once for each name.
+    """
+    # safetensors refuses tensors that share memory
+    save_file({k: t.clone().contiguous() for k, t in tensors.items()}, folder / TENSORS, metadata={"format": "pt"})
 
 
 def read_folder(path: Path) -> SavedAdapter:
@@ -179,7 +204,7 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
             "load the base, or the part of the model, that was adapted, or pass check_base=False if you know better"
         )
     tree = tree_of(model, name)
-    wanted = _file_tensors(model, tree)
+    wanted = file_tensors(model, tree)
     try:
         stored = load_file(saved.path / TENSORS)
     except SafetensorError as error:
@@ -215,8 +240,13 @@ def _file_names(model: Module, tree: AdapterTree, keys: Iterable[str]) -> dict[s
     return {k: k for k in keys}
 
 
-def _file_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
-    """What the file holds, by the names there."""
+def file_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
+    """What the file holds, by the names there.
+
+    Args:
+        model: the adapted model.
+        tree: the adapter.
+    """
     tensors = _packed(tree.record.method, _live_tensors(model, tree))
     names = _file_names(model, tree, tensors)
     return {names[k]: t for k, t in tensors.items()}
@@ -267,5 +297,11 @@ def _check_tensors(path: Path, wanted: dict[str, Tensor], stored: dict[str, Tens
         raise ValueError(f"the tensors in {path / TENSORS} do not fit this model: {shown}")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes plain values in an order that does not depend on how they were put together.
+
+    Args:
+        path: the file.
+        content: the values.
+    """
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -60,6 +60,9 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
     run("export", best, "to=exported", cwd=tmp_path)
     again = run("export", best, "to=exported", cwd=tmp_path, check=False)
     assert "already holds an adapter" in again.stderr
+    served = run("export", best, "to=served", "for=vllm", cwd=tmp_path, check=False)
+    assert "here is 'classifier', trained in full; export a merged model instead (format=merged)" in served.stderr
+    assert not (tmp_path / "served").exists()
     run("export", best, "to=merged", "format=merged", cwd=tmp_path)
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -119,6 +122,19 @@ def test_language_modelling_from_the_command_line(tmp_path, llama_folder):
     rows = [json.loads(line) for line in (tmp_path / "written.jsonl").read_text().splitlines()]
     assert [set(r) for r in rows] == [{"id", "prompt", "completion"}] * 2
 
+    said = run("export", "adapter=run/adapter", "to=served", "for=vllm", cwd=tmp_path).stdout
+    assert f"vllm serve {llama_folder} --enable-lora --lora-modules served=served" in said
+    assert sorted(p.name for p in (tmp_path / "served").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    said = run("export", "adapter=run/adapter", "to=converted", "for=gguf", cwd=tmp_path).stdout
+    assert "python convert_lora_to_gguf.py converted" in said
+    assert json.loads((tmp_path / "converted" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    low = ["export", "adapter=run/adapter", "to=low", "for=vllm", "max_lora_rank=4"]
+    assert "above max_lora_rank=4; start the server with" in run(*low, cwd=tmp_path, check=False).stderr
+    assert not (tmp_path / "low").exists()
+
 
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -173,6 +189,21 @@ def test_a_mistake_is_one_sentence_before_training(tmp_path, words, said):
     assert done.returncode != 0
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["for=vlm"], "for=vlm is unknown; did you mean 'vllm'?"),
+        (["for=vllm", "format=merged"], "for=vllm is a form of the adapter; leave it out for format=merged"),
+        (["for=vllm", "max_lora_rank=many"], "max_lora_rank must be a whole number of 1 or more, but got 'many'"),
+    ],
+)
+def test_a_mistake_about_whom_an_export_is_for_is_said_before_anything_loads(tmp_path, words, said):
+    done = run("export", "adapter=nothing", "to=there", *words, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 def test_help_shows_commands_with_examples_and_all_groups(tmp_path):
