@@ -33,6 +33,19 @@ class ConvNet(nn.Module):
         return self.head(torch.relu(self.conv2(x)).mean((2, 3)))
 
 
+class VolumeNet(nn.Module):
+    """A small network over volumes; what its kernels do differs from one dimension to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(2, 6, (1, 2, 3), padding=(0, 1, 1))
+        self.conv2 = nn.Conv3d(6, 8, (2, 3, 1), stride=(1, 2, 1), dilation=(2, 1, 1), bias=False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3, 4)))
+
+
 class Encoder(nn.Module):
     """torch's own encoder, batch first and even-headed, so that its fused path applies in evaluation."""
 
@@ -94,6 +107,20 @@ def _qwen3() -> nn.Module:
     return Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, vocab_size=97, pad_token_id=0))
 
 
+def _phi() -> nn.Module:
+    """Query, key and value in one linear layer, gate and up in another."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return Phi3ForCausalLM(Phi3Config(**SIZES, **special, num_key_value_heads=2, vocab_size=97))
+
+
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(**SIZES, image_size=12, patch_size=4, num_labels=3))
+
+
 def _moe() -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -117,9 +144,12 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "llama_classifier": _llama_classifier,
     "mistral": _mistral,
     "qwen3": _qwen3,
+    "phi": _phi,
+    "vit": _vit,
     "moe": _moe,
     "t5": _t5,
     "convnet": ConvNet,
+    "volumes": VolumeNet,
     "encoder": Encoder,
 }
 
@@ -149,6 +179,11 @@ def call() -> Callable[..., torch.Tensor]:
         dtype = torch.float64 if all(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
         if name == "convnet":
             return model(torch.randn(rows, 3, 9, 9, generator=generator).to(dtype))
+        computed = next(model.parameters()).dtype
+        if name == "volumes":
+            return model(torch.randn(rows, 2, 5, 7, 6, generator=generator).to(computed))
+        if name == "vit":
+            return model(pixel_values=torch.randn(rows, 3, 12, 12, generator=generator).to(computed)).logits
         if name == "encoder":
             return model(torch.randn(rows, 5, 32, generator=generator).to(dtype))
         ids = torch.randint(3, 97, (rows, 7), generator=generator)

@@ -35,7 +35,7 @@ class Row:
 
 
 TABLE = (
-    Row("lora", lambda: LoRA(r=4, lora_alpha=6), (*LANGUAGE, "moe")),
+    Row("lora", lambda: LoRA(r=4, lora_alpha=6), (*LANGUAGE, "phi", "moe", "vit")),
     Row("lora_rs_bias", lambda: LoRA(r=4, lora_alpha=6, use_rslora=True, bias="all"), ("bert", "gpt2")),
     Row(
         "lora_regex",
@@ -57,7 +57,9 @@ TABLE = (
         lambda: LoRA(r=4, lora_alpha=6, target_parameters=["gate.weight", "experts.gate_up_proj", "experts.down_proj"]),
         ("moe",),
     ),
-    Row("dora", lambda: LoRA(r=4, lora_alpha=6, use_dora=True)),
+    Row("lora_volumes", lambda: LoRA(r=2, lora_alpha=3, target_modules=["conv1", "conv2", "head"]), ("volumes",)),
+    Row("lora_fused_qkv", lambda: LoRA(r=4, lora_alpha=6, target_modules=["qkv_proj"]), ("phi",)),
+    Row("dora", lambda: LoRA(r=4, lora_alpha=6, use_dora=True), (*LANGUAGE, "phi", "vit")),
     Row("lora_fa", lambda: LoRA(r=4, lora_alpha=6, lora_fa=True), ("bert", "gpt2")),
     Row("lora_patterns", lambda: LoRA(r=4, rank_pattern={r"\S*layer.0.\S*": 2}, alpha_pattern={"key": 3}), ("bert",)),
     Row("lora_b_bias", lambda: LoRA(r=4, lora_alpha=6, lora_bias=True), ("bert", "gpt2")),
@@ -101,9 +103,9 @@ TABLE = (
         ("gpt2",),
         mergeable=False,
     ),
-    Row("ia3", lambda: lp.IA3()),
-    Row("vera", lambda: lp.VeRA(r=4)),
-    Row("loha", lambda: lp.LoHa(r=2, alpha=3)),
+    Row("ia3", lambda: lp.IA3(), (*LANGUAGE, "vit")),
+    Row("vera", lambda: lp.VeRA(r=4), (*LANGUAGE, "vit")),
+    Row("loha", lambda: lp.LoHa(r=2, alpha=3), (*LANGUAGE, "vit")),
     Row("loha_convolutions", lambda: lp.LoHa(r=2, target_modules=["conv1", "conv2"]), ("convnet",)),
     Row("lokr", lambda: lp.LoKr(r=2, alpha=3)),
     Row("lokr_both", lambda: lp.LoKr(r=1, decompose_both=True, init_weights="lycoris", decompose_factor=4), ("bert",)),
@@ -113,7 +115,7 @@ TABLE = (
     Row("miss_bat", lambda: lp.MiSS(r=4, init_weights="bat"), ("bert", "llama")),
     Row("randlora", lambda: lp.RandLoRA(r=6, randlora_alpha=10)),
     Row("randlora_sparse", lambda: lp.RandLoRA(r=6, randlora_alpha=10, very_sparse=True), ("bert",)),
-    Row("oft", lambda: lp.OFT(oft_block_size=8)),
+    Row("oft", lambda: lp.OFT(oft_block_size=8), (*LANGUAGE, "vit")),
     Row("oft_exact", lambda: lp.OFT(r=4, oft_block_size=0, use_cayley_neumann=False), ("bert",)),
     Row("oft_shared", lambda: lp.OFT(oft_block_size=8, block_share=True, num_cayley_neumann_terms=3), ("bert",)),
     Row("boft", lambda: lp.BOFT()),
