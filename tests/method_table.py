@@ -159,6 +159,7 @@ TABLE = (
         identity=False,
         mergeable=False,
     ),
+    Row("llama_adapter", lambda: lp.LlamaAdapter(adapter_len=4), ("gpt2", "llama"), mergeable=False),
 )
 
 

@@ -7,6 +7,7 @@ from lightning_peft.methods.compacter import Compacter
 from lightning_peft.methods.deep_prompt import DeepPrompt
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.ladder_side_tuning import LadderSideTuning
+from lightning_peft.methods.llama_adapter import LlamaAdapter
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
@@ -31,6 +32,7 @@ __all__ = [
     "Compacter",
     "DeepPrompt",
     "LadderSideTuning",
+    "LlamaAdapter",
     "LoHa",
     "LoKr",
     "LoRA",
