@@ -63,6 +63,12 @@ TABLE = (
     Row("lora_fa", lambda: LoRA(r=4, lora_alpha=6, lora_fa=True), ("bert", "gpt2")),
     Row("lora_patterns", lambda: LoRA(r=4, rank_pattern={r"\S*layer.0.\S*": 2}, alpha_pattern={"key": 3}), ("bert",)),
     Row("lora_b_bias", lambda: LoRA(r=4, lora_alpha=6, lora_bias=True), ("bert", "gpt2")),
+    Row("lora_tokens", lambda: LoRA(r=4, lora_alpha=6, trainable_token_indices=[14, 50, 9])),
+    Row(
+        "lora_tokens_two_ends",
+        lambda: LoRA(r=4, trainable_token_indices={"embed_tokens": [50, 14], "lm_head": [8]}),
+        ("llama",),
+    ),
     Row("lora_gaussian", lambda: LoRA(r=4, lora_alpha=6, init_lora_weights="gaussian"), ("bert",)),
     Row("pissa", lambda: LoRA(r=4, lora_alpha=6, init_lora_weights="pissa"), ("bert", "gpt2", "llama")),
     Row("pissa_dora", lambda: LoRA(r=4, use_rslora=True, use_dora=True, init_lora_weights="pissa_niter_4"), ("bert",)),

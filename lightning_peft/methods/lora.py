@@ -26,8 +26,9 @@ from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import target_names
 from lightning_peft.methods.lora_eva import input_directions
 from lightning_peft.methods.lora_experts import owner_of, parameter_layers, parameter_names, peft_place
-from lightning_peft.methods.lora_init import is_apart, known_start
+from lightning_peft.methods.lora_init import doubled, halved, is_apart, known_start
 from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, layer_for
+from lightning_peft.methods.trainable_tokens import token_layers, token_places, token_problem
 
 
 @dataclass
@@ -58,6 +59,8 @@ class LoRA:
         lora_fa: leave A as it was drawn, which halves what trains and keeps no input for the backward pass.
             Linear layers only.
         bias: which biases of the base train too: ``"none"``, ``"lora_only"`` (of adapted modules), ``"all"``.
+        trainable_token_indices: ids of tokens whose rows of the input embedding train too, where it is tied those of
+            the output head with them; ``{"embed_tokens": [5, 8]}`` names another module that holds them.
         modules_to_save: modules that train in full, as copies that the adapter owns.
         learning_rate: suits AdamW; about ten times that of full fine-tuning.
 
@@ -88,6 +91,7 @@ class LoRA:
     lora_bias: bool = False
     lora_fa: bool = False
     bias: str = "none"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     modules_to_save: list[str] | None = None
     learning_rate: float = 2e-3
 
@@ -129,6 +133,7 @@ class LoRA:
                 f"target_parameters must be a list of names, but got {self.target_parameters!r}"
                 if isinstance(self.target_parameters, str)
                 else None,
+                *(token_problem("trainable_token_indices", ids) for _, ids in self._tokens()),
                 f"bias must be one of {biases}, but got {self.bias!r}" if self.bias not in biases else None,
                 f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
@@ -200,7 +205,23 @@ class LoRA:
             assert kind is not None
             layers[name] = kind(name, module, self)
         layers |= parameter_layers(model, parameters, self)
+        for target, ids in self._tokens():
+            rows = token_layers("LoRA", model, target, ids, self.modules_to_save)
+            twice = sorted(rows.keys() & layers.keys())
+            if twice:
+                raise ValueError(
+                    f"LoRA: {twice[0]!r} has trained rows (trainable_token_indices) and cannot have another layer "
+                    "beside them; exclude it, or name it once"
+                )
+            layers |= rows
         return Placement(layers, in_place=self._biases(model, names))
+
+    def _tokens(self) -> list[tuple[list[str] | None, list[int]]]:
+        """Where rows of tokens train, None being the input embedding, and of which tokens."""
+        given = self.trainable_token_indices
+        if isinstance(given, dict):
+            return [([name], ids) for name, ids in given.items()]
+        return [] if given is None else [(None, given)]
 
     def _refuse_beyond_linear(self, model: Module, names: Sequence[str]) -> None:
         given = {
@@ -232,8 +253,10 @@ class LoRA:
         times = 2 if self.starts_apart else 1
         alpha_times = math.sqrt(times) if self.use_rslora else times
         parameters = [n for n in parameter_names(model, self.target_parameters) if owner_of(n) in placed]
-        owners = {owner_of(n) for n in parameters}
-        modules = [n for n in placed if n not in owners]
+        rows = [token_places("LoRA", model, target) for target, _ in self._tokens()]
+        others = {n for places in rows for owner, tied in places.items() for n in (owner, *tied)}
+        others |= {owner_of(n) for n in parameters}
+        modules = [n for n in placed if n not in others]
         return {
             "r": self.r * times,
             "lora_alpha": self.lora_alpha * alpha_times,
@@ -246,37 +269,26 @@ class LoRA:
             "bias": self.bias,
             "target_modules": sorted(modules),
             "target_parameters": parameters or None,
+            "trainable_token_indices": self.trainable_token_indices,
             "fan_in_fan_out": bool(modules) and all(is_conv1d(model.get_submodule(n)) for n in modules),
             "init_lora_weights": True,
         }
 
     def to_peft(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The adapter's tensors as a plain LoRA has them: ``B A - B0 A0`` is one product of twice the rank."""
-        if not self.starts_apart:
-            return tensors
-        packed = {k: t for k, t in tensors.items() if not k.endswith(("lora_A0", "lora_B0"))}
-        for key in [k for k in tensors if k.endswith("lora_A0")]:
-            a, b = key.removesuffix("0"), key.removesuffix("A0") + "B"
-            packed[a] = torch.cat([tensors[a], tensors[key]])
-            packed[b] = torch.cat([tensors[b], -tensors[f"{b}0"]], 1)
-        return packed
+        return doubled(tensors) if self.starts_apart else tensors
 
     def from_peft(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """The adapter's tensors out of what `to_peft` made."""
-        if not self.starts_apart:
-            return stored
-        tensors = dict(stored)
-        for a in [k for k in stored if k.endswith("lora_A")]:
-            b = a.removesuffix("A") + "B"
-            (tensors[a], tensors[f"{a}0"]), (tensors[b], minus) = stored[a].chunk(2), stored[b].chunk(2, 1)
-            tensors[f"{b}0"] = -minus
-        return tensors
+        return halved(stored) if self.starts_apart else stored
 
     def peft_name(self, key: str, model: Module) -> str:
         """``q_proj.lora_A`` is ``base_model.model.q_proj.lora_A.weight``; embeddings' tensors have no ``.weight``."""
         place, _, leaf = key.rpartition(".")
         if leaf == "lora_B_bias":
             return f"base_model.model.{place}.lora_B.bias"
+        if leaf == "trainable_tokens_delta":
+            return f"base_model.model.{place}.token_adapter.{leaf}"
         if leaf in ("lora_A", "lora_B"):
             parent, _, child = place.rpartition(".")
             if self.target_parameters and place in parameter_names(model, self.target_parameters):

@@ -52,4 +52,33 @@ def starting_factors(name: str, weight: Tensor, r: int, scale: float) -> tuple[T
     else:
         u, values, vt = torch.linalg.svd(weight, full_matrices=False)
     root = (values[:r] / scale).sqrt()
-    return root.unsqueeze(1) * vt[:r], u[:, :r] * root
+    # in rows, as the parameters lie: in columns the same product would be rounded otherwise
+    return (root.unsqueeze(1) * vt[:r]).contiguous(), (u[:, :r] * root).contiguous()
+
+
+def doubled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors with what it started from folded in: ``B A - B0 A0`` is one product of twice the rank.
+
+    Args:
+        tensors: by name; ``lora_A0`` and ``lora_B0`` are the start.
+    """
+    packed = {k: t for k, t in tensors.items() if not k.endswith(("lora_A0", "lora_B0"))}
+    for key in [k for k in tensors if k.endswith("lora_A0")]:
+        a, b = key.removesuffix("0"), key.removesuffix("A0") + "B"
+        packed[a] = torch.cat([tensors[a], tensors[key]])
+        packed[b] = torch.cat([tensors[b], -tensors[f"{b}0"]], 1)
+    return packed
+
+
+def halved(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The factors and their start out of what `doubled` made.
+
+    Args:
+        stored: by name.
+    """
+    tensors = dict(stored)
+    for a in [k for k in stored if k.endswith("lora_A")]:
+        b = a.removesuffix("A") + "B"
+        (tensors[a], tensors[f"{a}0"]), (tensors[b], minus) = stored[a].chunk(2), stored[b].chunk(2, 1)
+        tensors[f"{b}0"] = -minus
+    return tensors

@@ -62,10 +62,13 @@ class TrainableTokens:
     mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        raise_problems("TrainableTokens", [*token_problems(self.token_indices), self._rate_problem()])
-
-    def _rate_problem(self) -> str | None:
-        return f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None
+        raise_problems(
+            "TrainableTokens",
+            [
+                token_problem("token_indices", self.token_indices),
+                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
+            ],
+        )
 
     def place(self, model: Module) -> Placement:
         """A layer on each target and on every module that shares its weight; they read one parameter.
@@ -76,28 +79,13 @@ class TrainableTokens:
         Raises:
             ValueError: if no token is named, one is outside the vocabulary, or a target has no row for each token.
         """
-        layers = token_layers(model, self._targets(model), self.token_indices)
-        saved = match_modules(model, self.modules_to_save, option="modules_to_save") if self.modules_to_save else []
-        twice = [n for n in layers if is_within(n, saved)]
-        if twice:
-            raise ValueError(
-                f"TrainableTokens: {twice[0]!r} reads the trained rows and cannot train in full beside them; leave it "
-                "out of modules_to_save, or untie it"
-            )
-        return Placement(layers)
-
-    def _targets(self, model: Module) -> dict[str, list[str]]:
-        if self.target_modules is None:
-            embedding = input_embedding(find_reader("TrainableTokens", model).host)
-            names = [n for n, m in base_modules(model).items() if m is embedding]
-        else:
-            kinds = "Embedding or Linear"
-            names = match_modules(model, self.target_modules, suits=holds_rows, kinds=kinds)
-        return ties(model, names)
+        named = self.modules_to_save
+        return Placement(token_layers("TrainableTokens", model, self.target_modules, self.token_indices, named))
 
     def peft_config(self, model: Module, placed: Sequence[str]) -> dict[str, Any]:
         """The fields of ``adapter_config.json``; tied modules are found anew by whoever loads it."""
-        return {"token_indices": self.token_indices, "target_modules": sorted(self._targets(model))}
+        owners = token_places("TrainableTokens", model, self.target_modules)
+        return {"token_indices": self.token_indices, "target_modules": sorted(owners)}
 
     def peft_name(self, key: str, model: Module) -> str:
         """The name of a tensor in a PEFT file: its own behind ``base_model.model.``."""
@@ -116,56 +104,76 @@ class TrainableTokens:
         return cls(**{n: config[n] for n in names if config.get(n) is not None})
 
 
-def token_problems(tokens: Sequence[Any]) -> list[str]:
-    """What is wrong with a list of token ids, whatever the vocabulary."""
+def token_problem(option: str, tokens: Sequence[Any]) -> str | None:
+    """What is wrong with a list of token ids, whatever the vocabulary; None if nothing is.
+
+    Args:
+        option: the option that holds it.
+        tokens: the ids.
+    """
     odd = [t for t in tokens if not isinstance(t, int) or isinstance(t, bool) or t < 0]
     if odd:
-        return [f"token_indices must be whole numbers of 0 or more, but {odd[0]!r} is among them"]
+        return f"{option} must be whole numbers of 0 or more, but {odd[0]!r} is among them"
     twice = [t for t, times in Counter(tokens).items() if times > 1]
-    return [f"token_indices must name each token once, but {twice[0]} stands twice"] if twice else []
+    return f"{option} must name each token once, but {twice[0]} stands twice" if twice else None
 
 
-def holds_rows(module: Module) -> bool:
-    """Whether a module's weight has a row for each token."""
-    return isinstance(module, (Embedding, Linear))
-
-
-def ties(model: Module, names: Sequence[str]) -> dict[str, list[str]]:
+def token_places(method: str, model: Module, target: list[str] | str | None) -> dict[str, list[str]]:
     """Who owns the trained rows, and who else reads the same weight.
 
     Args:
+        method: the method's name, for errors.
         model: the root.
-        names: the targeted modules; of those that share a weight the first Embedding owns the rows.
+        target: patterns of modules, or None for the input embedding. Of those that share a weight the first Embedding
+            owns the rows.
 
     Returns:
         Owners, and for each the other modules with its weight, targeted or not.
+
+    Raises:
+        ValueError: if a pattern matches nothing that holds rows, or the model has no input embedding.
     """
-    weights = {n: m._parameters.get("weight") for n, m in base_modules(model).items()}
+    modules = base_modules(model)
+    if target is None:
+        embedding = input_embedding(find_reader(method, model).host)
+        names = [n for n, m in modules.items() if m is embedding]
+    else:
+        names = match_modules(model, target, suits=_holds_rows, kinds="Embedding or Linear")
+    weights = {n: m._parameters.get("weight") for n, m in modules.items()}
     found: dict[str, list[str]] = {}
-    embeddings_first = sorted(names, key=lambda n: not isinstance(model.get_submodule(n), Embedding))
-    for name in embeddings_first:
+    for name in sorted(names, key=lambda n: not isinstance(modules[n], Embedding)):
         if not any(name in tied for tied in found.values()):
             found[name] = [n for n, w in weights.items() if n != name and w is not None and w is weights[name]]
     return found
 
 
-def token_layers(model: Module, owners: dict[str, list[str]], tokens: Sequence[int]) -> dict[str, AdapterLayer]:
+def token_layers(
+    method: str, model: Module, target: list[str] | str | None, tokens: Sequence[int], saved: list[str] | None
+) -> dict[str, AdapterLayer]:
     """The layers on modules that hold rows for tokens, and on those that share their weights.
 
     Args:
-        model: the root.
-        owners: as `ties` gives them.
+        method: the method's name, for errors.
+        model: the root; it is not changed.
+        target: patterns of modules, or None for the input embedding.
         tokens: the chosen ids.
+        saved: patterns of modules that train in full.
 
     Raises:
         ValueError: if the ids are none or beyond the vocabulary, or a module does not suit.
     """
+    copies = match_modules(model, saved, option="modules_to_save") if saved else []
     layers: dict[str, AdapterLayer] = {}
-    for owner, tied in owners.items():
+    for owner, tied in token_places(method, model, target).items():
         source: TokenRows | None = None
         for name in (owner, *tied):
             module = model.get_submodule(name)
             _refuse_unfit(name, module, tokens)
+            if is_within(name, copies):
+                raise ValueError(
+                    f"{method}: {name!r} reads the trained rows and cannot train in full beside them; leave it out of "
+                    "modules_to_save, or untie it"
+                )
             kind: type[TokenRows] = EmbeddingRows if isinstance(module, Embedding) else HeadRows
             layer = kind(module, tokens, source)
             source = layer if source is None else source
@@ -173,10 +181,14 @@ def token_layers(model: Module, owners: dict[str, list[str]], tokens: Sequence[i
     return layers
 
 
+def _holds_rows(module: Module) -> bool:
+    return isinstance(module, (Embedding, Linear))
+
+
 def _refuse_unfit(name: str, module: Any, tokens: Sequence[int]) -> None:
     what = class_of(module).__name__
     weight = module._parameters.get("weight")
-    if not holds_rows(module) or weight is None or not weight.is_floating_point() or weight.is_meta:
+    if not _holds_rows(module) or weight is None or not weight.is_floating_point() or weight.is_meta:
         raise ValueError(
             f"{name!r}, a {what}, is to read trained rows; expected an Embedding or Linear whose weight is there in "
             "floating point, neither quantized nor offloaded"

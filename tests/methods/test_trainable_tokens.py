@@ -250,3 +250,35 @@ def test_a_tied_copy_in_a_file_that_says_something_else_is_refused(build, tmp_pa
     save_file({owner: tensor, copy: tensor + 1}, file)
     with pytest.raises(ValueError, match=r"1 unexpected, such as base_model.model.lm_head"):
         load_adapter(build("gpt2"), tmp_path / "a")
+
+
+@torch.no_grad()
+def test_lora_trains_rows_beside_its_matrices_and_merges_both(build, call, perturb):
+    model = build("gpt2")
+    adapter = adapt(model, LoRA(r=2, trainable_token_indices=TOKENS))
+    rows = [n for n in adapter.state_dict() if n.endswith("trainable_tokens_delta")]
+    assert rows == ["transformer.wte.trainable_tokens_delta"]
+    perturb(adapter)
+    adapted = call(model, "gpt2")
+    adapter.merge()
+    torch.testing.assert_close(call(model, "gpt2"), adapted, rtol=1e-4, atol=1e-5)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"trainable_token_indices": [3], "target_modules": ["wte"]}, r"'transformer\.wte' has trained rows"),
+        ({"trainable_token_indices": {"wte": [3], "lm_head": [4]}}, "has trained rows .trainable_token_indices."),
+        ({"trainable_token_indices": {"wte": []}}, "token_indices is empty"),
+        ({"trainable_token_indices": [3], "modules_to_save": ["lm_head"]}, "LoRA: 'lm_head' reads the trained rows"),
+    ],
+)
+def test_rows_that_lora_cannot_have_are_refused(options, said, build):
+    with pytest.raises(ValueError, match=said):
+        adapt(build("gpt2"), LoRA(r=2, **options))
+
+
+def test_a_token_that_stands_twice_in_a_lora_is_refused():
+    with pytest.raises(ValueError, match="trainable_token_indices must name each token once, but 3 stands twice"):
+        LoRA(trainable_token_indices={"wte": [3, 3]})
