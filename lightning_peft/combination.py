@@ -147,6 +147,7 @@ def _check_adapters(names: Sequence[str], trees: Sequence[AdapterTree]) -> None:
         reasons = (
             ("a DoRA, whose lengths do not add up", method.use_dora),
             ("a LoRA with lora_bias=True, which has more than two factors", method.lora_bias),
+            ("a LoRA with trained token rows, which are no factors", method.trainable_token_indices is not None),
             (f"training {record.in_place[:1]} of the base in place, which all adapters share", bool(record.in_place)),
         )
         reason = next((text for text, holds in reasons if holds), None)

@@ -282,7 +282,14 @@ def test_adapters_that_share_something_with_the_base_are_refused(build):
     adapt(model, LoRA(r=2, bias="all"), "biased")
     adapt(model, LoRA(r=2), "plain").merge()
     adapt(model, LoRA(r=2, lora_bias=True), "b_bias")
-    for name, said in (("biased", "of the base in place"), ("plain", "unmerge"), ("b_bias", "lora_bias=True")):
+    adapt(model, LoRA(r=2, trainable_token_indices=[3]), "rows")
+    expected = {
+        "biased": "of the base in place",
+        "plain": "unmerge",
+        "b_bias": "lora_bias=True",
+        "rows": "trained token rows",
+    }
+    for name, said in expected.items():
         with pytest.raises(ValueError, match=rf"the adapter '{name}' is .*{said}"):
             combine(model, [name], [1.0], "new")
 
