@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_peft import LoRA, TrainableTokens, adapt, load_adapter
-from lightning_peft.core.adapters import switch_of
+from lightning_peft.core.activation import activate
 from lightning_peft.formats.merged import save_merged
 from tests.conftest import SIZES
 
@@ -161,7 +161,7 @@ def test_two_adapters_with_tokens_of_their_own_act_together(build, call):
         adapter = adapt(model.double(), TrainableTokens(TOKENS[part]), name)
         for parameter in adapter.parameters():
             parameter.data = rows[part].clone()
-    switch_of(model).active = ("first", "second")
+    activate(model, "first", "second")
     torch.testing.assert_close(call(model, "gpt2"), call(both, "gpt2"), **EXACT)
 
 
