@@ -223,6 +223,13 @@ def site_of(module: Module) -> Site | None:
     return site
 
 
+def instance_forward_of(module: Module) -> Callable[..., Any] | None:
+    """The ``forward`` that lies, or lay before adaptation, on the module itself instead of its class, or None."""
+    site = site_of(module)
+    forward: Callable[..., Any] | None = module.__dict__.get("forward")
+    return forward if site is None else site.base.instance_forward
+
+
 def attach(module: Module, switch: Switch, *, is_root: bool = False) -> Site:
     """Adapts a module, once.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn import Module
@@ -43,8 +43,16 @@ class Method(Protocol):
 
     learning_rate: float
     modules_to_save: list[str] | None
-    peft_type: ClassVar[str | None]
-    mergeable: ClassVar[bool]
+
+    @property
+    def peft_type(self) -> str | None:
+        """As above; with most methods the class's."""
+        ...
+
+    @property
+    def mergeable(self) -> bool:
+        """As above; with most methods the class's."""
+        ...
 
     def place(self, model: Module) -> Placement:
         """Chooses the modules of a model and makes their layers; changes nothing in the model."""

@@ -10,6 +10,7 @@ import lightning_peft.methods as methods
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.method import Method, PeftFormat
 from lightning_peft.core.tree import Record
+from lightning_peft.methods.hf_peft_config import knows
 
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -73,7 +74,7 @@ def method_from_peft(config: dict[str, Any]) -> Method:
         ValueError: if the method, or an option that it uses, is not supported.
     """
     classes: list[Any] = [getattr(methods, name) for name in methods.__all__]
-    known = {cls.peft_type: cls for cls in classes if cls.peft_type is not None}
+    known = {cls.peft_type: cls for cls in classes if isinstance(cls.peft_type, str)}
     kind = config.get("peft_type")
     if kind is None:
         raise ValueError(
@@ -81,6 +82,11 @@ def method_from_peft(config: dict[str, Any]) -> Method:
             "file name); expected one of " + ", ".join(sorted(known))
         )
     if kind not in known:
-        raise ValueError(f"adapters of the kind {kind!r} are not supported; expected one of {sorted(known)}")
+        if knows(kind):
+            return methods.HFPeft.from_peft_config(config)
+        raise ValueError(
+            f"adapters of the kind {kind!r} are not supported; expected one of {sorted(known)}, or a kind of the "
+            "package peft where that is installed: pip install 'lightning-peft[hf]'"
+        )
     made: Method = known[kind].from_peft_config(config)
     return made

@@ -5,6 +5,7 @@ from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.compacter import Compacter
 from lightning_peft.methods.deep_prompt import DeepPrompt
+from lightning_peft.methods.hf_peft import HFPeft
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.ladder_side_tuning import LadderSideTuning
 from lightning_peft.methods.llama_adapter import LlamaAdapter
@@ -31,6 +32,7 @@ __all__ = [
     "BottleneckAdapter",
     "Compacter",
     "DeepPrompt",
+    "HFPeft",
     "LadderSideTuning",
     "LlamaAdapter",
     "LoHa",

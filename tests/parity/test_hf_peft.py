@@ -183,7 +183,3 @@ def test_options_that_are_not_supported_are_refused_by_name(build, tmp_path):
     peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match=r"trainable_token_indices=\[1\], which is not supported"):
         load_adapter(build("llama"), tmp_path / "a")
-    config = peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"])
-    peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "b")
-    with pytest.raises(ValueError, match="'LN_TUNING' are not supported"):
-        load_adapter(build("llama"), tmp_path / "b")
