@@ -145,6 +145,13 @@ TABLE = (
     Row("hf_hra", lambda: lp.HFPeft({"peft_type": "HRA", "r": 4}), ("bert", "llama", "t5"), identity=False),
     Row("hf_fourierft", lambda: lp.HFPeft({"peft_type": "FOURIERFT", "n_frequency": 20}), identity=False),
     Row("hf_ln_tuning", lambda: lp.HFPeft({"peft_type": "LN_TUNING"}), ("gpt2", "llama")),
+    Row(
+        "hf_prefix_tuning",
+        lambda: lp.HFPeft({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}),
+        ("gpt2", "llama"),
+        identity=False,
+        mergeable=False,
+    ),
     Row("prompt_tuning", lambda: PromptTuning(4), identity=False, mergeable=False),
     Row("p_tuning", lambda: lp.PTuning(num_virtual_tokens=4), identity=False, mergeable=False),
     Row(

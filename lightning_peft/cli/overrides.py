@@ -97,5 +97,9 @@ def _in_a_sentence(message: str, base: Any) -> str:
 
         node = OmegaConf.select(base, parent) if parent else base
         known = list(node) if node is not None else list(base)
+        above = OmegaConf.select(base, parent.rpartition(".")[0]) if "." in parent else None
+        if node is not None and "_target_" not in node and above is not None and "_target_" in above:
+            # an option that is itself a dictionary, whose keys are the user's own
+            return f"{parent} holds no {name!r} yet{nearest(name, known)}; to add it, write +{key.group(1)}=..."
         return f"there is no {key.group(1)!r}{nearest(name, [k for k in known if k != '_target_'])}"
     return message.strip().splitlines()[0]

@@ -61,7 +61,8 @@ def _task_type(model: Module, record: Record) -> str | None:
 
 
 def _is_prompt(record: Record) -> bool:
-    return "num_virtual_tokens" in vars(record.method)
+    options = vars(record.method)
+    return "num_virtual_tokens" in options or "num_virtual_tokens" in options.get("config", {})
 
 
 def method_from_peft(config: dict[str, Any]) -> Method:

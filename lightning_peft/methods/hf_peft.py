@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
+from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.adapters import adapters_of
@@ -20,6 +22,7 @@ from lightning_peft.core.method import Placement
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.hf_peft_config import plain_config, problems_of, ready_config, tuner_class
 from lightning_peft.methods.hf_peft_layers import PeftLayer
+from lightning_peft.methods.hf_peft_prompts import FROZEN, PROMPT_TENSORS, place_prompt
 from lightning_peft.methods.hf_peft_tuners import has_merge, place_tuner
 from lightning_peft.methods.linear import is_linear
 
@@ -76,7 +79,13 @@ class HFPeft:
             ValueError: if a pattern matches nothing, PEFT has no layer for a module, or the tuner does something to
                 the model that cannot be taken back.
         """
+        if self._is_prompt:
+            return place_prompt(model, ready_config(self.config))
         return place_tuner(model, ready_config(self._for_model(model)), is_saved=self._is_saved(model))
+
+    @property
+    def _is_prompt(self) -> bool:
+        return "num_virtual_tokens" in self.config
 
     def _for_model(self, model: Module) -> dict[str, Any]:
         """The options with checked targets; ``"all-linear"`` as the names of the modules."""
@@ -110,12 +119,17 @@ class HFPeft:
     def peft_config(self, model: Module, placed: Sequence[str]) -> dict[str, Any]:
         """The fields of ``adapter_config.json``: all options, targets that were chosen here as resolved names."""
         config = {k: v for k, v in self.config.items() if k != "task_type" or v is not None}
+        if self._is_prompt:
+            return config | {"num_transformer_submodules": 1}
         if config.get("target_modules", "") in (None, ALL_LINEAR) and not ready_config(self.config).is_adaption_prompt:
             config["target_modules"] = sorted(n for n in placed if n)
         return config
 
     def peft_name(self, key: str, model: Module) -> str:
         """The name that PEFT gives the tensor."""
+        if self._is_prompt:
+            leaf = key.rpartition(".")[2]
+            return leaf if leaf in PROMPT_TENSORS else f"base_model.{key}"
         adapters = adapters_of(model)
         for tree in () if adapters is None else adapters.trees.values():
             for place, layer in tree.layers_by_module.items():
@@ -133,4 +147,22 @@ class HFPeft:
         Raises:
             ValueError: if it asks for an option that cannot run here.
         """
-        return cls(config=config)
+        # a file of a prompt holds what a network gave and not the network
+        return cls(config={k: False if k == "prefix_projection" else v for k, v in config.items()})
+
+    def to_peft(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the file: rows of a prompt that do not train stand before those that do."""
+        packed = dict(tensors)
+        for key in [k for k in tensors if k.rpartition(".")[2] == FROZEN]:
+            table = key.removesuffix(FROZEN) + "prompt_embeddings"
+            packed[table] = torch.cat([packed.pop(key), packed[table]])
+        return packed
+
+    def from_peft(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's tensors out of what `to_peft` made."""
+        frozen = self.config.get("num_frozen_tokens", 0)
+        tensors = dict(stored)
+        for key in [k for k in stored if frozen and k.rpartition(".")[2] == "prompt_embeddings"]:
+            tensors[key.removesuffix("prompt_embeddings") + FROZEN] = stored[key][:frozen]
+            tensors[key] = stored[key][frozen:]
+        return tensors

@@ -21,8 +21,12 @@ _NOT_OPTIONS = (
     "runtime_config",
 )
 
+_NO_NETWORK = "peft's file keeps what its network gives and not the network, so a run could not go on from it"
+
 _KINDS_THAT_CANNOT_RUN = {
     "ADALORA": "it moves ranks between modules by calls between the optimizer's steps, which nothing here makes",
+    "CPT": "it computes a loss of its own inside the model, from which tokens are instruction, input and answer",
+    "P_TUNING": _NO_NETWORK,
     "SHADOW": "it runs a second network beside the model by hooks on it, not layers around modules",
     "XLORA": "it mixes LoRA adapters that peft has trained before and reads their folders; train LoRA here, and mix "
     "in peft",
@@ -40,6 +44,7 @@ _OPTIONS_ON_THE_MODEL = {
     "monteclora_config": "its loss is added by peft's own trainer",
     "megatron_config": "it is for Megatron's parallel layers",
     "use_asa": "it chooses subspaces by calls between the optimizer's steps, which nothing here makes",
+    "prefix_projection": _NO_NETWORK,
     "save_only_topk_weights": "what it saves cannot be trained on, so a run could not be resumed; leave it false",
 }
 
@@ -103,6 +108,8 @@ def problems_of(plain: dict[str, Any]) -> list[str]:
         found.append(f"init_lora_weights={start!r} changes the base's weights{_native(kind)}")
     if plain.get("bias") not in (None, False, "none"):
         found.append(f"bias={plain['bias']!r} trains biases of the base{_native(kind)}")
+    if plain.get("num_transformer_submodules") not in (None, 1):
+        found.append("num_transformer_submodules=2 puts a prompt into the decoder too; only 1 is supported")
     found += [f"{o}={plain[o]!r}: {why}" for o, why in _OPTIONS_ON_THE_MODEL.items() if plain.get(o)]
     return found
 

@@ -99,7 +99,7 @@ class PeftLayer(AdapterLayer):
         token = _call.set(call)
         try:
             if self.takes_task_ids:
-                kwargs["task_ids"] = _task_ids.get()
+                kwargs["task_ids"] = task_ids_of_call()
             output = (with_tensors(layer, casts) if casts else layer)(*args, **kwargs)
         finally:
             _call.reset(token)
@@ -136,20 +136,35 @@ class PeftLayer(AdapterLayer):
         return {n: merged[n].detach() - before[n] for n in before if merged[n].is_floating_point()}
 
 
+def task_ids_of_call() -> Tensor | None:
+    """The ``task_ids`` of the running call, ``(batch)``."""
+    return _task_ids.get()
+
+
 class TaskIds(AdapterLayer):
-    """On the root: takes the argument ``task_ids``, ``(batch)``, out of a call and hands it to the layers."""
+    """On the whole model: takes the argument ``task_ids``, ``(batch)``, out of a call and hands it to the layers.
+
+    Args:
+        inner: a layer without tensors that runs at the same place.
+    """
+
+    def __init__(self, inner: AdapterLayer | None = None) -> None:
+        super().__init__()
+        self._inner = (inner,)
 
     def forward(self, base: Callable[..., Any], *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """Runs the root as it is."""
+        """Runs the model, through the inner layer where there is one."""
+        (inner,) = self._inner
         token = _task_ids.set(task_ids)
         try:
-            return base(*args, **kwargs)
+            return base(*args, **kwargs) if inner is None else inner(base, *args, **kwargs)
         finally:
             _task_ids.reset(token)
 
-    def deltas(self, module: Module) -> dict[str, Tensor]:
-        """Nothing: the ids act through the layers."""
-        return {}
+    def deltas(self, module: Module) -> dict[str, Tensor] | None:
+        """Nothing of its own: the ids act through the layers."""
+        (inner,) = self._inner
+        return {} if inner is None else inner.deltas(module)
 
 
 def _stand_in(module: Module) -> Module:

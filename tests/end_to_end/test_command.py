@@ -75,6 +75,20 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
 
 
 @pytest.mark.slow
+def test_a_tuner_of_peft_trains_evaluates_and_merges_like_any_method(tmp_path, words):
+    pytest.importorskip("peft")
+    bridge = ["method=hf_peft", "method.config.peft_type=HRA", "+method.config.r=4"]
+    run(*words, *bridge, "trainer.max_epochs=1", "hydra.run.dir=run", cwd=tmp_path)
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["peft_type"] == "HRA"
+    data = ["data=files", "data.train_files=texts.jsonl", "data.columns.text=sentence"]
+    from_checkpoint = run("eval", "adapter=run/checkpoints/best.ckpt", *data, cwd=tmp_path).stdout
+    assert "val/accuracy" in from_checkpoint
+    assert run("eval", "adapter=run/adapter", *data, cwd=tmp_path).stdout == from_checkpoint
+    run("export", "adapter=run/adapter", "to=merged", "format=merged", cwd=tmp_path)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path, words):
     run(*words, "-m", "method=bitfit,prompt_tuning", "trainer.max_epochs=1", "hydra.sweep.dir=sweep", cwd=tmp_path)
     for number, method in (("0", "Selective"), ("1", "PromptTuning")):
@@ -166,6 +180,9 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(monkeypatch, capsys, w
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["method=hf_peft", "method.config.r=8"], "to add it, write +method.config.r=..."),
+        (["method=hf_peft", "+method.config.rr=8"], "LORA has no option 'rr'; did you mean 'r'"),
+        (["method=hf_peft", "method.config.peft_type=HRR"], "is none of the installed peft's; did you mean 'HRA'"),
         (["method.r=0"], "r must be a whole number of 1 or more, but got 0"),
         (["method.lora_dropout=-0.5"], "lora_dropout must be at least 0"),
         (["model=hf", "model.name_or_path=no/model"], "is no local folder and could not be fetched from the hub"),

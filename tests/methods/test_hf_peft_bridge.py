@@ -1,4 +1,4 @@
-"""The bridge to Hugging Face PEFT: every kind of tuner that the installed version has, works or is refused for a reason."""
+"""The bridge to Hugging Face PEFT: every kind of tuner of the installed version works or is refused for a reason."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ MIXED_IN_PEFT = (
     "it mixes LoRA adapters that peft has trained before and reads their folders; train LoRA here, and mix in peft"
 )
 BETWEEN_STEPS = "it moves ranks between modules by calls between the optimizer's steps, which nothing here makes"
+OWN_LOSS = "it computes a loss of its own inside the model, from which tokens are instruction, input and answer"
+NO_NETWORK = (
+    "peft's file keeps what its network gives and not the network, so a run could not go on from it; this package has "
+    "a method of its own, PTuning"
+)
 SECOND_NETWORK = "it runs a second network beside the model by hooks on it, not layers around modules"
 
 # The options of a tiny model for each kind, or the reason why it cannot run.
@@ -35,6 +40,8 @@ TABLE: dict[str, dict | str] = {
     "BEFT": {},
     "BOFT": {},
     "C3A": {"block_size": 16},
+    "CARTRIDGE": {"num_virtual_tokens": 4},
+    "CPT": f"CPT cannot run here: {OWN_LOSS}",
     "DEFT": {},
     "DELORA": {},
     "FOURIERFT": {"n_frequency": 20},
@@ -50,9 +57,13 @@ TABLE: dict[str, dict | str] = {
     "LOKR": {},
     "LORA": {"use_dora": True},
     "MISS": {"r": 4},
+    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 4, "num_tasks": 2, "task_type": "CAUSAL_LM"},
     "OFT": {"oft_block_size": 8},
     "OSF": {},
     "PEANUT": {},
+    "PREFIX_TUNING": {"num_virtual_tokens": 4},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "P_TUNING": f"P_TUNING cannot run here: {NO_NETWORK}",
     "POLY": {"n_tasks": 2, "task_type": "CAUSAL_LM"},
     "PSOFT": {"r": 4},
     "PVERA": {"r": 8},
@@ -69,9 +80,14 @@ TABLE: dict[str, dict | str] = {
     "WAVEFT": {"n_frequency": 20},
     "XLORA": f"XLORA cannot run here: {MIXED_IN_PEFT}",
 }
-MORE = {"ADALORA": {"total_step": 10}}  # what peft itself wants to be told
+MORE = {
+    "ADALORA": {"total_step": 10},
+    "CPT": {"task_type": "CAUSAL_LM", "cpt_token_ids": [1, 2]},
+    "P_TUNING": {"num_virtual_tokens": 4},
+}  # what peft itself wants to be told
 # a bias beside a module that has none, weights mixed anew for each token, a mix of skills by task, prompts
-CANNOT_BE_MERGED = ("BEFT", "LILY", "POLY", "ADAPTION_PROMPT")
+PROMPTS = ("CARTRIDGE", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
+CANNOT_BE_MERGED = ("BEFT", "LILY", "POLY", "ADAPTION_PROMPT", *PROMPTS)
 WORKING = [kind for kind, case in TABLE.items() if isinstance(case, dict)]
 REFUSED = [kind for kind, case in TABLE.items() if isinstance(case, str)]
 IDS = torch.randint(3, 97, (3, 7), generator=torch.Generator().manual_seed(1))
@@ -206,6 +222,8 @@ def test_a_kind_that_cannot_run_is_refused_by_name_with_the_reason(kind):
         ({"peft_type": "HRA", "bias": "all"}, "bias='all' trains biases of the base"),
         ({"peft_type": "LORA", "trainable_token_indices": [1]}, "put an adapter of the kind TRAINABLE_TOKENS beside"),
         ({"peft_type": "ADAMSS", "use_asa": True}, "calls between the optimizer's steps"),
+        ({"peft_type": "PREFIX_TUNING", "prefix_projection": True}, "a run could not go on from it"),
+        ({"peft_type": "PROMPT_TUNING", "num_transformer_submodules": 2}, "only 1 is supported"),
         ({"peft_type": "VBLORA", "save_only_topk_weights": True}, "could not be resumed"),
     ],
 )
@@ -215,7 +233,7 @@ def test_wrong_options_are_refused_by_name(config, said):
 
 
 def test_what_is_no_configuration_and_a_rate_of_zero_are_refused():
-    with pytest.raises(TypeError, match="takes a peft.PeftConfig or a dictionary"):
+    with pytest.raises(TypeError, match=r"takes a peft\.PeftConfig or a dictionary"):
         HFPeft(config="HRA")
     with pytest.raises(ValueError, match="learning_rate must be above 0"):
         HFPeft(config={"peft_type": "HRA"}, learning_rate=0)
@@ -267,6 +285,49 @@ def test_a_tuner_that_never_calls_its_module_does_not_pass_over_another_adapter(
     model.adapters.switch.active = ("first", "second")
     with pytest.raises(RuntimeError, match="the other active adapter there would be passed over"):
         _out(model, "HRA")
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_a_row_with_padding_behind_it_gives_what_it_gives_alone(kind, build, perturb):
+    model = build("llama")
+    perturb(adapt(model, _method(kind)))
+    alone = model(input_ids=IDS[:1, :5], **{k: t[:1] for k, t in TASKS.get(kind, {}).items()}).logits[:, -5:]
+    mask = torch.ones(1, 7, dtype=torch.long)
+    mask[:, 5:] = 0
+    tasks = {k: t[:1] for k, t in TASKS.get(kind, {}).items()}
+    padded = model(input_ids=IDS[:1], attention_mask=mask, **tasks).logits[:, -7:-2]
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING"])
+def test_generation_with_a_prompt_is_greedy_search_without_a_cache(kind, build, perturb):
+    model = build("llama")
+    perturb(adapt(model, _method(kind)), 0.5)
+    ids = IDS[:2]
+    for _ in range(6):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    said = model.generate(IDS[:2], attention_mask=torch.ones_like(IDS[:2]), max_new_tokens=6, do_sample=False)
+    assert torch.equal(said, ids[:, : said.shape[1]])
+
+
+def test_prompts_for_a_cache_or_by_task_say_what_they_need(build):
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    with pytest.raises(ValueError, match=r"HFPeft\(PREFIX_TUNING\) fills the cache of a decoder, but T5"):
+        adapt(build("t5"), _method("PREFIX_TUNING"))
+    model = build("llama")
+    adapt(model, _method("MULTITASK_PROMPT_TUNING"))
+    with pytest.raises(ValueError, match="pass task_ids, the number of each example's task"):
+        model(input_ids=IDS)
+    model = build("llama").train()
+    adapt(model, _method("PREFIX_TUNING"))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
+        model(input_ids=IDS)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with pytest.raises(ValueError, match="fills a DynamicCache, but got a EncoderDecoderCache"):
+        model.eval()(input_ids=IDS, past_key_values=cache)
 
 
 def test_threads_that_share_a_model_do_not_disturb_each_other(build, perturb):
