@@ -75,7 +75,7 @@ class PeftLayer(AdapterLayer):
         self._buffers = layer._buffers
         self._modules = layer._modules
         self._non_persistent_buffers_set = layer._non_persistent_buffers_set
-        self._layer = (layer,)
+        self._layer: tuple[Any] = (layer,)
         self.socket = socket
         self.file_names = file_names
         self.in_base_dtype = in_base_dtype
@@ -83,7 +83,22 @@ class PeftLayer(AdapterLayer):
         for parameter in self.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.float()
+        self._let_go_of_hooks()
         self.train(module.training)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        (layer,) = self._layer
+        # neither a copy of a parameter nor a pickled one keeps the hooks by which a layer turns its gradient
+        if hasattr(layer, "_attach_hooks"):
+            layer._attach_hooks(PEFT_NAME)
+            self._let_go_of_hooks()
+
+    def _let_go_of_hooks(self) -> None:
+        """Drops a layer's handles of its hooks, which stay: they cannot be pickled, and a copy's would remove ours."""
+        layer: Any = self._layer[0]
+        if hasattr(layer, "hook_handles"):
+            layer.hook_handles = []
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs PEFT's forward.

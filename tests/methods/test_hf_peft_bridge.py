@@ -330,6 +330,20 @@ def test_prompts_for_a_cache_or_by_task_say_what_they_need(build):
         model.eval()(input_ids=IDS, past_key_values=cache)
 
 
+def test_a_copy_turns_its_gradients_like_the_original(build, perturb):
+    """OSF keeps the gradients orthogonal to the base's main directions by hooks on its parameters."""
+    model = build("llama")
+    perturb(adapt(model, HFPeft({"peft_type": "OSF"})))
+    gradients = []
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        twin.zero_grad()
+        _out(twin, "OSF").pow(2).mean().backward()
+        gradients.append([p.grad.clone() for p in Adapter(twin).parameters()])
+    for other in gradients[1:]:
+        for one, two in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(one, two)
+
+
 def test_threads_that_share_a_model_do_not_disturb_each_other(build, perturb):
     model = build("llama")
     perturb(adapt(model, HFPeft({"peft_type": "ROAD", "group_size": 8})))
