@@ -13,7 +13,7 @@ from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, compute_dtype, device_for
-from lightning_peft.core.matching import class_of
+from lightning_peft.core.matching import base_modules, class_of
 from lightning_peft.core.method import Placement
 from lightning_peft.core.twin import bare_twin
 from lightning_peft.methods.hf_peft_layers import PEFT_NAME, TaskIds, task_ids_of_call
@@ -39,6 +39,7 @@ def place_prompt(model: Module, config: Any) -> Placement:
     """
     name = f"HFPeft({config.peft_type.value})"
     host = find_reader(name, model).host
+    place = next(n for n, m in base_modules(model).items() if m is host)
     config.num_transformer_submodules = 1
     config.task_type = "FEATURE_EXTRACTION"  # the kind for which PEFT looks for nothing in the model but its sizes
     tensors, trained = _tensors(name, host, config)
