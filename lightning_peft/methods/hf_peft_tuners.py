@@ -37,7 +37,9 @@ def place_tuner(model: Module, config: Any, *, is_saved: Callable[[str], bool]) 
     before = fingerprint(model)
     twin = bare_twin(model)
     shared = {id(p): (p, p.requires_grad) for p in twin.parameters() if type(p) is not Parameter}
+    memory = [(p, p.data_ptr()) for p in twin.parameters()]
     originals = dict(twin.named_modules())
+    hooks = {n: _hooks(m) for n, m in originals.items()}
     root = Module()  # PEFT's own names begin at what holds the tuner
     try:
         with warnings.catch_warnings():
@@ -51,6 +53,10 @@ def place_tuner(model: Module, config: Any, *, is_saved: Callable[[str], bool]) 
             parameter.requires_grad_(flag)
     if fingerprint(model) != before:
         raise ValueError(f"HFPeft({kind}): the tuner has changed the base's weights; load the base anew")
+    if any(p.data_ptr() != pointer for p, pointer in memory):
+        raise ValueError(f"HFPeft({kind}): with these options the tuner starts by exchanging the base's weights")
+    if any(_hooks(m) != hooks[n] for n, m in originals.items()):
+        raise ValueError(f"HFPeft({kind}): the tuner hooks the model's forward, beside putting layers around modules")
     wrappers = _wrappers(kind, twin, originals)
     files = _file_names(kind, root, config, wrappers)
     takes_task_ids = "task_ids" in inspect.signature(cls.forward).parameters
@@ -87,8 +93,6 @@ def has_merge(tuner: Any) -> bool:
 def _wrappers(kind: str, twin: Module, originals: dict[str, Module]) -> dict[str, tuple[Any, str]]:
     """What stands in the twin where a module of the base was, and under which name it holds that module."""
     now = dict(twin.named_modules())
-    if now.get("") is not originals[""] or _hooks(twin) != _hooks(originals[""]):
-        raise ValueError(f"HFPeft({kind}): the tuner wraps the model as a whole")
     found: dict[str, tuple[Any, str]] = {}
     for name, original in originals.items():
         wrapper = now.get(name)

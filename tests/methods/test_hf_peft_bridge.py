@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_peft import Adapter, HFPeft, LoRA, adapt, load_adapter
 from lightning_peft.methods.config import method_from_config, method_to_config
+from lightning_peft.methods.hf_peft_tuners import place_tuner
 
 peft = pytest.importorskip("peft")
 
@@ -328,6 +329,39 @@ def test_prompts_for_a_cache_or_by_task_say_what_they_need(build):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with pytest.raises(ValueError, match="fills a DynamicCache, but got a EncoderDecoderCache"):
         model.eval()(input_ids=IDS, past_key_values=cache)
+
+
+def test_a_tuner_that_does_more_than_wrapping_modules_is_refused(build, monkeypatch):
+    def place(config, model="llama"):
+        return place_tuner(build(model), config, is_saved=lambda name: False)
+
+    with pytest.raises(ValueError, match="starts by exchanging the base's weights"):
+        place(peft.LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"also exchanges parts of 'encoder\.layers\.0\.self_attn'"):
+        place(peft.LoraConfig(target_modules=["self_attn"]), "encoder")
+    with pytest.raises(ValueError, match=r"peft saves .* in another form than its layers hold it"):
+        place(peft.VBLoRAConfig(**TABLE["VBLORA"], save_only_topk_weights=True, target_modules=["q_proj"]))
+
+    def changes(act):
+        class Tuner(peft.LoraModel):
+            def _post_injection_hook(self, model, config, name):
+                act(model)
+
+        monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA, Tuner)
+        place(peft.LoraConfig(target_modules=["q_proj"]))
+
+    with pytest.raises(ValueError, match="has changed the base's weights; load the base anew"):
+        changes(lambda model: model.model.norm.weight.data.add_(1))
+    with pytest.raises(ValueError, match="the tuner hooks the model's forward"):
+        changes(lambda model: model.register_forward_hook(print))
+    with pytest.raises(ValueError, match=r"exchanges 'model\.norm' instead of putting a layer around it"):
+        changes(lambda model: setattr(model.model, "norm", torch.nn.Identity()))
+
+
+def test_a_folder_of_a_kind_that_nobody_knows_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "XYZ"}')
+    with pytest.raises(ValueError, match=r"'XYZ' are not supported; expected one of .*, or a kind of the package peft"):
+        load_adapter(torch.nn.Linear(2, 2), tmp_path)
 
 
 def test_a_copy_turns_its_gradients_like_the_original(build, perturb):
