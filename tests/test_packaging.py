@@ -50,7 +50,7 @@ def test_the_wheel_runs_the_command_from_another_folder(wheel, tmp_path):
     command = [tmp_path / "env" / "bin" / "lightning-peft"]
     said = subprocess.run([*command, "--help"], cwd=tmp_path / "elsewhere", capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    assert "method: bitfit" in said.stdout
+    assert "method: adalora, bitfit, " in said.stdout
     where = "import lightning_peft, lightning_peft.conf; print(lightning_peft.__file__, lightning_peft.conf.__file__)"
     files = subprocess.run([python, "-c", where], cwd=tmp_path / "elsewhere", capture_output=True, text=True).stdout
     assert all(str(site) in f for f in files.split())

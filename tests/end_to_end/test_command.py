@@ -228,7 +228,7 @@ def test_help_shows_commands_with_examples_and_all_groups(tmp_path):
     for expected in (
         "lightning-peft eval adapter=",
         "lightning-peft export",
-        "method: bitfit",
+        "method: adalora, bitfit, ",
         "trainer: cpu",
         "-m method=",
     ):
