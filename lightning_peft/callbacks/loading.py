@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_peft.callbacks.adaptation import record_of
 from lightning_peft.callbacks.peft_callback import Pending, await_modules
@@ -19,7 +20,9 @@ T = TypeVar("T", bound=LightningModule)
 def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cpu", **kwargs: Any) -> T:
     """Builds the module, adapts it as the checkpoint says, and loads what was trained.
 
-    The base comes from the module itself, as for a fresh run: its weights are not in the checkpoint.
+    The base comes from the module itself, as for a fresh run: its weights are not in the checkpoint. The module is
+    built as a Trainer builds it: ``__init__``, ``setup("predict")``, ``configure_model``. A ``setup`` that wants more
+    than there is here, such as a Trainer or data, may fail where all that was saved finds its place nevertheless.
 
     Args:
         cls: the module's class.
@@ -28,7 +31,8 @@ def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cp
         **kwargs: for ``cls``; they stand above the checkpoint's saved hyperparameters.
 
     Returns:
-        The module, on the CPU, in the mode in which it was built.
+        The module, on the CPU, in the mode in which it was built. If the whole module is the base, its class is a
+        generated subclass of ``cls``, as that of every adapted module: ``isinstance`` tells what it is.
 
     Raises:
         ValueError: if the checkpoint holds no adapter, or belongs to another base.
@@ -38,13 +42,31 @@ def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cp
     ((name, method),) = record["methods"].items()
     pending = Pending(method_from_config(method), record["model"], name)
 
-    # Lightning's own loading calls `configure_model` after building and before loading: a class that arranges
-    # the adaptation when it is made needs nothing else.
+    failures: list[Exception] = []
+
+    # Lightning's own loading calls `configure_model` after building and before loading, and no `setup`: a class
+    # that calls it and arranges the adaptation when it is made needs nothing else.
     def build(self: LightningModule, *args: Any, **inner: Any) -> None:
         cls.__init__(self, *args, **inner)
         self.__class__ = cls
+        try:
+            self.setup("predict")
+        except Exception as error:
+            # whether it was to build something, only the loading shows
+            failures.append(error)
         await_modules(self, pending)
 
     build.__signature__ = inspect.signature(cls.__init__)  # type: ignore[attr-defined]  # which Lightning reads
     maker = cast(type[T], type(cls.__name__, (cls,), {"__init__": build}))
-    return maker.load_from_checkpoint(path, map_location=map_location, weights_only=True, **kwargs)
+    try:
+        module = maker.load_from_checkpoint(path, map_location=map_location, weights_only=True, **kwargs)
+    except Exception as error:
+        for failure in failures:
+            error.add_note(f"Before that, {cls.__name__}.setup('predict') failed without a Trainer: {failure!r}")
+        raise
+    for failure in failures:
+        rank_zero_warn(
+            f"{cls.__name__}.setup('predict') failed without a Trainer: {failure!r}. All that was saved found its "
+            "place; what else setup sets is missing until a Trainer calls it."
+        )
+    return module

@@ -180,15 +180,7 @@ def configure_model(self: LightningModule) -> None:
     """Builds the module as its class does, then adapts it."""
     type(self).configure_model(self)
     pending: Pending = self.__dict__[_PENDING]
-    if self._trainer is None and not _is_built(self, pending.path):
-        # Loading a checkpoint runs no `setup`, where a module may build its layers; a Trainer would have run it.
-        self.setup("predict")
     pending.carry_out(self)
-
-
-def _is_built(module: LightningModule, path: str) -> bool:
-    names = {n for n, _ in module.named_modules()}
-    return path in names and next(module.parameters(), None) is not None
 
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,112 @@
+"""Rebuilding modules of all builds from what trained."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_peft import LoRA, PeftCallback, load_from_checkpoint
+
+METHOD = LoRA(r=4, target_modules=["backbone.fc1", "backbone.fc2"], modules_to_save=["head"])
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(6, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x).relu())
+
+
+class HeadFirst(L.LightningModule):
+    """The head stands from the start, the backbone comes in ``setup``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.head = nn.Linear(8, 3)
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "backbone"):
+            self.backbone = Backbone()
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+class Counting(HeadFirst):
+    """Built in ``__init__``; its ``setup`` asks the Trainer how long the training is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Backbone()
+
+    def setup(self, stage: str) -> None:
+        self.steps = self.trainer.estimated_stepping_batches
+
+
+class Sized(HeadFirst):
+    """Asks the Trainer before it builds."""
+
+    def setup(self, stage: str) -> None:
+        self.steps = self.trainer.estimated_stepping_batches
+        super().setup(stage)
+
+
+@pytest.fixture
+def loader():
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(3))
+    return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=8)
+
+
+@pytest.fixture
+def saved(trainer, loader, tmp_path):
+    """Trains a module and keeps a checkpoint of it."""
+
+    def make(net, method=METHOD, model=None):
+        t = trainer(PeftCallback(method, model))
+        t.fit(net, loader)
+        t.save_checkpoint(tmp_path / "a.ckpt")
+        return tmp_path / "a.ckpt"
+
+    return make
+
+
+def test_setup_is_called_though_something_is_built_already(saved):
+    net = HeadFirst()
+    again = load_from_checkpoint(HeadFirst, saved(net))
+    x = torch.randn(3, 6)
+    assert torch.equal(again(x), net(x))
+    assert isinstance(again, HeadFirst)
+
+
+def test_a_setup_that_wants_a_trainer_is_no_obstacle_where_it_builds_nothing(saved):
+    net = Counting()
+    path = saved(net)
+    with pytest.warns(UserWarning, match="All that was saved found its place"):
+        again = load_from_checkpoint(Counting, path)
+    x = torch.randn(3, 6)
+    assert torch.equal(again(x), net(x))
+
+
+def test_a_setup_that_wants_a_trainer_before_it_builds_is_named_in_the_error(saved):
+    path = saved(Sized())
+    with pytest.raises(ValueError, match="target_modules") as caught:
+        load_from_checkpoint(Sized, path)
+    (note,) = caught.value.__notes__
+    assert "Sized.setup('predict') failed without a Trainer" in note
+    assert "is not attached to a `Trainer`" in note
