@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import HalfPrecision
 
-from lightning_peft.core.adapters import Adapters, adapters_of
+from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.inject import keep_float32
 from lightning_peft.core.method import Method
 from lightning_peft.core.partial_state import PartialState
@@ -47,20 +47,9 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
         ValueError: if the submodule does not exist, or another method or submodule was adapted before.
     """
     root = _submodule(module, path)
-    if adapters_of(root) is not None:
-        adapter = Adapter(root, name)
-        if method_to_config(adapter.method) != method_to_config(method):
-            raise ValueError(
-                f"the module is already adapted by {adapter.method}, but got {method}; remove() the first adapter, "
-                "or start from a fresh module"
-            )
-        return adapter
-    elsewhere = [n for n, m in module.named_modules() if isinstance(m, Adapters)]
-    if elsewhere:
-        raise ValueError(
-            f"the module is already adapted at {elsewhere[0].removesuffix('adapters').rstrip('.') or 'its root'!r}, "
-            f"but got model={path or None!r}"
-        )
+    existing = existing_adapter(module, method, path, name)
+    if existing is not None:
+        return existing
     precision = module._trainer.precision_plugin if module._trainer is not None else None
     with default_dtype(torch.float32):
         if precision is not None:
@@ -71,6 +60,37 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
         if isinstance(precision, HalfPrecision):
             keep_float32(module, outside=root)
     PartialState(module, path)
+    return adapter
+
+
+def existing_adapter(module: LightningModule, method: Method, path: str, name: str) -> Adapter | None:
+    """The adapter that a LightningModule has, if it is the one that is asked for.
+
+    Args:
+        module: the module; it need not be built yet.
+        method: what is asked for.
+        path: the submodule that it is for.
+        name: the adapter's name.
+
+    Returns:
+        The handle, or None if nothing is adapted.
+
+    Raises:
+        ValueError: if another method or submodule was adapted before.
+    """
+    adapted = [n for n, m in module.named_modules() if adapters_of(m) is not None]
+    if not adapted:
+        return None
+    if path not in adapted:
+        raise ValueError(
+            f"the module is already adapted at {adapted[0] or 'its root'!r}, but got model={path or None!r}"
+        )
+    adapter = Adapter(module.get_submodule(path), name)
+    if method_to_config(adapter.method) != method_to_config(method):
+        raise ValueError(
+            f"the module is already adapted by {adapter.method}, but got {method}; remove() the first adapter, "
+            "or start from a fresh module"
+        )
     return adapter
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MethodType
-from typing import Any
+from types import FunctionType, MethodType
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
@@ -16,6 +16,7 @@ from lightning_peft.callbacks.adaptation import (
     adapt_lightning_module,
     check_record,
     checkpoint_record,
+    existing_adapter,
 )
 from lightning_peft.callbacks.steps import after_step, before_step, prepare
 from lightning_peft.core.adapters import adapters_of
@@ -33,11 +34,13 @@ class Pending:
         method: the method.
         path: the submodule to adapt.
         name: the adapter's name.
+        replaced: what was arranged before, until this is carried out.
     """
 
     method: Method
     path: str
     name: str
+    replaced: Pending | None = None
 
     def carry_out(self, module: LightningModule) -> Adapter:
         """Adapts the module, or finds that it is."""
@@ -161,7 +164,7 @@ def await_modules(module: LightningModule, pending: Pending) -> None:
         pending: what to do.
 
     Raises:
-        ValueError: if something else is already arranged.
+        ValueError: if something else is already arranged or carried out.
     """
     before = module.__dict__.get(_PENDING)
     if before is not None and (before.path, before.name) != (pending.path, pending.name):
@@ -169,18 +172,39 @@ def await_modules(module: LightningModule, pending: Pending) -> None:
             f"the module is already to be adapted at {before.path or 'its root'!r} as {before.name!r}, but got "
             f"{pending.path or 'its root'!r} as {pending.name!r}; use one PeftCallback"
         )
+    existing_adapter(module, pending.method, pending.path, pending.name)
+    pending.replaced = before
     module.__dict__[_PENDING] = pending
     # Bound module-level functions: they survive pickling and deepcopy, and Lightning sees them as overridden.
     # functools.wraps would make it look through to the original and skip the hook.
-    for hook in (configure_model, on_save_checkpoint, on_load_checkpoint):
+    for hook in _hooks():
         module.__dict__[hook.__name__] = MethodType(hook, module)
+
+
+def _hooks() -> tuple[FunctionType, ...]:
+    return cast(tuple[FunctionType, ...], (configure_model, on_save_checkpoint, on_load_checkpoint))
+
+
+def _call_off(module: LightningModule, pending: Pending) -> None:
+    """Takes back what `await_modules` arranged, so that a refused method leaves the module as it was."""
+    if pending.replaced is not None:
+        module.__dict__[_PENDING] = pending.replaced
+        return
+    del module.__dict__[_PENDING]
+    for hook in _hooks():
+        module.__dict__.pop(hook.__name__, None)
 
 
 def configure_model(self: LightningModule) -> None:
     """Builds the module as its class does, then adapts it."""
     type(self).configure_model(self)
     pending: Pending = self.__dict__[_PENDING]
-    pending.carry_out(self)
+    try:
+        pending.carry_out(self)
+    except Exception:
+        _call_off(self, pending)
+        raise
+    pending.replaced = None
 
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:

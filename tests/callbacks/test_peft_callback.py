@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import LoRA, PeftCallback, PromptTuning, Selective, load_from_checkpoint
+from lightning_peft import LoRA, PeftCallback, PromptTuning, Selective, adapt, load_from_checkpoint
 from lightning_peft.core.adapters import adapters_of
 from tests.conftest import BUILDERS
 
@@ -145,6 +145,29 @@ def test_an_adapted_module_is_not_adapted_twice(loader, trainer):
         trainer(PeftCallback(LoRA(r=4), model="backbone")).fit(net, loader)
     with pytest.raises(ValueError, match="use one PeftCallback"):
         trainer(PeftCallback(LoRA(r=2))).fit(net, loader)
+
+
+def test_a_refused_method_leaves_the_module_usable(loader, trainer):
+    """Refused beside another, or by the model itself: what follows is as if it had not been asked for."""
+    net = Net()
+    with pytest.raises(ValueError, match="nowhere"):
+        trainer(PeftCallback(LoRA(target_modules=["nowhere"]), "backbone")).fit(net, loader)
+    trainer().test(net, loader, verbose=False)
+    assert adapters_of(net.backbone) is None
+    trainer(PeftCallback(LoRA(r=2, target_modules=["backbone.0"]))).fit(net, loader)
+
+    adapted = Net()
+    trainer(PeftCallback(LoRA(r=2), "backbone")).fit(adapted, loader)
+    expected = adapted.backbone(torch.ones(1, 6))
+    with pytest.raises(ValueError, match="already adapted by LoRA"):
+        trainer(PeftCallback(LoRA(r=4), "backbone")).fit(adapted, loader)
+    trainer().test(adapted, loader, verbose=False)
+    assert torch.equal(adapted.backbone(torch.ones(1, 6)), expected)
+    by_hand = Net()
+    adapt(by_hand, LoRA(r=2))
+    with pytest.raises(ValueError, match="already adapted at 'its root', but got model='backbone'"):
+        trainer(PeftCallback(LoRA(r=2), "backbone")).fit(by_hand, loader)
+    trainer().test(by_hand, loader, verbose=False)
 
 
 def test_without_model_the_whole_module_is_the_base(loader, trainer):
