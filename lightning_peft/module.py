@@ -20,10 +20,9 @@ from lightning_peft.callbacks.adaptation import (
     check_record,
     checkpoint_record,
     default_dtype,
-    random_state,
-    restore_random_state,
 )
 from lightning_peft.callbacks.peft_callback import warn_of_missing_gradients
+from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
 from lightning_peft.callbacks.steps import after_step, before_step, prepare
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.per_forward import labels_of_batch
@@ -87,7 +86,6 @@ class PeftModule(LightningModule):
         self.mean = TokenMean()
         self.val_loss = MeanMetric()
         self.metrics: MetricCollection | None = None
-        self._random_state: dict[str, Any] | None = None
         self._checked = False
         self._save_plain_hparams()
 
@@ -250,9 +248,7 @@ class PeftModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        if self._random_state is not None and self.trainer.world_size == 1:
-            restore_random_state(self._random_state)
-        self._random_state = None
+        resume_within_epoch(self)
         prepare(self.trainer, self, self.adapter)
         self.mean = TokenMean()  # what was counted while the method looked at data is of no step
 
@@ -260,7 +256,6 @@ class PeftModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
         checkpoint[KEY] = checkpoint_record(self.model, "model", checkpoint["state_dict"])
-        checkpoint[KEY]["random_state"] = random_state()
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -272,7 +267,7 @@ class PeftModule(LightningModule):
                 f"the checkpoint's task is {saved.to_config()}, but this run's is {self.task.to_config()}; resume with "
                 "the same data and labels"
             )
-        self._random_state = checkpoint[KEY].get("random_state")
+        resume_random_state(self, checkpoint[KEY]["random_state"])
 
     def save_adapter(self, path: str | Path) -> Path:
         """Exports the adapter, with what it takes to predict from the folder alone.

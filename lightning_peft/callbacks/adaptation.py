@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import HalfPrecision
 
+from lightning_peft.callbacks.randomness import random_state
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.inject import keep_float32
 from lightning_peft.core.method import Method
@@ -95,7 +94,7 @@ def existing_adapter(module: LightningModule, method: Method, path: str, name: s
 
 
 def checkpoint_record(root: Module, path: str, state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says about its adapters: method, base and tensors, in plain values.
+    """What a checkpoint says about its adapters: method, base, tensors and where the dice are, in plain values.
 
     Args:
         root: the adapted submodule.
@@ -112,6 +111,7 @@ def checkpoint_record(root: Module, path: str, state: dict[str, Any]) -> dict[st
         "base": base_description(root),
         "tensors": sorted(state),
         "trained": _trained(root),
+        "random_state": random_state(),
     }
 
 
@@ -168,34 +168,6 @@ def _differences(saved: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any
 
 def _trained(root: Module) -> list[str]:
     return [n for n, p in root.named_parameters() if p.requires_grad]
-
-
-def random_state() -> dict[str, Any]:
-    """The state of all random generators in plain containers; Lightning's checkpoints hold none."""
-    kind, keys, *rest = np.random.get_state()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts the random generators where they were, so that a resumed run draws what it would have drawn.
-
-    Args:
-        state: as `random_state` gives it.
-    """
-    torch.set_rng_state(state["torch"].cpu())
-    version, values, gauss = state["python"]
-    random.setstate((version, tuple(values), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
 def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lightning_peft.callbacks.adaptation import (
     checkpoint_record,
     existing_adapter,
 )
+from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
 from lightning_peft.callbacks.steps import after_step, before_step, prepare
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.method import Method, require_method
@@ -125,6 +126,7 @@ class PeftCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows a data-driven method its data."""
         self._steps = trainer.global_step
+        resume_within_epoch(pl_module)
         prepare(trainer, pl_module, self.adapter(pl_module))
 
     @override
@@ -222,3 +224,4 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     root = self.get_submodule(self.__dict__[_PENDING].path)
     if adapters_of(root) is not None:
         check_record(root, checkpoint)
+        resume_random_state(self, checkpoint[KEY]["random_state"])

@@ -9,7 +9,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_peft.callbacks.adaptation import random_state, restore_random_state
+from lightning_peft.callbacks.randomness import random_state, restore_random_state
 from lightning_peft.core.method import Scheduled
 from lightning_peft.core.mode import evaluating
 from lightning_peft.handle import Adapter

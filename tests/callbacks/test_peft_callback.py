@@ -8,6 +8,7 @@ import pickle
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -103,6 +104,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(where, precision, 
     expected = whole.state_dict()
     assert after.state_dict().keys() == expected.keys()
     assert all(torch.equal(t, expected[n]) for n, t in after.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+@pytest.mark.parametrize("every", ["epoch", "step"])
+def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(every, loader, trainer, tmp_path):
+    """Dropout, and the loader's order where the interruption lies between two epochs."""
+    method = LoRA(r=2, lora_dropout=0.3)
+    x, y = loader.dataset.tensors
+    if every == "step":  # a plain loader that goes on in the middle of an epoch begins anew: all batches are alike
+        x, y = x[:8].repeat(4, 1), y[:8].repeat(4)
+    data = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=every == "epoch")
+    keep = {"every_n_train_steps": 6} if every == "step" else {"every_n_epochs": 1}
+    checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **keep)
+    whole, again = Net(), Net()
+    torch.manual_seed(5)
+    t = trainer(PeftCallback(method, "backbone"), checkpoint, enable_checkpointing=True, max_epochs=4)
+    t.fit(whole, data, loader)
+    torch.manual_seed(123)
+    path = tmp_path / ("step=6.ckpt" if every == "step" else "step=8.ckpt")
+    resumed = trainer(PeftCallback(method, "backbone"), max_epochs=4)
+    resumed.fit(again, data, loader, ckpt_path=path, weights_only=True)
+    expected = whole.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in again.state_dict().items())
 
 
 @WHERE
