@@ -21,7 +21,7 @@ from lightning_peft.callbacks.adaptation import (
     checkpoint_record,
     default_dtype,
 )
-from lightning_peft.callbacks.peft_callback import warn_of_missing_gradients
+from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
 from lightning_peft.callbacks.steps import after_step, before_step, prepare
 from lightning_peft.core.method import Method, require_method
@@ -248,6 +248,7 @@ class PeftModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        check_optimizers(self.trainer.optimizers, self, self.adapter)
         resume_within_epoch(self)
         prepare(self.trainer, self, self.adapter)
         self.mean = TokenMean()  # what was counted while the method looked at data is of no step

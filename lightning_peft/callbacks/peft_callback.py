@@ -7,7 +7,7 @@ from types import FunctionType, MethodType
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from lightning_peft.analysis.report import print_plan
@@ -18,6 +18,7 @@ from lightning_peft.callbacks.adaptation import (
     checkpoint_record,
     existing_adapter,
 )
+from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
 from lightning_peft.callbacks.steps import after_step, before_step, prepare
 from lightning_peft.core.adapters import adapters_of
@@ -124,8 +125,9 @@ class PeftCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows a data-driven method its data."""
+        """Sees that the optimizers hold what trains, and shows a data-driven method its data."""
         self._steps = trainer.global_step
+        check_optimizers(trainer.optimizers, pl_module, self.adapter(pl_module))
         resume_within_epoch(pl_module)
         prepare(trainer, pl_module, self.adapter(pl_module))
 
@@ -141,21 +143,6 @@ class PeftCallback(Callback):
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
             after_step(trainer, self.adapter(pl_module), trainer.global_step)
-
-
-def warn_of_missing_gradients(module: LightningModule) -> None:
-    """Names the trainable parameters that the first backward pass gave no gradient.
-
-    Args:
-        module: the module, after its first backward.
-    """
-    without = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
-    if without:
-        shown = ", ".join(without[:6]) + (f" and {len(without) - 6} more" if len(without) > 6 else "")
-        rank_zero_warn(
-            f"no gradient reached {len(without)} trainable parameters: {shown}. They do not learn; leave their "
-            "modules out (exclude_modules), or see why the loss does not depend on them."
-        )
 
 
 def await_modules(module: LightningModule, pending: Pending) -> None:
