@@ -15,7 +15,7 @@ from lightning_peft.core.inject import keep_float32
 from lightning_peft.core.method import Method
 from lightning_peft.core.partial_state import PartialState
 from lightning_peft.core.problems import nearest
-from lightning_peft.formats.folder import base_description
+from lightning_peft.formats.folder import base_description, refuse_another_base
 from lightning_peft.handle import Adapter, adapt
 from lightning_peft.methods.config import method_to_config
 
@@ -108,7 +108,7 @@ def checkpoint_record(root: Module, path: str, state: dict[str, Any]) -> dict[st
         "format": _FORMAT,
         "model": path,
         "methods": methods,
-        "base": base_description(root),
+        "base": base_description(root, adapters),
         "tensors": sorted(state),
         "trained": _trained(root),
         "random_state": random_state(),
@@ -127,13 +127,6 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
             tensors that it lists.
     """
     record = record_of(checkpoint)
-    base, mine = record["base"]["fingerprint"], base_description(root)["fingerprint"]
-    if None not in (base, mine) and base != mine:
-        named = f"{record['base']['name']} with " if record["base"]["name"] else ""
-        raise ValueError(
-            f"the checkpoint was made on another base: {named}fingerprint {base}, but this model has {mine}; build the "
-            "model with the same sizes and weights, and adapt the same part of it"
-        )
     adapters = adapters_of(root)
     assert adapters is not None
     methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
@@ -141,6 +134,7 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
         raise ValueError(
             "the checkpoint was trained by another method: " + "; ".join(_differences(record["methods"], methods))
         )
+    refuse_another_base(root, record["base"], "the checkpoint was made")
     if record["trained"] != _trained(root):
         # Optimizer states are matched to parameters by their order alone
         raise ValueError(

@@ -20,7 +20,7 @@ class Adapters(ModuleDict):
         requires_grad_before: the base's flags before the first adapter froze it.
         merged: the merged adapters in the order of their merging, and whether their originals wait.
         originals: the waiting parameters by name.
-        base_fingerprint: of the base before anything trained, or None where it cannot be read.
+        base_digests: of the base's parameters before anything trained, for its fingerprint.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Adapters(ModuleDict):
         self.requires_grad_before: dict[str, bool] = {}
         self.merged: dict[str, bool] = {}
         self.originals: dict[str, Parameter] = {}
-        self.base_fingerprint: str | None = None
+        self.base_digests: dict[str, tuple[str, str | None]] = {}
 
     @property
     def trees(self) -> dict[str, AdapterTree]:

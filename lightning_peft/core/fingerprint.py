@@ -3,37 +3,87 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
+from lightning_peft.core.adapters import Adapters
+from lightning_peft.core.matching import is_within
+
 _SAMPLES = 8
+_HALF = 8
 
 
-def fingerprint(model: Module, without: Iterable[str] = ()) -> str | None:
-    """A hash that two bases share only if they are the same model.
+def parameter_digests(model: Module) -> dict[str, tuple[str, str | None]]:
+    """What a fingerprint is made of, for each parameter by name: its shape, and a hash of a few of its values.
 
     Eight evenly spaced values of each parameter count, rounded to bfloat16, so that the same base loaded in
     bfloat16 or float32 gives the same hash.
 
     Args:
         model: the base, before anything in it trains.
-        without: parameters that are no part of the base, such as a new head with random values.
 
     Returns:
-        16 hexadecimal digits, or None where a value cannot be read (weights offloaded to the meta device).
+        Shape and hash; None instead of the hash where values cannot be read (offloaded to the meta device).
     """
+    return {name: (str(tuple(p.shape)), _values(p.detach())) for name, p in model.named_parameters()}
+
+
+def _values(tensor: Tensor) -> str | None:
+    if tensor.is_meta:
+        return None
+    flat = tensor.reshape(-1)
+    if not flat.numel():
+        return ""
+    chosen = torch.arange(_SAMPLES, device=flat.device) * (flat.numel() - 1) // (_SAMPLES - 1)
+    return hashlib.sha256(flat[chosen].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+def fingerprint(digests: dict[str, tuple[str, str | None]], without: Collection[str]) -> str | None:
+    """A hash that two bases share only if they are the same model, but for some of their parameters.
+
+    Args:
+        digests: of the base's parameters.
+        without: names of parameters that do not count: what is saved beside the fingerprint may start at any values.
+
+    Returns:
+        16 hexadecimal digits, the first half for names and shapes and the second for values; or None where a value
+        cannot be read.
+    """
+    structure, values = hashlib.sha256(), hashlib.sha256()
     left_out = set(without)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
-        if name in left_out:
-            continue
-        if tensor.is_meta:
+    for name in sorted(digests.keys() - left_out):
+        shape, value = digests[name]
+        if value is None:
             return None
-        flat = tensor.detach().reshape(-1)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        if flat.numel():
-            chosen = torch.arange(_SAMPLES, device=flat.device) * (flat.numel() - 1) // (_SAMPLES - 1)
-            digest.update(flat[chosen].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        structure.update(f"{name}{shape}".encode())
+        values.update(value.encode())
+    return structure.hexdigest()[:_HALF] + values.hexdigest()[:_HALF]
+
+
+def same_structure(first: str, second: str) -> bool:
+    """Whether two fingerprints differ in values alone.
+
+    Args:
+        first: as `fingerprint` gives it.
+        second: another.
+    """
+    return first[:_HALF] == second[:_HALF]
+
+
+def saved_parameters(adapters: Adapters, names: Iterable[str]) -> list[str]:
+    """The base's parameters of which adapters need no value: each adapter runs a copy, or they train in place.
+
+    Args:
+        adapters: the model's adapters.
+        names: those that are saved together.
+    """
+    records = [adapters.trees[name].record for name in names]
+    in_place = {key for record in records for key in record.in_place}
+    return [
+        key
+        for key in sorted(adapters.base_digests)
+        if key in in_place or all(is_within(key, record.copies) for record in records)
+    ]

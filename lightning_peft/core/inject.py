@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_peft.core.adapted import Site, attach, detach, site_of
 from lightning_peft.core.adapters import Adapters, adapters_of, refuse_in_use, tree_of
-from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.core.fingerprint import parameter_digests
 from lightning_peft.core.layer import AdapterLayer, SavedModule
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules, reads_directly
 from lightning_peft.core.method import Method, Placement
@@ -57,7 +57,7 @@ def inject(model: Module, method: Method, name: str = "default", *, also_in_plac
     if adapters is None:
         adapters = Adapters()
         adapters.requires_grad_before = before
-        adapters.base_fingerprint = fingerprint(model, without=new)
+        adapters.base_digests = parameter_digests(model)
     originals = None
     if placement.keep_originals:
         tensors = base_tensors(model)

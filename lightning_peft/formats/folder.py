@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_peft.core.adapters import adapters_of, tree_of
+from lightning_peft.core.adapters import require_adapters, tree_of
+from lightning_peft.core.fingerprint import fingerprint, same_structure, saved_parameters
 from lightning_peft.core.inject import base_tensors
 from lightning_peft.core.matching import base_modules, matches
 from lightning_peft.core.method import Method, PeftFormat, PeftRepacked
@@ -40,7 +41,7 @@ class SavedAdapter:
         method: the method.
         copies: modules that it trained in full, or patterns of such.
         in_place: base parameters that it trained in place.
-        fingerprint: of the base, or None where the folder has none.
+        base: the base's description, or None where the folder has none.
         info: what was written beside it, such as ``labels``.
         foreign: whether another library wrote the folder.
     """
@@ -49,7 +50,7 @@ class SavedAdapter:
     method: Method
     copies: list[str]
     in_place: list[str]
-    fingerprint: str | None
+    base: dict[str, Any] | None
     info: dict[str, Any]
     foreign: bool
 
@@ -61,19 +62,50 @@ class SavedAdapter:
         return cast(Method, replace(cast(Any, self.method), modules_to_save=copies or None))
 
 
-def base_description(model: Module) -> dict[str, Any]:
-    """The base's name, revision and fingerprint, in plain values.
+def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
+    """The base's name, revision and fingerprint, and what that leaves out because it is saved, in plain values.
 
     Args:
         model: the adapted model.
+        names: the adapters that are saved.
     """
     config = getattr(model, "config", None)
-    adapters = adapters_of(model)
+    adapters = require_adapters(model, names := list(names))
+    without = saved_parameters(adapters, names)
     return {
         "name": getattr(config, "name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
-        "fingerprint": None if adapters is None else adapters.base_fingerprint,
+        "fingerprint": fingerprint(adapters.base_digests, without),
+        "without": without,
     }
+
+
+def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
+    """Compares a saved adapter's base with the model that is to take it.
+
+    Args:
+        model: the model, adapted.
+        base: as `base_description` gave it.
+        made: what was made on which base, for the error, such as ``"the checkpoint was made"``.
+
+    Raises:
+        ValueError: if the base is another one.
+    """
+    digests = require_adapters(model).base_digests
+    saved, mine = base["fingerprint"], fingerprint(digests, base["without"])
+    if saved is None or mine is None or saved == mine:
+        return
+    named = f"{base['name']} with " if base["name"] else ""
+    lost = [n for n in base["without"] if n not in digests]
+    if same_structure(saved, mine):
+        why = (
+            "names and shapes agree, values do not: load the same weights; what starts at random values each time, "
+            "such as a head, has to be trained and saved (modules_to_save)"
+        )
+    else:
+        why = "names or shapes differ: build the model with the same sizes, and adapt the same part of it"
+        why += f"; {lost[0]!r}, which is trained in full there, does not exist here" if lost else ""
+    raise ValueError(f"{made} on another base: {named}fingerprint {saved}, but this model has {mine}; {why}")
 
 
 def refuse_occupied(path: Path) -> None:
@@ -108,7 +140,7 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
     refuse_occupied(path)
     tree = tree_of(model, name)
     tensors = {k: t.detach().cpu().contiguous() for k, t in file_tensors(model, tree).items()}
-    base = base_description(model)
+    base = base_description(model, [name])
     manifest = {
         "format": 1,
         "method": method_to_config(tree.record.method),
@@ -174,8 +206,7 @@ def read_folder(path: Path) -> SavedAdapter:
     if (path / MANIFEST).is_file():
         saved = json.loads((path / MANIFEST).read_text())
         method = method_from_config(saved["method"])
-        print_of_base = saved["base"]["fingerprint"]
-        return SavedAdapter(path, method, saved["copies"], saved["in_place"], print_of_base, saved["info"], False)
+        return SavedAdapter(path, method, saved["copies"], saved["in_place"], saved["base"], saved["info"], False)
     if (path / PEFT_CONFIG).is_file():
         config = json.loads((path / PEFT_CONFIG).read_text())
         method = method_from_peft(config)
@@ -197,12 +228,8 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
         ValueError: if the base is another one, or a tensor is missing, unexpected or of another shape.
         FileNotFoundError: if the tensors are missing.
     """
-    mine = base_description(model)["fingerprint"]
-    if check_base and None not in (saved.fingerprint, mine) and saved.fingerprint != mine:
-        raise ValueError(
-            f"{saved.path} was trained on another base: fingerprint {saved.fingerprint}, but this model has {mine}; "
-            "load the base, or the part of the model, that was adapted, or pass check_base=False if you know better"
-        )
+    if check_base and saved.base is not None:
+        refuse_another_base(model, saved.base, f"{saved.path} was trained")
     tree = tree_of(model, name)
     wanted = file_tensors(model, tree)
     try:

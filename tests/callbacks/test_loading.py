@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import LoRA, PeftCallback, load_from_checkpoint
+from lightning_peft import LoRA, PeftCallback, Selective, adapt, load_adapter, load_from_checkpoint
+from lightning_peft.handle import Adapter
 
 METHOD = LoRA(r=4, target_modules=["backbone.fc1", "backbone.fc2"], modules_to_save=["head"])
 
@@ -110,3 +111,59 @@ def test_a_setup_that_wants_a_trainer_before_it_builds_is_named_in_the_error(sav
     (note,) = caught.value.__notes__
     assert "Sized.setup('predict') failed without a Trainer" in note
     assert "is not attached to a `Trainer`" in note
+
+
+class FreshHead(Counting):
+    """A pretrained backbone with a head that starts at other values each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+        nn.init.normal_(self.head.weight, generator=torch.Generator().manual_seed(torch.seed() % 2**31))
+
+    def setup(self, stage: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "method",
+    [METHOD, Selective(target_modules=["head"]), Selective(parameter_types=["bias"], modules_to_save=["head"])],
+    ids=["copy", "in place", "both"],
+)
+def test_what_trains_in_full_is_no_part_of_the_base(method, saved, loader, trainer, tmp_path):
+    net = FreshHead()
+    path = saved(net, method)
+    again, x = load_from_checkpoint(FreshHead, path), torch.randn(3, 6)
+    assert torch.equal(again(x), net(x))
+    resumed = FreshHead()
+    trainer(PeftCallback(method), max_epochs=3).fit(resumed, loader, ckpt_path=path, weights_only=True)
+    assert resumed.trainer.global_step == 12
+
+    folder = Adapter(net).save(tmp_path / "adapter")
+    other = FreshHead()
+    load_adapter(other, folder)
+    assert torch.equal(other(x), net(x))
+
+
+def test_a_second_adapter_belongs_to_the_base_whatever_the_first_trains(loader, trainer, tmp_path):
+    net = Counting()
+    first = adapt(net, Selective(parameter_types=["bias"]))
+    for parameter in first.parameters():
+        nn.init.normal_(parameter)
+    second = adapt(net, METHOD, "second")
+    folder = second.save(tmp_path / "second")
+    load_adapter(Counting(), folder)
+
+
+def test_a_frozen_part_that_starts_at_random_is_named_as_the_cause(saved, loader, trainer):
+    method = LoRA(r=2, target_modules=["backbone.fc1"])
+    path = saved(FreshHead(), method)
+    with pytest.raises(ValueError, match=r"another base: .*values do not.*modules_to_save"):
+        load_from_checkpoint(FreshHead, path)
+    wider = FreshHead()
+    wider.backbone.fc3 = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="another base: .*names or shapes differ"):
+        trainer(PeftCallback(method)).fit(wider, loader, ckpt_path=path, weights_only=True)
+    with pytest.raises(ValueError, match=r"another method: modules_to_save was None and is \['head'\] here"):
+        other = LoRA(r=2, target_modules=["backbone.fc1"], modules_to_save=["head"])
+        trainer(PeftCallback(other)).fit(FreshHead(), loader, ckpt_path=path, weights_only=True)
