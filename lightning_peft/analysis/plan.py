@@ -214,7 +214,7 @@ def _notes(
             )
     if new:
         shown = ", ".join(new[:4]) + (", ..." if len(new) > 4 else "")
-        notes.append(f"New in this model, so trained and saved without being asked for: {shown}")
+        notes.append(f"New in this model, so trained in full and saved without being asked for: {shown}")
     if no_originals:
         notes.append(f"{method} trains in place and keeps no originals: the base cannot be given back")
     return tuple(notes)

@@ -187,18 +187,27 @@ def _base_parameters(model: Module) -> dict[str, torch.nn.Parameter]:
 
 
 def _copies(model: Module, method: Method, placement: Placement, new: list[str]) -> tuple[list[str], list[str]]:
-    """Modules that train as copies, and single new parameters that train in place."""
-    asked: list[str] = []
-    if method.modules_to_save:
-        asked = match_modules(model, method.modules_to_save, option="modules_to_save")
-        # what trains in full as a copy has no use for a layer of the method beside it
-        for inside in [n for n in placement.layers if n and is_within(n, asked)]:
-            del placement.layers[inside]
+    """Modules that train in full as copies, and new parameters that do in place.
+
+    What trains in full has no use for a change of its weights beside it, so such layers are dropped. A layer that acts
+    on what goes in or comes out stays on a new module, whose parameters train in place then: a copy would run in place
+    of what the layer stands around.
+    """
+    asked = match_modules(model, method.modules_to_save, option="modules_to_save") if method.modules_to_save else []
     covered = set(placement.in_place)
     whole, single = new_modules(model, [n for n in new if n not in covered])
-    copies = [*asked, *(n for n in whole if not is_within(n, [*asked, *placement.layers]))]
+    for inside in [n for n in placement.layers if n and is_within(n, [*asked, *(whole if method.mergeable else [])])]:
+        del placement.layers[inside]
+    fixed = [n for n in whole if any(is_within(p, [n]) for p in placement.layers) or _is_read_directly(model, n)]
+    copies = [*asked, *(n for n in whole if n not in fixed and not is_within(n, asked))]
     outermost = [n for n in copies if not is_within(n, [c for c in copies if c != n])]
-    return outermost, [n for n in single if not is_within(n, outermost)]
+    in_place = [*single, *(n for n in new if is_within(n, fixed))]
+    return outermost, [n for n in in_place if not is_within(n, outermost)]
+
+
+def _is_read_directly(model: Module, name: str) -> bool:
+    parent, _, child = name.rpartition(".")
+    return bool(child) and reads_directly(model.get_submodule(parent), child)
 
 
 def _plain(module: Module) -> Module:
@@ -213,9 +222,9 @@ def _plain(module: Module) -> Module:
 
 def _refuse_unreachable(model: Module, layers: dict[str, AdapterLayer]) -> None:
     for name in layers:
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        if child and reads_directly(owner, child):
+        if _is_read_directly(model, name):
+            parent = name.rpartition(".")[0]
+            owner = model.get_submodule(parent)
             whole = isinstance(owner, MultiheadAttention)
             instead = f"the attention module {parent or 'itself'!r}" if whole else f"{parent}.in_proj"
             raise ValueError(

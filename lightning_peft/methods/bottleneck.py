@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
-from lightning_peft.core.new_heads import new_parameters
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.methods.blocks import ACTIVATIONS, BlockLayer, Place, find_blocks
 from lightning_peft.methods.invertible import INVERTIBLE, place_invertible
@@ -109,9 +108,7 @@ class BottleneckAdapter:
             return Placement(layers)
         factor, saved = self.inv_adapter_reduction_factor, self.modules_to_save
         ends = place_invertible("BottleneckAdapter", model, factor, self.non_linearity, saved)
-        # a head that the checkpoint lacked cannot be a copy, which would run in place of what the inverse stands before
-        new = [n for n in new_parameters(model) if n.rpartition(".")[0] in ends]
-        return Placement(layers | ends, new)
+        return Placement(layers | ends)
 
 
 class _Bottleneck(BlockLayer):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import ALL_LINEAR, class_of, is_conv1d, is_within, match_modules
 from lightning_peft.core.method import Placement
+from lightning_peft.core.new_heads import new_modules, new_parameters
 from lightning_peft.core.problems import refuse_unknown
 
 # options that say where the layers go and how they train, which a PEFT file gives in its own way
@@ -82,7 +83,8 @@ class LinearMethod:
                 f"{type(self).__name__}: {unfit[0]!r} is a {what}; expected {self.kinds}, so exclude it "
                 f"(exclude_modules={unfit[:1]!r}) or name other target_modules"
             )
-        return self.arrange(model, {n: self.layer(n, model.get_submodule(n)) for n in names})
+        # all that is named may train in full
+        return self.arrange(model, {n: self.layer(n, model.get_submodule(n)) for n in names}) if names else Placement()
 
     def arrange(self, model: Module, layers: dict[str, AdapterLayer]) -> Placement:
         """What is placed, given the layers; a method whose layers share something adds it here."""
@@ -140,7 +142,8 @@ def target_names(
         model, target, exclude=method.exclude_modules, layers=method.layers_to_transform, suits=suits, kinds=kinds
     )
     saved = match_modules(model, method.modules_to_save, option="modules_to_save") if method.modules_to_save else []
-    return [n for n in names if not is_within(n, saved)]
+    new, _ = new_modules(model, new_parameters(model))
+    return [n for n in names if not is_within(n, [*saved, *new])]
 
 
 def is_linear(module: Module) -> bool:

@@ -162,8 +162,8 @@ def test_a_frozen_part_that_starts_at_random_is_named_as_the_cause(saved, loader
         load_from_checkpoint(FreshHead, path)
     wider = FreshHead()
     wider.backbone.fc3 = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="another base: .*names or shapes differ"):
+    with pytest.raises(ValueError, match=r"another base: .*names or shapes differ"):
         trainer(PeftCallback(method)).fit(wider, loader, ckpt_path=path, weights_only=True)
+    other = LoRA(r=2, target_modules=["backbone.fc1"], modules_to_save=["head"])
     with pytest.raises(ValueError, match=r"another method: modules_to_save was None and is \['head'\] here"):
-        other = LoRA(r=2, target_modules=["backbone.fc1"], modules_to_save=["head"])
         trainer(PeftCallback(other)).fit(FreshHead(), loader, ckpt_path=path, weights_only=True)
