@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn import Linear, Module
@@ -41,7 +41,7 @@ class Plan:
         method: the method's name.
         rows: one for each place.
         trainable: trained parameters.
-        total: parameters of the base.
+        total: parameters of the model, adapters aside.
         trainable_bytes: bytes of the trained parameters.
         originals_bytes: bytes of the base's originals that are kept beside what trains in place.
         merge_bytes: bytes of the originals that wait on the CPU while the adapter is merged; before it is, an upper
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Trained parameters divided by the base's."""
+        """Trained parameters divided by the model's."""
         return self.trainable / max(1, self.total)
 
     def __str__(self) -> str:
@@ -78,17 +78,18 @@ class Plan:
     def summary(self) -> str:
         """One line: how much trains of how much."""
         return (
-            f"trains {self.trainable:,} parameters ({100 * self.share:.2f}% of the base's {self.total:,}, "
+            f"trains {self.trainable:,} parameters ({100 * self.share:.2f}% of the model's {self.total:,}, "
             f"{self.trainable_bytes / 2**20:.2f} MiB)"
         )
 
 
-def plan_of(model: Module, name: str) -> Plan:
+def plan_of(model: Module, name: str, path: str = "") -> Plan:
     """The plan of one adapter of a model.
 
     Args:
         model: the root.
         name: the adapter's name.
+        path: the root's own name in what it is a part of, to stand before the places.
 
     Returns:
         The plan, as things stand now.
@@ -98,21 +99,22 @@ def plan_of(model: Module, name: str) -> Plan:
     method = type(record.method).__name__
     entries: list[tuple[str, str, str, int, int]] = []
     for place, layer in tree.layers_by_module.items():
-        new = place in record.copies and any(is_within(n, [place]) for n in record.new)
-        what = "new, in full" if new else "a copy, in full" if place in record.copies else method
+        fresh = place in record.copies and any(is_within(n, [place]) for n in record.new)
+        what = "new, in full" if fresh else "a copy, in full" if place in record.copies else method
         trained = [p for p in layer.parameters() if p.requires_grad]
-        entries += [(place, what, place, p.numel(), p.numel() * p.element_size()) for p in trained]
+        entries += [(_join(path, place), what, place, p.numel(), p.numel() * p.element_size()) for p in trained]
     tensors = base_tensors(model)
     for key in record.in_place:
         tensor, owner = tensors[key], key.rpartition(".")[0]
         what = "new, in place" if key in record.new else "in place"
-        entries.append((owner, what, owner, tensor.numel(), tensor.numel() * tensor.element_size()))
+        entries.append((_join(path, owner), what, owner, tensor.numel(), tensor.numel() * tensor.element_size()))
     rows = _grouped(entries)
     adapters = adapters_of(model)
     own = {id(p) for p in adapters.parameters()} if adapters is not None else set()
     base = [p for p in model.parameters() if id(p) not in own]
     linears, covered = _coverage(model, tree)
     merge_bytes = _merge_bytes(model, name, tree)
+    new = [_join(path, n) for n in record.new]
     return Plan(
         method=method,
         rows=rows,
@@ -124,10 +126,40 @@ def plan_of(model: Module, name: str) -> Plan:
         linears=linears,
         covered=covered,
         notes=(
-            *_notes(record.new, record.originals is None, method, linears, covered, _unreached_stacks(model, tree)),
+            *_notes(new, record.originals is None, method, linears, covered, _unreached_stacks(model, tree)),
             *_costs(merge_bytes),
         ),
     )
+
+
+def plan_within(outer: Module, path: str, name: str) -> Plan:
+    """The plan of one adapter of a submodule, with what trains beside it.
+
+    Args:
+        outer: the module that trains, such as a LightningModule.
+        path: the adapted submodule's name in it; ``""`` if it is the module itself.
+        name: the adapter's name.
+
+    Returns:
+        The plan, its places named from ``outer``.
+    """
+    root = outer.get_submodule(path)
+    plan = plan_of(root, name, path)
+    inside = {id(p) for p in root.parameters()}
+    outside = {n: p for n, p in outer.named_parameters() if id(p) not in inside}
+    trained = [(n.rpartition(".")[0], p) for n, p in outside.items() if p.requires_grad]
+    beside = _grouped([(o, "outside the adapted submodule, as it is", o, p.numel(), _bytes(p)) for o, p in trained])
+    return replace(
+        plan,
+        rows=(*plan.rows, *beside),
+        trainable=plan.trainable + sum(r.parameters for r in beside),
+        total=plan.total + sum(p.numel() for p in outside.values()),
+        trainable_bytes=plan.trainable_bytes + sum(r.bytes for r in beside),
+    )
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
 
 
 def _bytes(tensor: Tensor) -> int:

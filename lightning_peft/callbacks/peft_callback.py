@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
+from lightning_peft.analysis.plan import plan_within
 from lightning_peft.analysis.report import print_plan
 from lightning_peft.callbacks.adaptation import (
     KEY,
@@ -113,7 +114,7 @@ class PeftCallback(Callback):
         self._checked = False
         if self.print_plan and not self._printed:
             self._printed = True
-            rank_zero_only(print_plan)(self.adapter(pl_module).plan)
+            rank_zero_only(print_plan)(plan_within(pl_module, self.model, self.name))
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

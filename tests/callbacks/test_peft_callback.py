@@ -206,6 +206,24 @@ def test_without_model_the_whole_module_is_the_base(loader, trainer):
     }
 
 
+def test_the_printed_plan_names_places_from_the_module_and_lists_what_trains_beside(loader, trainer, capsys):
+    class Guided(Net):
+        def make(self):
+            super().make()
+            self.teacher = nn.Linear(6, 3).requires_grad_(False)
+
+    net = Guided()
+    trainer(PeftCallback(LoRA(r=2), model="backbone"), max_epochs=1).fit(net, loader)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("LoRA:", "  "))]
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    total = sum(p.numel() for n, p in net.named_parameters() if "adapters" not in n)
+    assert printed[0][2:4] == [str(trained), "parameters"]
+    assert f"the model's {total}," in " ".join(printed[0])
+    assert " ".join(printed[1]) == "backbone.* LoRA, 2 x, 92 parameters"
+    assert " ".join(printed[2]) == "head outside the adapted submodule, as it is, 1 x, 27 parameters"
+    assert not any("teacher" in line for line in printed)
+
+
 def test_a_checkpoint_of_another_base_or_method_is_refused(loader, trainer, tmp_path):
     t = trainer(PeftCallback(LoRA(r=2), model="backbone"))
     t.fit(Net(), loader)
