@@ -102,7 +102,7 @@ def check_for(
     lacks = [*_beyond_lora(model, method, record), *_in_full(record)]
     tensors = file_tensors(model, tree_of(model, name))
     rank = max((len(t) for k, t in tensors.items() if k.endswith("lora_A.weight")), default=0)
-    unnamed = reader.needs_base_name and base_description(model)["name"] is None
+    unnamed = reader.needs_base_name and base_description(model, [name])["name"] is None
     raise_problems(
         subject,
         [
@@ -143,7 +143,7 @@ def save_for(
     check_for(consumer, model, name, max_lora_rank=max_lora_rank)
     refuse_occupied(path)
     tree = tree_of(model, name)
-    config = adapter_config(model, tree.record, base_description(model))
+    config = adapter_config(model, tree.record, base_description(model, [name]))
     tensors = {k: t.detach().cpu() for k, t in file_tensors(model, tree).items()}
     method = tree.record.method
     assert isinstance(method, LoRA)
