@@ -211,6 +211,8 @@ def _match(modules: dict[str, Module], patterns: str | Sequence[str], option: st
 
 
 def _in_layers(names: list[str], wanted: list[int]) -> list[str]:
+    if not wanted:
+        raise ValueError("layers_to_transform is empty; name at least one layer, or leave it out to take all")
     numbers = {n: layer_number(n) for n in names}
     present = sorted({number[1] for number in numbers.values() if number is not None})
     lost = [w for w in wanted if w not in present]

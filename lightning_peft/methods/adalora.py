@@ -17,6 +17,7 @@ from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, sizes
@@ -80,6 +81,7 @@ class AdaLoRA(LinearMethod):
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         betas = {"beta1": self.beta1, "beta2": self.beta2}
         positive = {"lora_alpha": self.lora_alpha, "learning_rate": self.learning_rate}
         steps = {"tinit": self.tinit, "tfinal": self.tfinal, "orth_reg_weight": self.orth_reg_weight}

@@ -12,6 +12,7 @@ from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import LinearMethod, oriented, sizes, weight_of
 from lightning_peft.methods.oft import cayley
@@ -49,6 +50,7 @@ class BOFT(LinearMethod):
     peft_idle: ClassVar[tuple[str, ...]] = ("fan_in_fan_out", "init_weights", "runtime_config")
 
     def __post_init__(self) -> None:
+        check_types(self)
         size, number, m = self.boft_block_size, self.boft_block_num, self.boft_n_butterfly_factor
         raise_problems(
             "BOFT",

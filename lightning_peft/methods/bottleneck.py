@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.methods.blocks import ACTIVATIONS, BlockLayer, Place, find_blocks
 from lightning_peft.methods.invertible import INVERTIBLE, place_invertible
@@ -70,6 +71,7 @@ class BottleneckAdapter:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         unknown = self.non_linearity not in ACTIVATIONS
         positive = ("reduction_factor", "inv_adapter_reduction_factor", "learning_rate")
         raise_problems(

@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter, init
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.methods.blocks import ACTIVATIONS, BlockLayer, Place, find_blocks
 from lightning_peft.methods.linear import SharedTensors
@@ -58,6 +59,7 @@ class Compacter:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         whole = {"phm_dim": self.phm_dim, "phm_rank": self.phm_rank}
         positive = {"reduction_factor": self.reduction_factor, "learning_rate": self.learning_rate}
         raise_problems(

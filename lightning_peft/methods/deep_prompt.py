@@ -17,6 +17,7 @@ from torch.nn import Embedding, Module, Parameter
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.per_forward import PerForward
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.reader import find_layers
@@ -50,6 +51,7 @@ class DeepPrompt:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         raise_problems(
             "DeepPrompt",
             [

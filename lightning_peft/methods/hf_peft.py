@@ -19,6 +19,7 @@ from torch.nn import Module
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.matching import ALL_LINEAR, is_within, match_modules
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.hf_peft_config import plain_config, problems_of, ready_config, tuner_class
 from lightning_peft.methods.hf_peft_layers import PeftLayer
@@ -50,6 +51,7 @@ class HFPeft:
 
     def __post_init__(self) -> None:
         self.config, saved = plain_config(self.config)
+        check_types(self)
         self.modules_to_save = saved if self.modules_to_save is None else self.modules_to_save
         raise_problems(
             f"HFPeft({self.peft_type})",

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.blocks import hidden_size
 
@@ -75,6 +76,7 @@ class LadderSideTuning:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         names = ("reduction_factor", "temperature", "learning_rate")
         raise_problems(
             "LadderSideTuning",

@@ -63,7 +63,7 @@ class LinearMethod:
 
     def targets(self, model: Module) -> list[str] | str:
         """The patterns to match: those given, unless a method knows better ones for the model."""
-        return self.target_modules or ALL_LINEAR
+        return ALL_LINEAR if self.target_modules is None else self.target_modules
 
     def place(self, model: Module) -> Placement:
         """A layer for each matched module.

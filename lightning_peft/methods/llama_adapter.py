@@ -21,6 +21,7 @@ from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_conv1d, match_modules
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems, refuse_unknown
 
 # Whose queries are made as here. Others of like parts skip the rotation in some layers, clip, or norm elsewhere
@@ -59,6 +60,7 @@ class LlamaAdapter:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         layers = self.adapter_layers
         raise_problems(
             "LlamaAdapter",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 
 from lightning_peft.core.layer import AdapterLayer, device_for
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import LinearMethod
 from lightning_peft.methods.lycoris import LycorisLayer, is_linear_or_conv, lycoris_problems, matrix_shape
@@ -49,6 +50,7 @@ class LoHa(LinearMethod):
     peft_idle: ClassVar[tuple[str, ...]] = ("init_weights", "runtime_config")
 
     def __post_init__(self) -> None:
+        check_types(self)
         raise_problems("LoHa", lycoris_problems(self))
 
     def suits(self, module: Module) -> bool:

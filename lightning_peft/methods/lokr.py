@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 
 from lightning_peft.core.layer import AdapterLayer, device_for
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import LinearMethod, is_linear, sizes
 from lightning_peft.methods.lycoris import LycorisLayer, is_linear_or_conv, lycoris_problems
@@ -57,6 +58,7 @@ class LoKr(LinearMethod):
     peft_idle: ClassVar[tuple[str, ...]] = ("runtime_config",)
 
     def __post_init__(self) -> None:
+        check_types(self)
         factor = self.decompose_factor
         raise_problems(
             "LoKr",

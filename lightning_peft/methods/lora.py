@@ -21,6 +21,7 @@ from lightning_peft.core.adapted import site_of
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import class_of, is_conv1d
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import nearest, raise_problems, refuse_unknown
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import target_names
@@ -99,19 +100,18 @@ class LoRA:
     mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         biases = ("none", "lora_only", "all")
         raise_problems(
             "LoRA",
             [
-                f"r must be a whole number of 1 or more, but got {self.r!r}" if not _is_rank(self.r) else None,
+                f"r must be a whole number of 1 or more, but got {self.r}" if self.r < 1 else None,
                 f"lora_alpha must be above 0, but got {self.lora_alpha}" if self.lora_alpha <= 0 else None,
                 f"lora_dropout must be at least 0 and below 1, but got {self.lora_dropout}"
                 if not 0 <= self.lora_dropout < 1
                 else None,
                 *(
-                    f"rank_pattern: {k!r} must be a whole number of 1 or more, but is {v!r}"
-                    if not _is_rank(v)
-                    else None
+                    f"rank_pattern: {k!r} must be a whole number of 1 or more, but is {v}" if v < 1 else None
                     for k, v in self.rank_pattern.items()
                 ),
                 *(
@@ -129,9 +129,6 @@ class LoRA:
                 else None,
                 "lora_fa=True leaves A as it was drawn, so it must be drawn: init_lora_weights True or 'gaussian'"
                 if self.lora_fa and is_apart(self.init_lora_weights)
-                else None,
-                f"target_parameters must be a list of names, but got {self.target_parameters!r}"
-                if isinstance(self.target_parameters, str)
                 else None,
                 *(token_problem("trainable_token_indices", ids) for _, ids in self._tokens()),
                 f"bias must be one of {biases}, but got {self.bias!r}" if self.bias not in biases else None,
@@ -324,10 +321,6 @@ class LoRA:
         # where the factors started says nothing of an adapter that is trained
         options = {n: config[n] for n in names if config.get(n) is not None and n != "init_lora_weights"}
         return cls(**options)
-
-
-def _is_rank(r: Any) -> bool:
-    return isinstance(r, int) and not isinstance(r, bool) and r >= 1
 
 
 _STARTS = "True, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_<iterations>', 'eva'"

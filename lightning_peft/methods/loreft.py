@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.per_forward import PerForward
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.positions import Chosen, FindPositions, parse_positions
@@ -62,6 +63,7 @@ class LoReFT:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         problem = None
         try:
             parse_positions(self.positions)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, oriented, sizes, weight_of
 
@@ -52,6 +53,7 @@ class MiSS(LinearMethod):
     peft_idle: ClassVar[tuple[str, ...]] = ("runtime_config",)
 
     def __post_init__(self) -> None:
+        check_types(self)
         raise_problems(
             "MiSS",
             [

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_peft.core.layer import AdapterLayer, device_for
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import LinearMethod, oriented, sizes, weight_of
 
@@ -52,6 +53,7 @@ class OFT(LinearMethod):
     peft_idle: ClassVar[tuple[str, ...]] = ("fan_in_fan_out", "init_weights", "eps", "runtime_config")
 
     def __post_init__(self) -> None:
+        check_types(self)
         raise_problems(
             "OFT",
             [

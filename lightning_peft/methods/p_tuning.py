@@ -13,6 +13,7 @@ from torch.nn import LSTM, Embedding, Linear, Module, Parameter, ReLU, Sequentia
 
 from lightning_peft.core.layer import device_for
 from lightning_peft.core.method import Method, Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import nearest, raise_problems, refuse_unknown
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.virtual_tokens import VirtualEmbedding, place_virtual_tokens
@@ -53,6 +54,7 @@ class PTuning:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         kind, hidden = self.encoder_reparameterization_type, self.encoder_hidden_size
         raise_problems(
             "PTuning",

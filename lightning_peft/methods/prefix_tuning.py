@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import device_for
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems, refuse_unknown
 from lightning_peft.methods.attention_prefix import (
     AttentionStack,
@@ -60,6 +61,7 @@ class PrefixTuning:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         width = self.encoder_hidden_size
         raise_problems(
             "PrefixTuning",

@@ -12,6 +12,7 @@ from torch.nn import Embedding, Module, Parameter
 
 from lightning_peft.core.layer import device_for
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import nearest, raise_problems, refuse_unknown
 from lightning_peft.methods.virtual_tokens import VirtualEmbedding, place_virtual_tokens
 
@@ -46,6 +47,7 @@ class PromptTuning:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         kind = self.prompt_tuning_init
         raise_problems(
             "PromptTuning",

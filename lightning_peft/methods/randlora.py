@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, SharedTensors, kaiming_uniform, sizes
 
@@ -54,6 +55,7 @@ class RandLoRA(LinearMethod):
     peft_idle: ClassVar[tuple[str, ...]] = ("fan_in_fan_out", "init_weights", "save_projection", "runtime_config")
 
     def __post_init__(self) -> None:
+        check_types(self)
         raise_problems(
             "RandLoRA",
             [

@@ -24,6 +24,7 @@ from lightning_peft.core.matching import (
 )
 from lightning_peft.core.method import Placement
 from lightning_peft.core.new_heads import new_parameters
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree
 
@@ -66,6 +67,7 @@ class Selective:
     mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         both = self.layers_to_transform is not None and self.last_layers is not None
         raise_problems(
             "Selective",
@@ -79,6 +81,9 @@ class Selective:
                 if self.last_layers is not None and self.last_layers < 1
                 else None,
                 "layers_to_transform and last_layers exclude each other" if both else None,
+                "layers_to_transform is empty; name at least one layer, or leave it out to take all"
+                if self.layers_to_transform == []
+                else None,
                 f"unfreeze_until must be above 0 and at most 1, but got {self.unfreeze_until}"
                 if self.unfreeze_until is not None and not 0 < self.unfreeze_until <= 1
                 else None,

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.adapted import site_of
 from lightning_peft.core.layer import AdapterLayer, device_for
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, sizes, weight_of
@@ -65,6 +66,7 @@ class SparseTuning(LinearMethod):
     peft_type: ClassVar[str | None] = "SHIRA"
 
     def __post_init__(self) -> None:
+        check_types(self)
         raise_problems(
             "SparseTuning",
             [

@@ -21,6 +21,7 @@ from lightning_peft.core.adapted import innermost
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
 from lightning_peft.core.method import Placement
+from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems, refuse_unknown
 from lightning_peft.methods.reader import find_reader, input_embedding
 
@@ -62,6 +63,7 @@ class TrainableTokens:
     mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         raise_problems(
             "TrainableTokens",
             [
@@ -104,16 +106,16 @@ class TrainableTokens:
         return cls(**{n: config[n] for n in names if config.get(n) is not None})
 
 
-def token_problem(option: str, tokens: Sequence[Any]) -> str | None:
+def token_problem(option: str, tokens: Sequence[int]) -> str | None:
     """What is wrong with a list of token ids, whatever the vocabulary; None if nothing is.
 
     Args:
         option: the option that holds it.
         tokens: the ids.
     """
-    odd = [t for t in tokens if not isinstance(t, int) or isinstance(t, bool) or t < 0]
+    odd = [t for t in tokens if t < 0]
     if odd:
-        return f"{option} must be whole numbers of 0 or more, but {odd[0]!r} is among them"
+        return f"{option} must be whole numbers of 0 or more, but {odd[0]} is among them"
     twice = [t for t, times in Counter(tokens).items() if times > 1]
     return f"{option} must name each token once, but {twice[0]} stands twice" if twice else None
 

@@ -195,8 +195,8 @@ def test_one_weight_named_at_both_ends_is_still_trained_once(build):
     [
         ({"token_indices": [3, 3]}, "each token once, but 3 stands twice"),
         ({"token_indices": [-1]}, "0 or more, but -1 is among them"),
-        ({"token_indices": [True]}, "0 or more, but True is among them"),
-        ({"token_indices": ["the"]}, "whole numbers of 0 or more, but 'the'"),
+        ({"token_indices": [True]}, r"a list of whole numbers, but got \[True\]"),
+        ({"token_indices": ["the"]}, r"a list of whole numbers, but got \['the'\]"),
         ({"token_indices": [1], "learning_rate": 0}, "learning_rate must be above 0"),
     ],
 )
