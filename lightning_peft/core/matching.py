@@ -198,14 +198,15 @@ def _match(modules: dict[str, Module], patterns: str | Sequence[str], option: st
             raise ValueError(f"{option}={patterns!r} is no regular expression: {error}") from error
         found = [n for n in modules if expression.fullmatch(n)]
         if not found:
-            hint = nearest(patterns, modules)
+            hint = nearest(patterns, [*modules, ALL_LINEAR] if option == "target_modules" else modules)
             raise ValueError(f"{option}={patterns!r}, a regular expression for the whole name, matches no module{hint}")
         return found
     if not patterns:
         raise ValueError(f"{option} is empty; name at least one module")
     lost = [p for p in patterns if not any(matches(n, p) for n in modules)]
     if lost:
-        hints = [f"{p!r} matches no module{nearest(p, modules)}" for p in lost]
+        alone = f"; write {option}={ALL_LINEAR!r}, not as a list"
+        hints = [f"{p!r} matches no module{alone if p == ALL_LINEAR else nearest(p, modules)}" for p in lost]
         raise ValueError(f"{option}: " + "; ".join(hints))
     return [n for n in modules if any(matches(n, p) for p in patterns)]
 

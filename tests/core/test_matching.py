@@ -93,6 +93,13 @@ def test_a_name_that_is_taken_or_unusable_is_refused(build):
         adapt(nn.Sequential(model), LoRA(r=1))
 
 
+def test_all_linear_is_named_when_it_is_misspelt_or_put_into_a_list(build):
+    with pytest.raises(ValueError, match="matches no module; did you mean 'all-linear'"):
+        _placed(build("bert"), target_modules="all_linear")
+    with pytest.raises(ValueError, match="'all-linear' matches no module; write target_modules='all-linear', not as"):
+        _placed(build("bert"), target_modules=["all-linear"])
+
+
 def test_matches_come_in_the_models_order(build):
     names = match_modules(build("bert"), ["value", "query"])
     assert names == sorted(names, key=[n for n, _ in build("bert").named_modules()].index)
