@@ -138,6 +138,11 @@ def ties(model: Module) -> set[frozenset[str]]:
 def _check(model: Module, adapters: Adapters, name: str) -> None:
     refuse_in_use(adapters, name)
     active, trees = adapters.switch.active, adapters.trees
+    method = trees[name].record.method
+    if not method.mergeable:
+        raise ValueError(
+            f"{type(method).__name__} is no change of weights, so it cannot be merged; export the adapter instead"
+        )
     if name not in active:
         raise ValueError(f"the adapter {name!r} is not active; activate it before merging")
     places = trees[name].layers_by_module.keys()

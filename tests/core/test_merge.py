@@ -10,7 +10,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BertModel
 
-from lightning_peft import IA3, OFT, Adapter, BottleneckAdapter, LoRA, Selective, activate, active_adapters, adapt
+from lightning_peft import (
+    IA3,
+    OFT,
+    Adapter,
+    BottleneckAdapter,
+    LoRA,
+    PromptTuning,
+    Selective,
+    activate,
+    active_adapters,
+    adapt,
+)
 from lightning_peft.formats.merged import save_merged
 from tests.method_table import CASES
 
@@ -102,6 +113,16 @@ def test_adapters_that_do_not_act_together_are_not_merged_together():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", [PromptTuning(2), BottleneckAdapter()])
+def test_what_is_no_change_of_weights_says_so_by_the_methods_name(build, method):
+    adapter = adapt(build("bert"), method)
+    said = rf"^{type(method).__name__} is no change of weights, so it cannot be merged; export the adapter instead$"
+    with pytest.raises(ValueError, match=said):
+        adapter.merge()
+    with pytest.raises(ValueError, match=said):
+        adapter.merge_and_unload()
+
+
 def test_originals_can_be_declined_and_then_the_base_is_gone(build, call, perturb):
     model = build("llama")
     adapter = adapt(model, LoRA(r=2, target_modules=["q_proj"]))
