@@ -280,7 +280,8 @@ def adapt(model: Module, method: Method, name: str = "default") -> Adapter:
         52
     """
     if not isinstance(model, Module):
-        raise TypeError(f"adapt works on a torch.nn.Module, but got a {type(model).__name__}")
+        got = f"the class {model.__name__} itself" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"adapt works on a torch.nn.Module, but got {got}")
     require_method(method)
     inject(model, method, name)
     return Adapter(model, name)

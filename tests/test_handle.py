@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from lightning_peft import LoRA, PeftCallback, adapt
 
@@ -20,6 +21,13 @@ def test_what_is_no_method_is_refused_by_name(build, given, said):
         adapt(build("bert"), given)
     with pytest.raises(TypeError, match=said):
         PeftCallback(given)
+
+
+def test_the_class_of_a_model_is_told_apart_from_a_model():
+    with pytest.raises(TypeError, match=r"works on a torch.nn.Module, but got the class Linear itself"):
+        adapt(nn.Linear, LoRA())
+    with pytest.raises(TypeError, match=r"works on a torch.nn.Module, but got a list"):
+        adapt([], LoRA())
 
 
 def test_a_handle_shows_its_name_method_and_model(build):
