@@ -79,11 +79,11 @@ def find_blocks(model: Module, method: BlockOptions, *, beside: bool = False) ->
     Raises:
         ValueError: if a chosen kind of block is neither known nor named.
     """
-    for chosen, named, known, option in (
-        (method.mh_adapter, method.attention_modules, _ATTENTION, "attention_modules"),
-        (method.output_adapter, method.feed_forward_modules, _FEED_FORWARD, "feed_forward_modules"),
+    for switch, named, known, option in (
+        ("mh_adapter", method.attention_modules, _ATTENTION, "attention_modules"),
+        ("output_adapter", method.feed_forward_modules, _FEED_FORWARD, "feed_forward_modules"),
     ):
-        if not chosen:
+        if not getattr(method, switch):
             continue
         blocks: dict[str, bool] = {}
         if named is not None:
@@ -93,15 +93,26 @@ def find_blocks(model: Module, method: BlockOptions, *, beside: bool = False) ->
                 expression = re.compile(block.around if beside else block.after)
                 blocks |= {n: block.residual for n in base_modules(model) if expression.fullmatch(n)}
             if not blocks:
-                raise ValueError(
-                    f"{type(method).__name__} does not know the blocks of {class_of(model).__name__}; "
-                    f"name them in {option}, for instance {option}=['self_attn']"
-                )
+                raise ValueError(_unknown_blocks(model, type(method).__name__, option, switch))
             if method.layers_to_transform is not None:
                 wanted = match_modules(model, list(blocks), layers=method.layers_to_transform, option=option)
                 blocks = {n: blocks[n] for n in wanted}
         for name, residual in blocks.items():
             yield Place(name, hidden_size(type(method).__name__, model, name), residual and beside)
+
+
+def _unknown_blocks(model: Module, method: str, option: str, switch: str) -> str:
+    """What to do about a model whose blocks of one kind are not known, with the names of its modules."""
+    kind = option.removesuffix("_modules").replace("_", "-")
+    names = [n for n in base_modules(model) if n]
+    # what every layer has counts once, under the name behind the layer's number
+    inside = [re.sub(r"^(?:.*\.)?\d+(?:\.|$)", "", n) for n in names if layer_number(n) is not None]
+    ends = list(dict.fromkeys(e for e in inside if e)) or names
+    shown = ", ".join(ends[:12]) + (", ..." if len(ends) > 12 else "")
+    return (
+        f"{method} does not know the {kind} blocks of {class_of(model).__name__}; name them in {option} (its modules: "
+        f"{shown}), or leave them without a layer by {switch}=False"
+    )
 
 
 def hidden_size(method: str, model: Module, name: str) -> int:
