@@ -137,7 +137,7 @@ def test_the_plan_says_which_stacked_weights_are_not_reached(build):
     ("options", "message"),
     [
         ({"target_parameters": ["experts.down_prj"]}, "'experts.down_prj' matches no parameter; did you mean"),
-        ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names, but got 'experts"),
+        ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of strings or None"),
         ({"target_parameters": ["q_proj.weight"]}, "q_proj.weight' belongs to .*q_proj', which target_modules names"),
         ({"target_parameters": ["norm.weight"]}, r"expected a matrix or a stack of matrices, but it is \(32,\)"),
         ({"target_parameters": EXPERTS, "r": 40, "target_modules": []}, "a rank of 40 is above 32, the smaller side"),
