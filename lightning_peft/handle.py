@@ -226,7 +226,7 @@ class Adapter:
             The folder.
 
         Raises:
-            FileExistsError: if the folder already holds an adapter.
+            FileExistsError: if the folder already holds an adapter or a model, or a file is in its place.
         """
         self._require()
         return save_folder(self.model, self.name, Path(path), info)
@@ -301,8 +301,9 @@ def load_adapter(model: Module, path: str | Path, name: str = "default", *, chec
 
     Raises:
         FileNotFoundError: if the folder holds no adapter.
-        ValueError: if the base is another one, or a tensor is missing, unexpected or of another shape; the
-            model is left as it was.
+        NotADirectoryError: if the path is a file's.
+        ValueError: if a file is damaged, the base is another one, or a tensor is missing, unexpected, of another shape
+            or not finite; the model is left as it was.
     """
     saved = read_folder(Path(path))
     before = adapters_of(model)

@@ -25,11 +25,15 @@ from lightning_peft.core.matching import base_modules, matches
 from lightning_peft.core.method import Method, PeftFormat, PeftRepacked
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.hf_peft import adapter_config, has_peft_format, method_from_peft
+from lightning_peft.formats.places import refuse_file, refuse_model
+from lightning_peft.formats.reading import naming, read_json
 from lightning_peft.methods.config import method_from_config, method_to_config
 
 TENSORS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 MANIFEST = "lightning_peft.json"
+
+_IN_MANIFEST = {"method": dict, "base": dict, "copies": list, "in_place": list, "info": dict}
 
 
 @dataclass(frozen=True)
@@ -109,17 +113,19 @@ def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
 
 
 def refuse_occupied(path: Path) -> None:
-    """Refuses a folder that already holds an adapter, so that none is ever overwritten.
+    """Refuses a folder that already holds an adapter, so that none is ever overwritten, or a model.
 
     Args:
         path: the folder, which need not exist.
 
     Raises:
-        FileExistsError: if one of an adapter's files is there.
+        FileExistsError: if one of an adapter's or a model's files is there, or the path leads to or through a file.
     """
+    refuse_file(path)
     held = [f for f in (TENSORS, PEFT_CONFIG, MANIFEST) if (path / f).exists()]
     if held:
         raise FileExistsError(f"{path} already holds an adapter ({held[0]}); choose another folder or move it away")
+    refuse_model(path)
 
 
 def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> Path:
@@ -135,7 +141,7 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
         The folder.
 
     Raises:
-        FileExistsError: if the folder already holds an adapter.
+        FileExistsError: if the folder already holds an adapter or a model, or a file is in its place.
     """
     refuse_occupied(path)
     tree = tree_of(model, name)
@@ -201,16 +207,24 @@ def read_folder(path: Path) -> SavedAdapter:
 
     Raises:
         FileNotFoundError: if it holds no adapter.
-        ValueError: if its method is not supported.
+        NotADirectoryError: if it is a file.
+        ValueError: if what it says cannot be read, or its method is not supported.
     """
     if (path / MANIFEST).is_file():
-        saved = json.loads((path / MANIFEST).read_text())
-        method = method_from_config(saved["method"])
+        saved = read_json(path / MANIFEST, _IN_MANIFEST)
+        with naming(path / MANIFEST):
+            method = method_from_config(saved["method"])
         return SavedAdapter(path, method, saved["copies"], saved["in_place"], saved["base"], saved["info"], False)
     if (path / PEFT_CONFIG).is_file():
-        config = json.loads((path / PEFT_CONFIG).read_text())
-        method = method_from_peft(config)
+        config = read_json(path / PEFT_CONFIG)
+        with naming(path / PEFT_CONFIG):
+            method = method_from_peft(config)
         return SavedAdapter(path, method, config.get("modules_to_save") or [], [], None, {}, True)
+    if path.is_file():
+        raise NotADirectoryError(
+            f"{path} is a file, but an adapter is a folder with {TENSORS} and {MANIFEST} or {PEFT_CONFIG}; a "
+            "checkpoint is loaded by load_from_checkpoint"
+        )
     there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "no such folder"
     raise FileNotFoundError(f"{path} holds no adapter ({MANIFEST} or {PEFT_CONFIG}); there is: {there}")
 
@@ -225,7 +239,7 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
         check_base: whether another base is refused.
 
     Raises:
-        ValueError: if the base is another one, or a tensor is missing, unexpected or of another shape.
+        ValueError: if the base is another one, or a tensor is missing, unexpected, of another shape or not finite.
         FileNotFoundError: if the tensors are missing.
     """
     if check_base and saved.base is not None:
@@ -322,6 +336,13 @@ def _check_tensors(path: Path, wanted: dict[str, Tensor], stored: dict[str, Tens
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(f"the tensors in {path / TENSORS} do not fit this model: {shown}")
+    broken = [k for k in both if stored[k].is_floating_point() and not torch.isfinite(stored[k].double()).all()]
+    if broken:
+        more = f" and in {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+        raise ValueError(
+            f"{path / TENSORS} has NaN or infinite values in {broken[0]}{more}: the training that wrote it diverged, "
+            "or the file is damaged"
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

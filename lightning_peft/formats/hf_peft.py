@@ -79,7 +79,7 @@ def method_from_peft(config: dict[str, Any]) -> Method:
     kind = config.get("peft_type")
     if kind is None:
         raise ValueError(
-            "adapter_config.json names no peft_type, so it is not Hugging Face PEFT's (AdapterHub uses the same "
+            "it names no peft_type, so it is not Hugging Face PEFT's (AdapterHub uses the same "
             "file name); expected one of " + ", ".join(sorted(known))
         )
     if kind not in known:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch.nn import Module
 
 from lightning_peft.core.merge import fold, ties
+from lightning_peft.formats.places import refuse_file
 
 
 def unload_merged(model: Module, name: str) -> None:
@@ -47,12 +48,13 @@ def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> 
     Raises:
         TypeError: if the model has no ``save_pretrained``.
         ValueError: if the method cannot be merged.
-        FileExistsError: if the folder holds something.
+        FileExistsError: if the folder holds something, or a file is in its place.
     """
     if not hasattr(model, "save_pretrained"):
         raise TypeError(
             f"{type(model).__name__} has no save_pretrained; save its state_dict() after merge_and_unload()"
         )
+    refuse_file(path)
     if path.exists() and any(path.iterdir()):
         raise FileExistsError(f"{path} already holds files; choose another folder or move it away")
     twin = copy.deepcopy(model)

@@ -114,3 +114,81 @@ def test_plain_transformers_loads_the_merged_model(build, call, perturb, tmp_pat
     torch.testing.assert_close(call(plain, name), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(FileExistsError, match="already holds files"):
         save_merged(model, "default", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("file", ["lightning_peft.json", "adapter_config.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is no JSON, it may be cut short: Expecting property name"),
+        ("", "is no JSON, it may be cut short"),
+        ("[]", "must hold a JSON object, but holds a list"),
+        ("\xff", "is no JSON"),
+    ],
+)
+def test_a_damaged_description_names_the_file_and_what_is_wrong(build, saved, file, content, said):
+    if file == "adapter_config.json":
+        (saved / "lightning_peft.json").unlink()
+    (saved / file).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"a/{file} {said}"):
+        load_adapter(build("bert"), saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": None, "base": None}, r"a/lightning_peft.json has no method, base, or something else there"),
+        ({"copies": "x"}, r"a/lightning_peft.json has no copies"),
+        ({"method": {}}, r"a/lightning_peft.json: method '' is unknown"),
+        ({"method": {"_target_": "lightning_peft.LoRA", "r": "8"}}, r"a/lightning_peft.json: LoRA: r must be a whole"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_refused_by_key(build, saved, change, said):
+    path = saved / "lightning_peft.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=said):
+        load_adapter(build("bert"), saved)
+
+
+def test_a_foreign_configuration_that_is_refused_is_named(build, saved):
+    (saved / "lightning_peft.json").unlink()
+    (saved / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"a/adapter_config.json: it names no peft_type"):
+        load_adapter(build("bert"), saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_with_the_tensors_name(build, saved, value):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first, second, *_ = sorted(tensors)
+    tensors[first][0, 0] = tensors[second][0, 0] = value
+    save_file(tensors, path)
+    model = build("bert")
+    with pytest.raises(ValueError, match=rf"has NaN or infinite values in {first} and in 1 more tensors"):
+        load_adapter(model, saved, check_base=False)
+    assert not hasattr(model, "adapters")
+
+
+def test_a_file_where_a_folder_is_meant_is_told_apart(build, saved, tmp_path):
+    file = saved / "adapter_model.safetensors"
+    with pytest.raises(NotADirectoryError, match=r"adapter_model.safetensors is a file, but an adapter is a folder"):
+        load_adapter(build("bert"), file)
+    adapter = adapt(build("bert"), LoRA(r=2))
+    for path in (file, file / "below"):
+        with pytest.raises(FileExistsError, match=rf"^{path} cannot be a folder, for {file} is a file"):
+            adapter.save(path)
+        with pytest.raises(FileExistsError, match="cannot be a folder"):
+            save_merged(adapter.model, "default", path)
+
+
+def test_an_adapter_is_not_saved_beside_a_models_weights(build, tmp_path):
+    model = build("bert")
+    model.save_pretrained(tmp_path / "base")
+    before = sorted(p.name for p in (tmp_path / "base").iterdir())
+    with pytest.raises(FileExistsError, match=r"base holds a model \(config.json, model.safetensors\)"):
+        adapt(model, LoRA(r=2)).save(tmp_path / "base")
+    assert sorted(p.name for p in (tmp_path / "base").iterdir()) == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("x")
+    load_adapter(build("bert"), adapt(build("bert"), LoRA(r=2)).save(tmp_path / "notes"))
