@@ -85,10 +85,11 @@ def existing_adapter(module: LightningModule, method: Method, path: str, name: s
             f"the module is already adapted at {adapted[0] or 'its root'!r}, but got model={path or None!r}"
         )
     adapter = Adapter(module.get_submodule(path), name)
-    if method_to_config(adapter.method) != method_to_config(method):
+    differences = _differences({name: method_to_config(adapter.method)}, {name: method_to_config(method)})
+    if differences:
         raise ValueError(
-            f"the module is already adapted by {adapter.method}, but got {method}; remove() the first adapter, "
-            "or start from a fresh module"
+            f"the module is already adapted by another method: {'; '.join(differences)}; "
+            "remove() the first adapter, or start from a fresh module"
         )
     return adapter
 

@@ -165,7 +165,7 @@ def test_an_adapted_module_is_not_adapted_twice(loader, trainer):
     for _ in range(2):
         trainer(PeftCallback(LoRA(r=2), model="backbone"), max_epochs=1).fit(net, loader)
     assert list(adapters_of(net.backbone)) == ["default"]
-    with pytest.raises(ValueError, match="already adapted by LoRA"):
+    with pytest.raises(ValueError, match="already adapted by another method: r was 2 and is 4 here; remove"):
         trainer(PeftCallback(LoRA(r=4), model="backbone")).fit(net, loader)
     with pytest.raises(ValueError, match="use one PeftCallback"):
         trainer(PeftCallback(LoRA(r=2))).fit(net, loader)
