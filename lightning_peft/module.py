@@ -22,6 +22,7 @@ from lightning_peft.callbacks.adaptation import (
     default_dtype,
 )
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
+from lightning_peft.callbacks.loading import require_peft_module
 from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
 from lightning_peft.callbacks.steps import after_step, before_step, prepare
 from lightning_peft.core.method import Method, require_method
@@ -269,6 +270,45 @@ class PeftModule(LightningModule):
                 "the same data and labels"
             )
         resume_random_state(self, checkpoint[KEY]["random_state"])
+
+    @classmethod
+    @override
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Builds the module as the checkpoint says, adapts it and loads what was trained.
+
+        Args:
+            checkpoint_path: the file, an address, or an open file.
+            map_location: where the tensors go.
+            hparams_file: options that stand in place of the checkpoint's.
+            strict: whether the tensors must be those that the module expects.
+            weights_only: False also opens a file that holds more than tensors and plain values.
+            **kwargs: options of the module that stand above the checkpoint's.
+
+        Returns:
+            The module.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, belongs to another LightningModule or base, or names no base and none is
+                given.
+        """
+        is_local = isinstance(checkpoint_path, (str, Path)) and "://" not in str(checkpoint_path)
+        if is_local and weights_only is not False:
+            options = {**require_peft_module(Path(checkpoint_path)), **kwargs}
+            if cls is PeftModule and hparams_file is None and "model" not in options:
+                raise ValueError(
+                    f"{checkpoint_path} names no base, since its model was given already built; give it again: "
+                    "PeftModule.load_from_checkpoint(path, model=...)"
+                )
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
 
     def save_adapter(self, path: str | Path) -> Path:
         """Exports the adapter, with what it takes to predict from the folder alone.

@@ -200,6 +200,8 @@ def test_a_model_that_is_built_already_is_taken_and_asked_for_again(bert_folder,
     t = trainer(max_epochs=1)
     t.fit(module, _data(texts))
     t.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a.ckpt names no base, since its model was given already built"):
+        PeftModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     again = PeftModule.load_from_checkpoint(tmp_path / "a.ckpt", model=model(), weights_only=True)
     ids = torch.randint(5, 90, (2, 6))
     assert torch.equal(again.eval()(input_ids=ids).logits, module.eval()(input_ids=ids).logits)

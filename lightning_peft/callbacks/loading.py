@@ -6,12 +6,12 @@ import inspect
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_peft.callbacks.adaptation import record_of
 from lightning_peft.callbacks.peft_callback import Pending, await_modules
+from lightning_peft.formats.reading import read_checkpoint
 from lightning_peft.methods.config import method_from_config
 
 T = TypeVar("T", bound=LightningModule)
@@ -35,10 +35,10 @@ def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cp
         generated subclass of ``cls``, as that of every adapted module: ``isinstance`` tells what it is.
 
     Raises:
-        ValueError: if the checkpoint holds no adapter, or belongs to another base.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, holds no adapter, or belongs to another base.
     """
-    checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-    record = record_of(checkpoint)
+    record = record_of(read_checkpoint(Path(path)))
     ((name, method),) = record["methods"].items()
     pending = Pending(method_from_config(method), record["model"], name)
 
@@ -70,3 +70,27 @@ def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cp
             "place; what else setup sets is missing until a Trainer calls it."
         )
     return module
+
+
+def require_peft_module(path: Path) -> dict[str, Any]:
+    """Refuses a checkpoint that was not made with `PeftModule`, before that is built from it.
+
+    Args:
+        path: the checkpoint.
+
+    Returns:
+        The options with which the module was made.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, or the checkpoint belongs to another LightningModule.
+    """
+    checkpoint = read_checkpoint(path)
+    record_of(checkpoint)
+    options: dict[str, Any] = checkpoint.get("hyper_parameters", {})
+    if not {"method", "task"} <= options.keys():
+        raise ValueError(
+            f"{path} was made with PeftCallback on a LightningModule of your own, not with PeftModule; load it by "
+            "lightning_peft.load_from_checkpoint(YourModule, path)"
+        )
+    return options

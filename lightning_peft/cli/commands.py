@@ -19,6 +19,7 @@ from lightning_peft.cli.report import print_exported, print_metrics, print_train
 from lightning_peft.core.method import Method
 from lightning_peft.formats.folder import refuse_occupied
 from lightning_peft.formats.merged import save_merged
+from lightning_peft.formats.reading import read_checkpoint
 from lightning_peft.formats.serving import consumer_of
 from lightning_peft.module import PeftModule
 
@@ -177,6 +178,8 @@ def _trainer(config: DictConfig) -> L.Trainer:
 def _existing(path: str | None) -> str | None:
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"ckpt_path={path}: there is no such checkpoint")
+    if path is not None:
+        read_checkpoint(Path(path))
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,12 +52,11 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A Lightning checkpoint; its tensors are read from the disk when they are used.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint on the CPU; its tensors are read from the disk when they are used.
 
     Args:
         path: the file.
-        map_location: where the tensors go.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -70,9 +70,14 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         size = path.stat().st_size
         raise ValueError(f"{path} ({size} bytes) is no checkpoint, or one that is cut short; copy or save it again")
     try:
-        found = torch.load(path, map_location=map_location, weights_only=True, mmap=map_location == "cpu")
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values, so it is not opened: {error}") from error
+        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        what = f"an object of {foreign.group(1)}" if foreign else "more"
+        raise ValueError(
+            f"{path} holds {what}, but only tensors and plain values are opened; keep it out of hyperparameters and "
+            "callbacks' states, or allow it by torch.serialization.safe_globals if you trust the file"
+        ) from error
     except (RuntimeError, OSError, EOFError, KeyError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint, it may be damaged: {error}") from error
     if not isinstance(found, dict) or "state_dict" not in found:
