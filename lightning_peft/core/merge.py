@@ -138,11 +138,6 @@ def ties(model: Module) -> set[frozenset[str]]:
 def _check(model: Module, adapters: Adapters, name: str) -> None:
     refuse_in_use(adapters, name)
     active, trees = adapters.switch.active, adapters.trees
-    method = trees[name].record.method
-    if not method.mergeable:
-        raise ValueError(
-            f"{type(method).__name__} is no change of weights, so it cannot be merged; export the adapter instead"
-        )
     if name not in active:
         raise ValueError(f"the adapter {name!r} is not active; activate it before merging")
     places = trees[name].layers_by_module.keys()
@@ -228,9 +223,10 @@ def _sum(
     for tree in trees:
         deltas = tree.layers_by_module[place].deltas(with_tensors(module, weights))
         if deltas is None:
+            method, where = tree.record.method, f" at {place!r}" if tree.record.method.mergeable else ""
             raise ValueError(
-                f"{type(tree.record.method).__name__} cannot be merged: its layer at {place or 'the whole model'!r} "
-                "is no change of weights"
+                f"{type(method).__name__}{where} is no change of weights, so it cannot be merged; export the adapter "
+                "instead"
             )
         for key, delta in deltas.items():
             if key not in weights:
