@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,52 @@ def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path,
         assert method in yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())["method"]["_target_"]
         assert (folder / "metrics.json").exists()
         assert (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_after_a_run_that_failed_and_names_it_at_the_end(tmp_path, words):
+    files = "data.train_files=nowhere.jsonl,texts.jsonl"
+    words = [w for w in words if not w.startswith(("data.train_files", "trainer.max_epochs"))]
+    done = run("-m", *words, files, "trainer.max_epochs=1", "hydra.sweep.dir=sweep", cwd=tmp_path, check=False)
+    assert (tmp_path / "sweep" / "1" / "metrics.json").exists(), done.stderr
+    assert done.returncode == 2
+    end = done.stderr[done.stderr.index("1 of 2 runs failed") :]
+    assert "run 0 (data.train_files=nowhere.jsonl): there is no file 'nowhere.jsonl'" in end
+    assert "Traceback" not in done.stderr
+
+
+def test_each_failed_run_of_a_sweep_is_told_with_what_the_sweep_chose_for_it(tmp_path):
+    done = run("export", "-m", "adapter=a,b", "to=c", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    for number, name in enumerate("ab"):
+        assert f"run {number} (adapter={name}): adapter={name}: there is no such checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("counts_itself", [False, True])
+def test_what_goes_wrong_in_a_sweep_is_kept_and_told_to_a_sweeper_that_counts_it(monkeypatch, capsys, counts_itself):
+    from hydra import compose, initialize_config_module
+    from hydra.core.hydra_config import HydraConfig
+
+    from lightning_peft.cli.jobs import Jobs
+
+    def broken(config):
+        raise KeyError("shape")
+
+    settings = ["method=bitfit", "seed=3", "hydra.mode=MULTIRUN", "hydra.job.num=7"]
+    if counts_itself:
+        settings.append("hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper")
+    with initialize_config_module("lightning_peft.conf", version_base="1.3"):
+        config = compose("train", settings, return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    HydraConfig.instance().set_config(config)
+    jobs = Jobs(broken, given=["method=bitfit", "seed=3,4"])
+    with pytest.raises(KeyError) if counts_itself else nullcontext():
+        assert jobs(config) is None
+    jobs.report()
+    said = capsys.readouterr().err
+    assert "1 of 1 run failed" in said
+    assert "run 7 (seed=3): KeyError: 'shape'" in said
+    assert "in broken" in said, "nobody foresaw it, so the place is shown"
 
 
 @pytest.mark.slow

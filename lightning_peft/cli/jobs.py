@@ -1,0 +1,93 @@
+"""One run of a command: a mistake becomes a sentence, and a sweep goes on after a run that failed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+_MISTAKES = (ValueError, TypeError, OSError, RuntimeError, ImportError, InstantiationException)
+_FULL = "HYDRA_FULL_ERROR"
+# one after the other in this process, and of no use for a run's result: what fails there is ours to count
+_BASIC = ("hydra._internal.core_plugins.basic_sweeper.", "hydra._internal.core_plugins.basic_launcher.")
+
+
+@dataclass
+class Jobs:
+    """Runs a command as Hydra's task function, once or once for each run of a sweep.
+
+    Args:
+        command: what to run.
+        given: the words of the command line; what a run has besides them is what the sweep chose for it.
+    """
+
+    command: Callable[[DictConfig], Any]
+    given: list[str]
+    done: int = 0
+    failed: list[str] = field(default_factory=list)
+
+    def __call__(self, config: DictConfig) -> Any:
+        """Runs the command; a sweeper or launcher other than Hydra's basic ones gets the error, to count it itself."""
+        self.done += 1
+        try:
+            return self.command(config)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                self._record(error)
+                if not _is_basic():
+                    raise
+                return None
+            if os.environ.get(_FULL) or not isinstance(error, _MISTAKES):
+                raise
+            stop(f"{_reason(error)}\n({_FULL}=1 shows where)")
+
+    def _record(self, error: Exception) -> None:
+        """Says at once which run failed, and keeps it for the end, where a long sweep's messages are far above."""
+        job = HydraConfig.get()
+        words = [w for w in job.overrides.task if w not in self.given] or list(job.overrides.task)
+        run = f"run {job.job.num} ({' '.join(words)})" if words else f"run {job.job.num}"
+        reason = _reason(error)
+        if os.environ.get(_FULL) or not isinstance(error, _MISTAKES):
+            traceback.print_exc()
+        print(f"lightning-peft: {run} failed: {reason}", file=sys.stderr, flush=True)
+        self.failed.append(f"{run}: {reason.strip().splitlines()[0]}")
+
+    def report(self) -> None:
+        """Lists the failed runs of a sweep, if there are any."""
+        if self.failed:
+            lines = "".join(f"\n  {line}" for line in self.failed)
+            runs = f"{self.done} run{'s' if self.done > 1 else ''}"
+            print(
+                f"\nlightning-peft: {len(self.failed)} of {runs} failed ({_FULL}=1 shows where):{lines}",
+                file=sys.stderr,
+            )
+
+
+def stop(message: str) -> NoReturn:
+    """Ends the command with one sentence.
+
+    Args:
+        message: the sentence.
+    """
+    print(f"lightning-peft: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, InstantiationException) else None
+    shown = cause or error
+    said = str(shown)
+    return said if said and isinstance(shown, _MISTAKES) else f"{type(shown).__name__}: {said}"
+
+
+def _is_basic() -> bool:
+    chosen = HydraConfig.get()
+    return all(str(part._target_).startswith(_BASIC) for part in (chosen.sweeper, chosen.launcher))
