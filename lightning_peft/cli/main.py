@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIG_PATH = "pkg://lightning_peft.conf"
+_WITH_A_VALUE = (
+    "-c",
+    "--cfg",
+    "-p",
+    "--package",
+    "-cd",
+    "--config-dir",
+    "-i",
+    "--info",
+)  # and their value is no override
 
 
 def main() -> None:
@@ -21,7 +31,7 @@ def main() -> None:
 
     from lightning_peft.cli import commands
     from lightning_peft.cli.jobs import Jobs, stop
-    from lightning_peft.cli.overrides import problem_with
+    from lightning_peft.cli.overrides import problem_with, with_entries_added
 
     known: dict[str, Callable[[DictConfig], Any]] = {
         "train": commands.train,
@@ -33,7 +43,8 @@ def main() -> None:
     command = arguments.pop(0) if arguments and _is_word(arguments[0]) else "train"
     if command not in known:
         stop(f"command {command!r} is unknown{nearest(command, known)}")
-    problem = problem_with(command, [a for a in arguments if not a.startswith("-")], asks=_only_asks(arguments))
+    flags, overrides = _split(arguments)
+    problem = problem_with(command, overrides, asks=_only_asks(arguments))
     if problem is not None:
         stop(problem)
     # torch and Lightning disagree about a private class; the other two are no news for small data
@@ -42,7 +53,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     program = sys.argv[0]
     # argparse takes flags before the overrides only; people write them anywhere
-    sys.argv = [program, *sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))]
+    flags.sort(key=lambda a: a not in ("-m", "--multirun"))
+    sys.argv = [program, *flags, *with_entries_added(command, overrides)]
     jobs = Jobs(known[command], arguments)
     # Hydra asks its task function for the file that it stands in, which an object does not have
     run = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=command)(lambda config: jobs(config))
@@ -56,6 +68,15 @@ def main() -> None:
 
 def _is_word(argument: str) -> bool:
     return "=" not in argument and not argument.startswith(("-", "+", "~"))
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and overrides."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        (flags if argument.startswith("-") or before in _WITH_A_VALUE else overrides).append(argument)
+    return flags, overrides
 
 
 def _only_asks(arguments: list[str]) -> bool:

@@ -203,7 +203,16 @@ def test_language_modelling_from_the_command_line(tmp_path, llama_folder):
         (["method=lroa"], "method=lroa is unknown; did you mean 'lora'"),
         (["metod=lora"], "there is no 'metod'; did you mean 'method'"),
         (["method.lora_alhpa=3"], "there is no 'method.lora_alhpa'; did you mean 'lora_alpha'?"),
-        (["method=norm", "method.r=4"], "there is no 'method.r'; known: keep_originals, "),
+        (["method=norm", "method.r=4"], "method=norm has no option 'r'; known: keep_originals, "),
+        (["-m", "method=lora,prompt_tuning", "method.r=4"], "method=prompt_tuning has no option 'r'; known: learning"),
+        (["trainr.max_epochs=2"], "there is no 'trainr'; did you mean 'trainer'?"),
+        (["data.colums.text=x"], "there is no 'data.colums'; did you mean 'columns'?"),
+        (["data.columns={txt: x}"], "there is no 'data.columns.txt'; did you mean 'text'?"),
+        (["precision=bf16-mixed"], "there is no 'precision'; did you mean 'trainer.precision'?"),
+        (["experimnt=docstrings_lm"], "there is no 'experimnt'; did you mean 'experiment'?"),
+        (["method=norm", "method.rank_pattern={a: 2}"], "method=norm has no option 'rank_pattern'"),
+        (["logger=none", "logger.csv.name=x"], "logger=none has no option 'csv'"),
+        (["-m", "seed=1,2", "trainer.max_epochs=1,two"], "trainer.max_epochs must be a number like 4, but got 'two'"),
         (["trian"], "command 'trian' is unknown; did you mean 'train'?"),
         (["eval"], "eval needs adapter=..."),
         (["-m", "method=lora,bitfitt"], "method=bitfitt is unknown; did you mean 'bitfit'?"),
@@ -221,6 +230,34 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(monkeypatch, capsys, w
         main()
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "value"),
+    [
+        (["generation.max_new_tokens=4"], "generation", {"max_new_tokens": 4}),
+        (["generation={num_beams: 2}", "+generation.max_length=9"], "generation", {"num_beams": 2, "max_length": 9}),
+        (["model.config={hidden_dropout_prob: 0.2}"], "model.config", {"hidden_dropout_prob": 0.2}),
+        (["model.config.rope.factor=2"], "model.config", {"rope": {"factor": 2}}),
+        (["-m", "method.rank_pattern.query=4,8"], "method.rank_pattern", {"query": 4}),
+        (["-m", "method=p_tuning,prompt_tuning", "method.num_virtual_tokens=5"], "method.num_virtual_tokens", 5),
+        (["-m", "method=glob(lora*)", "method.r=3"], "method.r", 3),
+    ],
+)
+def test_entries_of_dictionaries_and_options_of_swept_methods_are_given_like_any_option(
+    monkeypatch, tmp_path, words, place, value
+):
+    from omegaconf import OmegaConf
+
+    from lightning_peft.cli import commands
+    from lightning_peft.cli.main import main
+
+    seen = []
+    monkeypatch.setattr(commands, "train", lambda config: seen.append(OmegaConf.to_container(config)))
+    monkeypatch.setattr(sys, "argv", ["lightning-peft", *words])
+    monkeypatch.chdir(tmp_path)
+    main()
+    assert OmegaConf.select(OmegaConf.create(seen[0]), place) == value
 
 
 @pytest.mark.slow
