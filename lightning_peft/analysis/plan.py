@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_peft.analysis.sizes import size
 from lightning_peft.core.adapters import adapters_of, tree_of
 from lightning_peft.core.inject import base_tensors
 from lightning_peft.core.matching import base_modules, class_of, is_conv1d, is_within, output_heads
@@ -79,7 +80,7 @@ class Plan:
         """One line: how much trains of how much."""
         return (
             f"trains {self.trainable:,} parameters ({100 * self.share:.2f}% of the model's {self.total:,}, "
-            f"{self.trainable_bytes / 2**20:.2f} MiB)"
+            f"{size(self.trainable_bytes)})"
         )
 
 
@@ -182,17 +183,14 @@ def _merge_bytes(model: Module, name: str, tree: AdapterTree) -> int:
 def _costs(merge_bytes: int) -> list[str]:
     if not merge_bytes:
         return []
-    return [
-        f"Merging keeps up to {merge_bytes / 2**20:.2f} MiB of original weights on the CPU, or none "
-        "(keep_originals=False)"
-    ]
+    return [f"Merging keeps up to {size(merge_bytes)} of original weights on the CPU, or none (keep_originals=False)"]
 
 
 def _grouped(entries: list[tuple[str, str, str, int, int]]) -> tuple[PlanRow, ...]:
     rows: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
-    for place, what, module, count, size in entries:
+    for place, what, module, count, taken in entries:
         pattern = ".".join("*" if part.isdigit() else part for part in place.split("."))
-        rows.setdefault((pattern or "(model)", what), []).append((module, count, size))
+        rows.setdefault((pattern or "(model)", what), []).append((module, count, taken))
     return tuple(
         PlanRow(
             place,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from lightning_peft.analysis.sizes import size
 from lightning_peft.formats.folder import PEFT_CONFIG
 from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, served_rank
 
@@ -39,10 +40,10 @@ def print_training(
         full = 3 * 4 * plan.total
         print(f"best checkpoint      {shown_best}")
         print(
-            f"  its size           {_size(best.stat().st_size)} (the full model's: {_size(full)} with optimizer states)"
+            f"  its size           {size(best.stat().st_size)} (the full model's: {size(full)} with optimizer states)"
         )
     print(f"exported adapter     {shown_folder}")
-    print(f"  its size           {_size(_bytes(folder))} (the full model's weights: {_size(4 * plan.total)})")
+    print(f"  its size           {size(_bytes(folder))} (the full model's weights: {size(4 * plan.total)})")
     print("\nNext:")
     same_data = "".join(f" {shlex.quote(word)}" for word in data)
     new_data = " data.predict_files=new.jsonl" if data else ""
@@ -74,7 +75,7 @@ def print_exported(folder: Path, form: str, module: PeftModule) -> None:
         form: ``"peft"``, ``"merged"``, or whom it is for: ``"vllm"`` or ``"gguf"``.
         module: the exported module.
     """
-    print(f"{folder}  {_size(_bytes(folder))}")
+    print(f"{folder}  {size(_bytes(folder))}")
     if form == "merged":
         print(f"load it with transformers:  {module.task.auto_class}.from_pretrained({str(folder)!r})")
     elif form == "vllm":
@@ -115,7 +116,3 @@ def _short(path: Path | None) -> str:
 
 def _bytes(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
