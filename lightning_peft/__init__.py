@@ -39,36 +39,46 @@ _HOMES = {
     "lora_plus_groups": "methods.lora_plus",
 }
 
-__all__ = [
-    "Adapter",
-    "CausalLM",
-    "PeftCallback",
-    "PeftModule",
-    "TextClassification",
-    "TextDataModule",
-    "activate",
-    "active_adapters",
-    "adapt",
-    "adapter_names",
-    "combine",
-    "load_adapter",
-    "load_from_checkpoint",
-    "lora_plus_groups",
-]
-
 if TYPE_CHECKING:
+    __all__ = [
+        "Adapter",
+        "CausalLM",
+        "PeftCallback",
+        "PeftModule",
+        "TextClassification",
+        "TextDataModule",
+        "activate",
+        "active_adapters",
+        "adapt",
+        "adapter_names",
+        "combine",
+        "load_adapter",
+        "load_from_checkpoint",
+        "lora_plus_groups",
+    ]
     __all__ += methods.__all__
+
+
+def _public() -> list[str]:
+    return sorted([*_HOMES, *importlib.import_module(f"{__name__}.methods").__all__])
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name == "__all__":  # asked for by a star import alone, which may load torch to learn the methods' names
+        return _public()
+    hint = ""
     if not name.startswith("_"):
         methods = importlib.import_module(f"{__name__}.methods")
         if name in methods.__all__:
             return getattr(methods, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from lightning_peft.core.problems import nearest
+
+        same_letters = [n for n in _public() if n.lower() == name.lower()]
+        hint = f"; did you mean {same_letters[0]!r}?" if same_letters else nearest(name, _public())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *importlib.import_module(f"{__name__}.methods").__all__])
+    return sorted({*globals(), *_public()})
