@@ -27,6 +27,7 @@ from lightning_peft.callbacks.randomness import resume_random_state, resume_with
 from lightning_peft.callbacks.steps import after_step, before_step, prepare
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.per_forward import labels_of_batch
+from lightning_peft.data.module import MIN_LENGTH
 from lightning_peft.formats.folder import load_into, read_folder
 from lightning_peft.handle import Adapter
 from lightning_peft.methods.config import method_from_config, method_to_config
@@ -149,9 +150,13 @@ class PeftModule(LightningModule):
             return
         limit = self.base.positions()
         if limit is not None and length + virtual > limit:
+            fewer = f"method.num_virtual_tokens={limit - length}"
+            # a text of a few tokens says nothing: then it is the prompt that is too long
+            shorter = f"data.max_length={limit - virtual}" if limit - virtual >= MIN_LENGTH else None
+            ways = [way for way in (shorter, fewer if limit > length else None) if way is not None]
             raise ValueError(
                 f"{virtual} virtual tokens and max_length={length} of text exceed the model's {limit} positions; set "
-                f"data.max_length={limit - virtual} or less"
+                + (f"{' or '.join(ways)} or less" if ways else "both lower")
             )
 
     def forward(self, **inputs: Any) -> Any:

@@ -222,10 +222,21 @@ def test_wrong_options_are_named_before_anything_is_loaded(bert_folder):
         PeftModule("not/there", LoRA(), {"name": "text_classification", "labels": ["a", "b"]}).configure_model()
 
 
-def test_virtual_tokens_plus_text_must_fit_before_training_begins(bert_folder, texts, trainer):
-    module = PeftModule(str(bert_folder), PromptTuning(120))
-    with pytest.raises(ValueError, match=r"120 virtual tokens and max_length=24 .* 128 positions"):
-        trainer().fit(module, _data(texts))
+@pytest.mark.parametrize(
+    ("virtual", "length", "way"),
+    [
+        (120, 24, "set data.max_length=8 or method.num_virtual_tokens=104 or less"),
+        (126, 24, "set method.num_virtual_tokens=104 or less"),
+        (600, 24, "set method.num_virtual_tokens=104 or less"),
+        (20, 500, "set data.max_length=108 or less"),
+        (600, 500, "set both lower"),
+    ],
+)
+def test_virtual_tokens_plus_text_must_fit_before_training_begins(bert_folder, texts, trainer, virtual, length, way):
+    module = PeftModule(str(bert_folder), PromptTuning(virtual))
+    data = TextDataModule(train_files=texts, batch_size=4, max_length=length)
+    with pytest.raises(ValueError, match=rf"{virtual} virtual tokens and max_length={length} .* 128 positions; {way}"):
+        trainer().fit(module, data)
 
 
 def test_a_checkpoint_of_another_base_is_refused(bert_folder, texts, trainer, tmp_path):
@@ -263,3 +274,16 @@ def test_a_module_keeps_its_model_and_method_when_adapted_by_hand(build):
     module = PeftModule(model, LoRA(r=2), {"name": "text_classification", "labels": ["a", "b", "c"]})
     module.configure_model()
     assert list(model.adapters) == ["default"]
+
+
+def test_a_star_import_gives_the_methods_and_a_near_name_is_named():
+    names: dict[str, object] = {}
+    exec("from lightning_peft import *", names)
+    assert names["LoRA"] is LoRA
+    assert names["PeftModule"] is PeftModule
+    import lightning_peft
+
+    with pytest.raises(AttributeError, match="has no attribute 'Lora'; did you mean 'LoRA'"):
+        lightning_peft.Lora  # noqa: B018
+    with pytest.raises(AttributeError, match="did you mean 'BottleneckAdapter'"):
+        lightning_peft.BottleneckAdaptor  # noqa: B018

@@ -19,6 +19,7 @@ from lightning_peft.data.sources import Row, read_files, read_hub
 if TYPE_CHECKING:
     from lightning_peft.tasks.task import Task
 
+MIN_LENGTH = 4  # tokens: two of text between those that begin and end it
 _SPLIT_SEED = 0
 _EMBEDDED = "docstrings"
 
@@ -70,7 +71,7 @@ class TextDataModule(LightningDataModule):
             "TextDataModule",
             [
                 *(f"{n} must be 1 or more, but got {v}" for n, v in numbers.items() if v is not None and v < 1),
-                f"max_length must be 4 or more, but got {max_length}" if max_length < 4 else None,
+                f"max_length must be {MIN_LENGTH} or more, but got {max_length}" if max_length < MIN_LENGTH else None,
                 f"validation_fraction must be above 0 and below 1, but got {validation_fraction}"
                 if not 0 < validation_fraction < 1
                 else None,
@@ -193,11 +194,16 @@ class TextDataModule(LightningDataModule):
         keys = sorted(groups)
         random.Random(_SPLIT_SEED).shuffle(keys)
         validation: list[Row] = []
-        while keys and len(validation) < self.validation_fraction * len(rows):
+        while len(keys) > 1 and len(validation) < self.validation_fraction * len(rows):
             validation += groups.pop(keys.pop())
         train = [row for row in rows if "\0".join(str(row[c]) for c in self.task.input_columns) in groups]
         if not train or not validation:
-            raise ValueError(f"{len(rows)} rows are too few to split into training and validation")
+            columns = " and ".join(repr(c) for c in self.task.input_columns)
+            what = "1 row is" if len(rows) == 1 else f"{len(rows)} rows that all have the same {columns} are"
+            raise ValueError(
+                f"{what} too few to split into training and validation: rows with equal inputs stay on one side; give "
+                "other rows, or validation_files"
+            )
         return train, validation
 
     def _encode(self, split: str, *, training: bool) -> list[dict[str, Any]]:

@@ -94,6 +94,31 @@ def test_equal_texts_never_land_on_both_sides_of_a_split(tmp_path, tokenizer_fol
     assert len(data.rows("train")) + len(data.rows("validation")) == 60
 
 
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["same"] * 20, "20 rows that all have the same 'text' are too few to split .* validation_files"),
+        (["one"], "1 row is too few to split"),
+        (["same"] * 19 + ["other"], None),
+    ],
+)
+def test_rows_that_cannot_be_split_say_that_their_inputs_are_equal(tmp_path, tokenizer_folder, texts, said):
+    import json
+
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "label": str(i % 2)}) + "\n" for i, t in enumerate(texts)))
+    data = TextDataModule(train_files=str(path))
+    data.connect(TextClassification(), AutoTokenizer.from_pretrained(tokenizer_folder))
+    if said is None:
+        data.setup("fit")
+        assert sorted(len(data.rows(split)) for split in ("train", "validation")) == [1, 19]
+        return
+    with pytest.raises(ValueError, match=said):
+        data.setup("fit")
+
+
 def test_wrong_numbers_are_all_named_at_once():
     with pytest.raises(ValueError, match=r"batch_size must be 1 or more, but got 0; .*max_length must be 4 or more"):
         TextDataModule(batch_size=0, max_length=1)
