@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from lightning_peft.analysis.called import program
 from lightning_peft.analysis.sizes import size
 from lightning_peft.formats.folder import PEFT_CONFIG
 from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, served_rank
@@ -17,9 +18,11 @@ from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, served_rank
 if TYPE_CHECKING:
     from lightning_peft.module import PeftModule
 
+_OF_ONE_METHOD = ("method", "optimizer", "seed", "ckpt_path", "run_dir")  # not to be carried into a sweep over methods
+
 
 def print_training(
-    monitor: str, score: float | None, best: Path | None, module: PeftModule, folder: Path, data: list[str]
+    monitor: str, score: float | None, best: Path | None, module: PeftModule, folder: Path, words: list[str]
 ) -> None:
     """Says what a run reached, where it lies, how small it is, and what to try next.
 
@@ -29,7 +32,7 @@ def print_training(
         best: the best checkpoint.
         module: the trained module.
         folder: the exported adapter.
-        data: the words of the command line that chose the data.
+        words: the words of the command line that made this run.
     """
     plan = module.adapter.plan
     shown_best, shown_folder = _short(best), _short(folder)
@@ -44,14 +47,26 @@ def print_training(
         )
     print(f"exported adapter     {shown_folder}")
     print(f"  its size           {size(_bytes(folder))} (the full model's weights: {size(4 * plan.total)})")
+    data = [w for w in words if _group(w) == "data"]
+    same_columns = [w for w in data if w.startswith(("data.columns", "data.max_length"))]
+    same_setting = [w for w in words if _group(w) not in _OF_ONE_METHOD]
+    new_data = ["data.predict_files=new.jsonl", *same_columns] if data else []
+    print(f"configuration        {_short(folder.parent / 'config.yaml')}")
     print("\nNext:")
-    same_data = "".join(f" {shlex.quote(word)}" for word in data)
-    new_data = " data.predict_files=new.jsonl" if data else ""
-    print(f"  lightning-peft eval adapter={shown_folder}{same_data}")
-    print(f"  lightning-peft predict adapter={shown_folder} output=predictions.jsonl{new_data}")
+    _print_command("eval", f"adapter={shown_folder}", *data)
+    _print_command("predict", f"adapter={shown_folder}", "output=predictions.jsonl", *new_data)
     if module.method.mergeable:
-        print(f"  lightning-peft export adapter={shown_folder} to=merged format=merged")
-    print("  lightning-peft -m method=lora,bitfit,houlsby,prompt_tuning seed=1,2")
+        _print_command("export", f"adapter={shown_folder}", "to=merged", "format=merged")
+    _print_command("-m", "method=lora,bitfit,houlsby,prompt_tuning", "seed=1,2", *same_setting)
+
+
+def _print_command(*words: str) -> None:
+    print(f"  {program()} {shlex.join(words)}")
+
+
+def _group(word: str) -> str:
+    """The group, or the option at the top, that a word of the command line is about."""
+    return word.lstrip("+~").partition("=")[0].partition(".")[0]
 
 
 def print_metrics(metrics: dict[str, float]) -> None:
