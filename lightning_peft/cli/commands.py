@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft.callbacks.epoch_lines import EpochLines
@@ -31,6 +32,7 @@ def train(config: DictConfig) -> float | None:
     """Trains, keeps the best checkpoint, exports the adapter; returns the monitored metric for a sweeper."""
     target = Path(config.run_dir) / "adapter"
     refuse_occupied(target)
+    _keep_config(config)
     epochs = config.trainer.get("max_epochs")
     if epochs is not None and epochs != -1 and epochs < 1:
         raise ValueError(f"trainer.max_epochs must be 1 or more, or -1 for no end, but got {epochs}")
@@ -61,8 +63,7 @@ def train(config: DictConfig) -> float | None:
     score = metrics.get(config.monitor) if reached is None else float(reached)
     _write_json(Path(config.run_dir) / "metrics.json", {**metrics, f"best/{config.monitor}": score})
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    data_words = [w for w in words if w.startswith(("data=", "data."))]
-    print_training(config.monitor, score, best, module, folder, data_words)
+    print_training(config.monitor, score, best, module, folder, list(words))
     return score
 
 
@@ -108,6 +109,7 @@ def export(config: DictConfig) -> Path:
         consumer_of(consumer, config.max_lora_rank)
         if config.format == "merged":
             raise ValueError(f"for={consumer} is a form of the adapter; leave it out for format=merged, a whole model")
+    _keep_config(config)
     module = load(config.adapter)
     folder = Path(config.to)
     if config.format == "merged":
@@ -140,6 +142,7 @@ def load(path: str) -> PeftModule:
 
 
 def _ready(config: DictConfig) -> tuple[PeftModule, TextDataModule, L.Trainer]:
+    _keep_config(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     module = load(config.adapter)
     data: TextDataModule = instantiate(config.data, _convert_="all")
@@ -165,6 +168,7 @@ def _trainer(config: DictConfig) -> L.Trainer:
         callbacks.append(EpochLines())
     loggers = [instantiate(c, _convert_="all") for c in (config.get("logger") or {}).values()]
     options = dict(config.trainer)
+    options["precision"] = _precision(options["precision"])
     if options["enable_progress_bar"] is None:
         options["enable_progress_bar"] = watched
     if options["enable_progress_bar"]:
@@ -175,6 +179,18 @@ def _trainer(config: DictConfig) -> L.Trainer:
     return cast(L.Trainer, instantiate(options, callbacks=callbacks, logger=loggers or False, _convert_="all"))
 
 
+def _precision(given: str | int | None) -> str | int | None:
+    """Lightning takes short names too, with a warning, and has the mixed kind for two that could be either."""
+    kinds = {"16": ("16-mixed", "16-true"), "bf16": ("bf16-mixed", "bf16-true")}
+    if str(given) in kinds:
+        mixed, true = kinds[str(given)]
+        raise ValueError(
+            f"trainer.precision={given} could be {mixed} (weights in 32 bits) or {true} (the base's weights in 16 bits "
+            "too); write one of them"
+        )
+    return {"32": "32-true", "64": "64-true"}.get(str(given), given)
+
+
 def _existing(path: str | None) -> str | None:
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"ckpt_path={path}: there is no such checkpoint")
@@ -183,6 +199,19 @@ def _existing(path: str | None) -> str | None:
     return path
 
 
+@rank_zero_only
+def _keep_config(config: DictConfig) -> None:
+    """Writes what the run was made with, every reference to another value replaced by that value."""
+    _write(Path(config.run_dir) / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write(path: Path, content: str) -> None:
+    """Under a temporary name first: whoever reads it meanwhile gets the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(content, encoding="utf-8")
+    scratch.replace(path)

@@ -51,6 +51,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # a run that goes on has a folder of its own
+    warnings.filterwarnings("ignore", message="The dirpath has changed from .*")
     program = sys.argv[0]
     # argparse takes flags before the overrides only; people write them anywhere
     flags.sort(key=lambda a: a not in ("-m", "--multirun"))

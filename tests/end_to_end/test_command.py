@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,12 +35,18 @@ def words(tmp_path, bert_folder):
 @pytest.mark.slow
 def test_train_eval_predict_and_export_go_together(tmp_path, words):
     said = run(*words, "method.r=2", "hydra.run.dir=run", cwd=tmp_path).stdout
-    for expected in ("validation accuracy", "run/checkpoints/best.ckpt", "run/adapter", "lightning-peft predict"):
+    for expected in ("validation accuracy", "run/checkpoints/best.ckpt", "run/adapter", "run/config.yaml"):
         assert expected in said
-    (printed,) = [line.split()[1:] for line in said.splitlines() if line.startswith("  lightning-peft eval")]
-    assert "val/accuracy" in run(*printed, cwd=tmp_path).stdout
+    printed = [shlex.split(line) for line in said.partition("Next:")[2].splitlines() if line]
+    evaluate, predict, _, sweep = printed
+    done = subprocess.run(evaluate, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "val/accuracy" in done.stdout, done.stderr
+    assert "data.columns.text=sentence" in predict
+    assert set(words) <= set(sweep), "the same model and data"
+    assert "method.r=2" not in sweep
     folder = tmp_path / "run"
-    assert yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())["method"]["r"] == 2
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (kept["method"]["r"], kept["data"]["seed"], kept["trainer"]["default_root_dir"]) == (2, 0, str(folder))
     assert "val/accuracy" in json.loads((folder / "metrics.json").read_text())
     assert "val/loss" in (folder / "logs" / "metrics.csv").read_text()
     assert (folder / "adapter" / "adapter_config.json").exists()
@@ -94,7 +101,7 @@ def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path,
     run(*words, "-m", "method=bitfit,prompt_tuning", "trainer.max_epochs=1", "hydra.sweep.dir=sweep", cwd=tmp_path)
     for number, method in (("0", "Selective"), ("1", "PromptTuning")):
         folder = tmp_path / "sweep" / number
-        assert method in yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())["method"]["_target_"]
+        assert method in yaml.safe_load((folder / "config.yaml").read_text())["method"]["_target_"]
         assert (folder / "metrics.json").exists()
         assert (folder / "adapter" / "adapter_model.safetensors").exists()
 
@@ -157,7 +164,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, words):
             going.send_signal(signal.SIGINT)
             break
     said, complained = going.communicate(timeout=60)
-    assert "Go on with:  lightning-peft" in said, complained
+    assert f"Go on with:  {shlex.join(COMMAND)} {shlex.join(words[:2])}" in said, complained
     saved = tmp_path / "run" / "checkpoints" / "interrupted.ckpt"
     steps = torch.load(saved, weights_only=True)["global_step"]
     assert steps > 0
@@ -165,6 +172,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, words):
         *words, "trainer.max_epochs=2000", f"trainer.max_steps={steps + 12}", f"ckpt_path={saved}", cwd=tmp_path
     )
     assert "validation accuracy" in resumed.stdout
+    assert "dirpath has changed" not in resumed.stderr, "it does in a new run's folder, as it should"
 
 
 @pytest.mark.slow
@@ -275,6 +283,8 @@ def test_entries_of_dictionaries_and_options_of_swept_methods_are_given_like_any
         (["data=files", "data.train_files=texts.jsonl"], "has no column 'text'; did you mean"),
         (["method.target_modules=[qurey]"], "'qurey' matches no module; did you mean 'query'"),
         (["trainer.max_epochs=0"], "trainer.max_epochs must be 1 or more, or -1 for no end, but got 0"),
+        (["trainer.precision=bf16"], "trainer.precision=bf16 could be bf16-mixed (weights in 32 bits) or bf16-true"),
+        (["trainer.precision=16"], "trainer.precision=16 could be 16-mixed"),
         (["optimizer.lr=-1"], "optimizer.lr must be above 0, but got -1"),
         (["data=files", "data.train_files=empty.jsonl"], "row 2 has nothing in the column 'label'"),
         (["ckpt_path=texts.jsonl"], "texts.jsonl (27 bytes) is no checkpoint, or one that is cut short"),
