@@ -332,6 +332,17 @@ def test_help_shows_commands_with_examples_and_all_groups(tmp_path):
         assert expected in said
 
 
+@pytest.mark.parametrize(
+    "words", [["--cfg", "job", "seed=7"], ["seed=7", "-c", "job"], ["eval", "--cfg", "job", "seed=7"]]
+)
+def test_the_configuration_is_shown_as_the_help_says(monkeypatch, capsys, words):
+    from lightning_peft.cli.main import main
+
+    monkeypatch.setattr(sys, "argv", ["lightning-peft", *words])
+    main()
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
+
+
 def test_every_method_yaml_holds_what_its_dataclass_holds(tmp_path):
     """The same options, in the same order, with the defaults of one preset."""
     from dataclasses import fields
