@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 _NOTHING = object()
+_OPEN = ("method.config",)  # entries by the names of another package, beside those that its file has
 _WORDS_TOO = ("trainer.devices",)  # Lightning takes a number, a list and "auto"
 
 Options = dict[str, Any]
@@ -158,10 +159,14 @@ def _groups(options: Options) -> dict[str, str]:
 
 
 def _is_free(options: Options, key: str) -> bool:
-    """Whether a name is, or lies in, a dictionary that its file leaves empty; a group without options is none."""
+    """Whether a name is, or lies in, a dictionary that takes any entry: its file leaves it empty, or it is `_OPEN`.
+
+    A group without options is none.
+    """
     parts = key.split(".")
     places = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    return any(_value(options, place) == {} for place in places if place not in _groups(options))
+    values = {place: _value(options, place) for place in places if place not in _groups(options)}
+    return any(value == {} or (isinstance(value, dict) and place in _OPEN) for place, value in values.items())
 
 
 def _problem_of(command: str, words: list[Override], chosen: list[str], compose: Compose, asks: bool) -> str | None:

@@ -85,7 +85,7 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
 @pytest.mark.slow
 def test_a_tuner_of_peft_trains_evaluates_and_merges_like_any_method(tmp_path, words):
     pytest.importorskip("peft")
-    bridge = ["method=hf_peft", "method.config.peft_type=HRA", "+method.config.r=4"]
+    bridge = ["method=hf_peft", "method.config.peft_type=HRA", "method.config.r=4"]
     run(*words, *bridge, "trainer.max_epochs=1", "hydra.run.dir=run", cwd=tmp_path)
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["peft_type"] == "HRA"
     data = ["data=files", "data.train_files=texts.jsonl", "data.columns.text=sentence"]
@@ -247,6 +247,8 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(monkeypatch, capsys, w
         (["generation={num_beams: 2}", "+generation.max_length=9"], "generation", {"num_beams": 2, "max_length": 9}),
         (["model.config={hidden_dropout_prob: 0.2}"], "model.config", {"hidden_dropout_prob": 0.2}),
         (["model.config.rope.factor=2"], "model.config", {"rope": {"factor": 2}}),
+        (["method=hf_peft", "method.config.r=8"], "method.config", {"peft_type": "LORA", "r": 8}),
+        (["method=hf_peft", "method.config={peft_type: HRA, r: 8}"], "method.config", {"peft_type": "HRA", "r": 8}),
         (["-m", "method.rank_pattern.query=4,8"], "method.rank_pattern", {"query": 4}),
         (["-m", "method=p_tuning,prompt_tuning", "method.num_virtual_tokens=5"], "method.num_virtual_tokens", 5),
         (["-m", "method=glob(lora*)", "method.r=3"], "method.r", 3),
@@ -272,8 +274,7 @@ def test_entries_of_dictionaries_and_options_of_swept_methods_are_given_like_any
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["method=hf_peft", "method.config.r=8"], "to add it, write +method.config.r=..."),
-        (["method=hf_peft", "+method.config.rr=8"], "LORA has no option 'rr'; did you mean 'r'"),
+        (["method=hf_peft", "method.config.rr=8"], "LORA has no option 'rr'; did you mean 'r'"),
         (["method=hf_peft", "method.config.peft_type=HRR"], "is none of the installed peft's; did you mean 'HRA'"),
         (["method.r=0"], "r must be a whole number of 1 or more, but got 0"),
         (["method.lora_dropout=-0.5"], "lora_dropout must be at least 0"),
