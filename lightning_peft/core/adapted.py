@@ -14,7 +14,7 @@ from torch.nn import Linear, Module, Parameter
 from lightning_peft.core.generated import SITE, adapted_class
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.routing import Routing, Switch, bind
-from lightning_peft.core.rows import Rows, join, refuse_indivisible, take
+from lightning_peft.core.rows import Rows, join, refuse_handing_on, refuse_indivisible, take
 from lightning_peft.core.view import with_tensors
 
 
@@ -142,6 +142,9 @@ class Site:
         """Each example through the layer of its own adapter, the original forward once for all of them."""
         if not any(name in self.layers for name in rows.names):
             return self.base(*args, **kwargs)
+        handing_on = [self.layers[n] for n in rows.names if n in self.layers and not self.layers[n].divisible]
+        if handing_on:
+            refuse_handing_on(self.base.module, handing_on[0])
         split = rows.split(self.base.module, args, kwargs)
         whole = _Once(functools.partial(self.base, *args, **kwargs))
         outputs, parts = [], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,13 @@ class AdapterLayer(Module):
 
     Trained parameters stay float32 whatever the base is cast to: a true 16-bit precision plugin converts a
     model *after* its weights were restored, so anything else would be rounded at every resume.
+
+    Attributes:
+        divisible: whether the layer may see some examples of a batch and another the others: not where layers of an
+            adapter hand something on from one to the next.
     """
+
+    divisible: ClassVar[bool] = True
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs ``base``, the module's original forward or the next inner layer, and adds to what it gives."""

@@ -119,6 +119,19 @@ def join(module: Module, parts: Sequence[Any], split: Split) -> Any:
     _refuse(module, f"gives each adapter a {type(first).__name__} of its own (for caches pass use_cache=False)")
 
 
+def refuse_handing_on(module: Module, layer: Module) -> None:
+    """Refuses a layer that hands something on to others of its adapter, which parting the batch would cut.
+
+    Args:
+        module: the adapted module, for errors.
+        layer: the layer.
+
+    Raises:
+        RuntimeError: always.
+    """
+    _refuse(module, f"has a layer ({type(layer).__name__.lstrip('_')}) that hands on from layer to layer")
+
+
 def refuse_indivisible(module: Module, inputs: Any, rows: int) -> None:
     """Refuses inputs of which a part of the examples cannot have a part.
 

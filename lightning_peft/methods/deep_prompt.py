@@ -85,6 +85,8 @@ class DeepPrompt:
 class _FirstPrompt(VirtualEmbedding):
     """The first layer's ``prompt: (n, hidden)``, as embeddings of virtual tokens."""
 
+    divisible: ClassVar[bool] = False
+
     def __init__(self, n: int, embedding: Embedding) -> None:
         super().__init__()
         with torch.no_grad():
@@ -98,6 +100,8 @@ class _FirstPrompt(VirtualEmbedding):
 
 class _LaterPrompt(AdapterLayer):
     """A further layer's ``prompt: (n, hidden)`` in place of what the layer before made at these positions."""
+
+    divisible: ClassVar[bool] = False
 
     def __init__(self, start: Tensor, prompt_at: PerForward[Tensor]) -> None:
         super().__init__()

@@ -182,6 +182,8 @@ class _Rung(AdapterLayer):
     the state that it had.
     """
 
+    divisible: ClassVar[bool] = False
+
     def __init__(self, ladder: _Ladder, device: torch.device, mixes: bool, *, first: bool, last: bool) -> None:
         super().__init__()
         self.ladder = ladder

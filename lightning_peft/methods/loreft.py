@@ -136,6 +136,8 @@ def edit(h: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
 class _Edit(AdapterLayer):
     """One layer's edits; ``groups`` is 2 where the two ends of a prompt have weights of their own."""
 
+    divisible: ClassVar[bool] = False
+
     def __init__(
         self, method: LoReFT, module: Module, hidden: int, groups: int, chosen: PerForward[Chosen] | None
     ) -> None:

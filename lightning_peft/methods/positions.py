@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,8 @@ class FindPositions(AdapterLayer):
         ends: how many tokens at either end.
         shared: one group for both ends, or one each.
     """
+
+    divisible: ClassVar[bool] = False
 
     def __init__(self, method: str, reader: Any, ends: Ends, *, shared: bool) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ from lightning_peft import (
     adapt,
     adapter_names,
 )
-from tests.method_table import CASES, IDS
+from tests.method_table import CASES, IDS, shown_data
 
 NAMES = ["a", "b", "a", None, "b"]
 # float32 products of the same numbers in batches of other sizes
@@ -36,6 +36,10 @@ def inputs(name, rows):
         return {"x": torch.randn(rows, 3, 9, 9, generator=generator)}
     if name == "encoder":
         return {"x": torch.randn(rows, 6, 32, generator=generator)}
+    if name == "volumes":
+        return {"x": torch.randn(rows, 2, 5, 7, 6, generator=generator)}
+    if name == "vit":
+        return {"pixel_values": torch.randn(rows, 3, 12, 12, generator=generator)}
     ids = torch.randint(3, 97, (rows, 7), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
@@ -72,13 +76,13 @@ def two(model, first, second, perturb):
 @pytest.mark.parametrize(("row", "name"), CASES, ids=IDS)
 def test_each_example_gets_what_it_gets_alone(row, name, build, perturb):
     model = build(name)
-    perturb(adapt(model, row.make(), "a"), 0.1)
+    perturb(shown_data(adapt(model, row.make(), "a")), 0.1)
     if Adapter(model, "a").tree.record.in_place:
         with pytest.raises(ValueError, match="of the base in place, for all examples alike"), adapter_names(model, "a"):
             pass
         return
     torch.manual_seed(5)
-    perturb(adapt(model, row.make(), "b"), -0.2)
+    perturb(shown_data(adapt(model, row.make(), "b")), -0.2)
     batch = inputs(name, len(NAMES))
     expected = alone(model, batch, NAMES)
     activate(model, "b")

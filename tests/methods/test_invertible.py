@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft import BottleneckAdapter, adapt, load_adapter
-from lightning_peft.core.adapters import switch_of
+from lightning_peft import BottleneckAdapter, activate, adapt, load_adapter
 from lightning_peft.methods.invertible import couple, uncouple
 
 ENDS = {
@@ -161,7 +160,7 @@ def test_the_head_reads_what_was_embedded_whatever_the_block_has_learnt(perturb)
         _double(adapter)
     torch.testing.assert_close(model(ids), base, rtol=0, atol=1e-12)
     # with both active the second block comes after the first, so its inverse comes before the first's
-    switch_of(model).active = ("one", "two")
+    activate(model, "one", "two")
     torch.testing.assert_close(model(ids), base, rtol=0, atol=1e-12)
     read = []
     model.mlp.register_forward_pre_hook(lambda m, args: read.append(args[0]))

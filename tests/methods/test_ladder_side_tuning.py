@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_peft import Adapter, LadderSideTuning, LoRA, adapt
-from lightning_peft.core.adapters import switch_of
+from lightning_peft import Adapter, LadderSideTuning, LoRA, activate, adapt
 
 STACKS = {
     "bert": "bert.encoder.layer",
@@ -201,7 +200,7 @@ def test_two_ladders_run_together_and_both_train(build, call, perturb):
     perturb(one)
     one.activate()
     alone = call(model, "gpt2")
-    switch_of(model).active = ("one", "two")
+    activate(model, "one", "two")
     assert torch.equal(call(model, "gpt2"), alone)  # the second starts at nothing
     perturb(two)
     together = call(model, "gpt2")
@@ -219,7 +218,7 @@ def test_a_ladder_stands_on_what_other_adapters_make_of_the_backbone(build, call
     with_lora = call(model, "llama")
     adapt(model, LadderSideTuning(), "ladder")
     assert not torch.equal(call(model, "llama"), with_lora)
-    switch_of(model).active = ("lora", "ladder")
+    activate(model, "lora", "ladder")
     assert torch.equal(call(model, "llama"), with_lora)
 
 

@@ -179,7 +179,7 @@ def test_p_tuning_trains_as_it_does_in_peft(kind, name, build, call):
 
 
 def test_options_that_are_not_supported_are_refused_by_name(build, tmp_path):
-    config = peft.LoraConfig(r=4, trainable_token_indices=[1], target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, alora_invocation_tokens=[1], target_modules="all-linear", task_type="CAUSAL_LM")
     peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"trainable_token_indices=\[1\], which is not supported"):
+    with pytest.raises(ValueError, match=r"alora_invocation_tokens=\[1\], which is not supported"):
         load_adapter(build("llama"), tmp_path / "a")

@@ -54,7 +54,7 @@ def _pair(build, perturb, method, name, tmp_path, scale=0.05):
     adapter = shown_data(adapt(ours, method))
     perturb(adapter, scale)
     adapter.save(tmp_path / "a")
-    prompt = hasattr(method, "num_virtual_tokens")
+    prompt = "num_virtual_tokens" in {**vars(method), **getattr(method, "config", {})}
     theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "a", is_trainable=not prompt)
     if prompt:  # peft loads prompts for inference alone
         theirs.prompt_encoder.requires_grad_(True)
