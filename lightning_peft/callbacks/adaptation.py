@@ -15,7 +15,7 @@ from lightning_peft.core.inject import keep_float32
 from lightning_peft.core.method import Method
 from lightning_peft.core.partial_state import PartialState
 from lightning_peft.core.problems import nearest
-from lightning_peft.formats.folder import base_description, refuse_another_base
+from lightning_peft.formats.base_identity import base_description, refuse_another_base
 from lightning_peft.handle import Adapter, adapt
 from lightning_peft.methods.config import method_to_config
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from torch.nn import Module
 
 from lightning_peft.core.adapters import Adapters, require_adapters
-from lightning_peft.core.inject import base_tensors, freeze_statistics
+from lightning_peft.core.inject import base_tensors
 from lightning_peft.core.routing import Routing
 from lightning_peft.core.rows import Rows
+from lightning_peft.core.statistics import freeze_statistics
 
 
 def activate(model: Module, *names: str) -> None:

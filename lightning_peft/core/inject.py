@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn import Module, MultiheadAttention, TransformerEncoder, TransformerEncoderLayer
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_peft.core.adapted import Site, attach, detach, site_of
 from lightning_peft.core.adapters import Adapters, adapters_of, refuse_in_use, tree_of
@@ -18,6 +17,7 @@ from lightning_peft.core.matching import base_modules, class_of, is_within, matc
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
 from lightning_peft.core.routing import Switch
+from lightning_peft.core.statistics import freeze_statistics, moving_statistics
 from lightning_peft.core.tree import AdapterTree, Record
 
 
@@ -61,7 +61,7 @@ def inject(model: Module, method: Method, name: str = "default", *, also_in_plac
     originals = None
     if placement.keep_originals:
         tensors = base_tensors(model)
-        moving = [*in_place, *_moving_statistics(model, in_place)]
+        moving = [*in_place, *moving_statistics(model, in_place)]
         originals = {n: tensors[n].detach().clone() for n in moving}
     record = Record(method, sorted(placement.layers), copies, new, in_place, originals)
     tree = AdapterTree(record, layers)
@@ -142,21 +142,6 @@ def base_tensors(model: Module) -> dict[str, torch.Tensor]:
     inside = set() if adapters is None else {id(b) for b in adapters.buffers()}
     buffers = {n: b for n, b in model.named_buffers() if id(b) not in inside}
     return {**_base_parameters(model), **buffers}
-
-
-def _moving_statistics(model: Module, in_place: list[str]) -> list[str]:
-    """Running statistics of the batch norms that train: they move with the parameters."""
-    owners = {n.rpartition(".")[0] for n in in_place}
-    return [
-        f"{name}.{buffer}" if name else buffer
-        for name, module in base_modules(model).items()
-        if name in owners and _has_statistics(module)
-        for buffer in module._buffers
-    ]
-
-
-def _has_statistics(module: Module) -> bool:
-    return isinstance(module, _NormBase) and module.track_running_stats
 
 
 def _checked_adapters(model: Module, name: str) -> Adapters | None:
@@ -312,26 +297,6 @@ def _make_float32(module: Module, site: Site) -> None:
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             site.base.cast_to = parameter.dtype
             parameter.data = parameter.data.float()
-
-
-def freeze_statistics(model: Module, adapters: Adapters) -> None:
-    """Keeps batch norms that do not train in eval mode: their running statistics are part of the base.
-
-    Args:
-        model: the root.
-        adapters: its adapters.
-    """
-    for module in base_modules(model).values():
-        if _has_statistics(module):
-            trains = any(p.requires_grad for p in module.parameters(recurse=False))
-            site = site_of(module)
-            if trains:
-                if site is not None and site.frozen_statistics:
-                    site.frozen_statistics = False
-                    module.train(model.training)
-                continue
-            attach(module, adapters.switch).frozen_statistics = True
-            module.eval()
 
 
 def _leave_fused_path(model: Module, adapters: Adapters) -> None:

@@ -21,9 +21,9 @@ from lightning_peft.core.adapters import tree_of
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import Record
+from lightning_peft.formats.base_identity import base_description
 from lightning_peft.formats.folder import (
     PEFT_CONFIG,
-    base_description,
     file_tensors,
     refuse_occupied,
     write_json,

@@ -8,27 +8,32 @@ arXiv 2402.09353); A stays as drawn (LoRA-FA, arXiv 2308.03303); other starts (`
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module, MultiheadAttention
+from torch.nn import Module, MultiheadAttention
 
 from lightning_peft.core.adapted import site_of
 from lightning_peft.core.layer import AdapterLayer
-from lightning_peft.core.matching import class_of, is_conv1d
+from lightning_peft.core.matching import is_conv1d
 from lightning_peft.core.method import Placement
 from lightning_peft.core.options import check_types
-from lightning_peft.core.problems import nearest, raise_problems, refuse_unknown
+from lightning_peft.core.problems import raise_problems, refuse_unknown
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import target_names
 from lightning_peft.methods.lora_eva import input_directions
 from lightning_peft.methods.lora_experts import owner_of, parameter_layers, parameter_names, peft_place
 from lightning_peft.methods.lora_init import doubled, halved, is_apart, known_start
 from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, layer_for
+from lightning_peft.methods.lora_targets import (
+    biases_to_train,
+    own_value,
+    refuse_beyond_linear,
+    refuse_idle_patterns,
+)
 from lightning_peft.methods.trainable_tokens import token_layers, token_places, token_problem
 
 
@@ -165,12 +170,12 @@ class LoRA:
 
     def rank(self, name: str) -> int:
         """The rank for the module of that name."""
-        return int(_own(self.rank_pattern, name, self.r))
+        return int(own_value(self.rank_pattern, name, self.r))
 
     def scale(self, name: str) -> float:
         """The factor ``s`` on the change of the module of that name."""
         r = self.rank(name)
-        return float(_own(self.alpha_pattern, name, self.lora_alpha)) / (math.sqrt(r) if self.use_rslora else r)
+        return float(own_value(self.alpha_pattern, name, self.lora_alpha)) / (math.sqrt(r) if self.use_rslora else r)
 
     def place(self, model: Module) -> Placement:
         """A low-rank layer for each matched module.
@@ -190,11 +195,14 @@ class LoRA:
             names = target_names(model, self, self.target_modules, lambda m: layer_for(m) is not None, kinds)
         parameters = parameter_names(model, self.target_parameters, names)
         there = [*names, *parameters]
-        for option, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            idle = [p for p in pattern if not any(_names(p, n) for n in there)]
-            if idle:
-                raise ValueError(f"{option}: {idle[0]!r} names none of the target modules{nearest(idle[0], there)}")
-        self._refuse_beyond_linear(model, names)
+        refuse_idle_patterns({"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}, there)
+        linear_only = {
+            "use_dora=True": self.use_dora,
+            "lora_bias=True": self.lora_bias,
+            "lora_fa=True": self.lora_fa,
+            f"init_lora_weights={self.init_lora_weights!r}": self.starts_apart or self.needs_data,
+        }
+        refuse_beyond_linear(model, names, [option for option, given in linear_only.items() if given])
         layers: dict[str, AdapterLayer] = {}
         for name in names:
             module = model.get_submodule(name)
@@ -211,7 +219,7 @@ class LoRA:
                     "beside them; exclude it, or name it once"
                 )
             layers |= rows
-        return Placement(layers, in_place=self._biases(model, names))
+        return Placement(layers, in_place=biases_to_train(model, names, self.bias))
 
     def _tokens(self) -> list[tuple[list[str] | None, list[int]]]:
         """Where rows of tokens train, None being the input embedding, and of which tokens."""
@@ -219,30 +227,6 @@ class LoRA:
         if isinstance(given, dict):
             return [([name], ids) for name, ids in given.items()]
         return [] if given is None else [(None, given)]
-
-    def _refuse_beyond_linear(self, model: Module, names: Sequence[str]) -> None:
-        given = {
-            "use_dora=True": self.use_dora,
-            "lora_bias=True": self.lora_bias,
-            "lora_fa=True": self.lora_fa,
-            f"init_lora_weights={self.init_lora_weights!r}": self.starts_apart or self.needs_data,
-        }
-        asked = [k for k, v in given.items() if v]
-        for name in names if asked else ():
-            module = model.get_submodule(name)
-            if not (isinstance(module, Linear) or is_conv1d(module)):
-                raise ValueError(
-                    f"LoRA: {asked[0]} is for Linear and Conv1D, but {name!r} is a {class_of(module).__name__}; "
-                    "exclude it"
-                )
-
-    def _biases(self, model: Module, names: Sequence[str]) -> list[str]:
-        if self.bias == "none":
-            return []
-        biases = [n for n, _ in model.named_parameters() if n.rpartition(".")[2].endswith("bias")]
-        if self.bias == "all":
-            return biases
-        return [n for n in biases if any(n.startswith(f"{name}.") for name in names)]
 
     def peft_config(self, model: Module, placed: Sequence[str]) -> dict[str, Any]:
         """The fields of ``adapter_config.json``; the targets are written as resolved names."""
@@ -324,11 +308,3 @@ class LoRA:
 
 
 _STARTS = "True, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_<iterations>', 'eva'"
-
-
-def _names(pattern: str, name: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-
-
-def _own(patterns: dict[str, Any], name: str, default: float) -> float:
-    return next((value for pattern, value in patterns.items() if _names(pattern, name)), default)

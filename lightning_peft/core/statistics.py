@@ -1,0 +1,50 @@
+"""Running statistics of batch norms: those of the base stay, those that train are kept."""
+
+from __future__ import annotations
+
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_peft.core.adapted import attach, site_of
+from lightning_peft.core.adapters import Adapters
+from lightning_peft.core.matching import base_modules
+
+
+def moving_statistics(model: Module, in_place: list[str]) -> list[str]:
+    """Names of the running statistics of the batch norms that train: they move with the parameters.
+
+    Args:
+        model: the root.
+        in_place: names of the parameters that train in place.
+    """
+    owners = {n.rpartition(".")[0] for n in in_place}
+    return [
+        f"{name}.{buffer}" if name else buffer
+        for name, module in base_modules(model).items()
+        if name in owners and _has_statistics(module)
+        for buffer in module._buffers
+    ]
+
+
+def _has_statistics(module: Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats
+
+
+def freeze_statistics(model: Module, adapters: Adapters) -> None:
+    """Keeps batch norms that do not train in eval mode: their running statistics are part of the base.
+
+    Args:
+        model: the root.
+        adapters: its adapters.
+    """
+    for module in base_modules(model).values():
+        if _has_statistics(module):
+            trains = any(p.requires_grad for p in module.parameters(recurse=False))
+            site = site_of(module)
+            if trains:
+                if site is not None and site.frozen_statistics:
+                    site.frozen_statistics = False
+                    module.train(model.training)
+                continue
+            attach(module, adapters.switch).frozen_statistics = True
+            module.eval()

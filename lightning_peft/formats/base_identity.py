@@ -1,0 +1,57 @@
+"""Which base a saved adapter belongs to, and whether a model is that base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.nn import Module
+
+from lightning_peft.core.adapters import require_adapters
+from lightning_peft.core.fingerprint import fingerprint, same_structure, saved_parameters
+
+
+def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
+    """The base's name, revision and fingerprint, and what that leaves out because it is saved, in plain values.
+
+    Args:
+        model: the adapted model.
+        names: the adapters that are saved.
+    """
+    config = getattr(model, "config", None)
+    adapters = require_adapters(model, names := list(names))
+    without = saved_parameters(adapters, names)
+    return {
+        "name": getattr(config, "name_or_path", None) or None,
+        "revision": getattr(config, "_commit_hash", None),
+        "fingerprint": fingerprint(adapters.base_digests, without),
+        "without": without,
+    }
+
+
+def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
+    """Compares a saved adapter's base with the model that is to take it.
+
+    Args:
+        model: the model, adapted.
+        base: as `base_description` gave it.
+        made: what was made on which base, for the error, such as ``"the checkpoint was made"``.
+
+    Raises:
+        ValueError: if the base is another one.
+    """
+    digests = require_adapters(model).base_digests
+    saved, mine = base["fingerprint"], fingerprint(digests, base["without"])
+    if saved is None or mine is None or saved == mine:
+        return
+    named = f"{base['name']} with " if base["name"] else ""
+    lost = [n for n in base["without"] if n not in digests]
+    if same_structure(saved, mine):
+        why = (
+            "names and shapes agree, values do not: load the same weights; what starts at random values each time, "
+            "such as a head, has to be trained and saved (modules_to_save)"
+        )
+    else:
+        why = "names or shapes differ: build the model with the same sizes, and adapt the same part of it"
+        why += f"; {lost[0]!r}, which is trained in full there, does not exist here" if lost else ""
+    raise ValueError(f"{made} on another base: {named}fingerprint {saved}, but this model has {mine}; {why}")
