@@ -38,7 +38,7 @@ class Worse(L.LightningModule):
 def _callbacks(tmp_path):
     names = {"run_dir": str(tmp_path), "monitor": "accuracy", "mode": "max"}
     config = OmegaConf.merge(names, {"callbacks": OmegaConf.load(CALLBACKS)})
-    return [instantiate(c) for c in config.callbacks.values()]
+    return [instantiate(config.callbacks[name]) for name in ("checkpoint", "last")]
 
 
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")
