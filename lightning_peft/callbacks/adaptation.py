@@ -46,19 +46,18 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
         ValueError: if the submodule does not exist, or another method or submodule was adapted before.
     """
     root = _submodule(module, path)
-    existing = existing_adapter(module, method, path, name)
-    if existing is not None:
-        return existing
+    adapter = existing_adapter(module, method, path, name)
     precision = module._trainer.precision_plugin if module._trainer is not None else None
     with default_dtype(torch.float32):
-        if precision is not None:
+        if precision is not None and adapter is None:
             # What a plugin replaces or casts, it must have replaced before: a layer that it exchanges after the
             # injection would lose its adapter (BitsandbytesPrecision), a cast weight its float32 copy.
             precision.convert_module(root)
-        adapter = adapt(root, method, name)
+        adapter = adapter or adapt(root, method, name)
         if isinstance(precision, HalfPrecision):
             keep_float32(module, outside=root)
-    PartialState(module, path)
+    if not any(isinstance(hook, PartialState) for hook in module._state_dict_hooks.values()):
+        PartialState(module, path)
     return adapter
 
 
@@ -112,6 +111,7 @@ def checkpoint_record(root: Module, path: str, state: dict[str, Any]) -> dict[st
         "base": base_description(root, adapters),
         "tensors": sorted(state),
         "trained": _trained(root),
+        "prepared": {n: tree.record.prepared for n, tree in adapters.trees.items()},
         "random_state": random_state(),
     }
 
@@ -145,8 +145,8 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
     lost = sorted(set(record["tensors"]) - set(checkpoint["state_dict"]))
     if lost:
         raise ValueError(f"the checkpoint lacks {len(lost)} of the tensors that it lists, such as {lost[0]}")
-    for tree in adapters.trees.values():
-        tree.record.prepared = True
+    for name, tree in adapters.trees.items():
+        tree.record.prepared = record["prepared"][name]
 
 
 def _differences(saved: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any]]) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from lightning_peft.callbacks.randomness import random_state, restore_random_state
@@ -47,7 +49,9 @@ def prepare(trainer: Trainer, module: LightningModule, adapter: Adapter) -> None
 
 
 def _losses(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[], Tensor]]:
-    for number, batch in enumerate(cast(Any, trainer.train_dataloader)):
+    # several loaders give one batch together; the loop's own iterators are left alone
+    loop = cast(Any, trainer.fit_loop)._combined_loader
+    for batch, number, _ in CombinedLoader(loop.iterables, loop._mode):
         here = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
         yield functools.partial(_loss, trainer, module, here, number)
 
@@ -58,7 +62,9 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, number: int) ->
     module.__dict__.update(silent)
     try:
         with trainer.precision_plugin.train_step_context():
-            output: Any = module.training_step(batch, number)
+            # Lightning hands the number on only to a step that takes one
+            numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+            output: Any = module.training_step(*((batch, number) if numbered else (batch,)))
     finally:
         for name in silent:
             del module.__dict__[name]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
-from torch.nn import Module, ModuleDict, Parameter
+from torch import Tensor
+from torch.nn import Module, ModuleDict
 
 from lightning_peft.core.problems import nearest
 from lightning_peft.core.routing import Switch
@@ -28,7 +29,7 @@ class Adapters(ModuleDict):
         self.switch = Switch()
         self.requires_grad_before: dict[str, bool] = {}
         self.merged: dict[str, bool] = {}
-        self.originals: dict[str, Parameter] = {}
+        self.originals: dict[str, Tensor] = {}
         self.base_digests: dict[str, tuple[str, str | None]] = {}
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.inject import base_tensors, kept_originals
@@ -37,7 +37,8 @@ def disabled(model: Module) -> Iterator[None]:
         trained = {n: tensors[n].data for n, _ in originals}
         adapters.switch.active = ()
         for name, value in originals:
-            tensors[name].data = value
+            # statistics move in training mode, and what is kept must not move with them
+            tensors[name].data = value if isinstance(tensors[name], Parameter) else value.clone()
         try:
             yield
         finally:

@@ -59,6 +59,10 @@ class AdapterLayer(Module):
         """
         return None
 
+    def replaced(self) -> dict[str, Tensor]:
+        """The module's buffers that merging puts others in place of, by dotted name below the module."""
+        return {}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLayer:
         super()._apply(moved_only(fn), recurse)  # type: ignore[no-untyped-call]
         return self
@@ -102,6 +106,10 @@ class SavedModule(AdapterLayer):
         """The difference between the copy and the module it stands for."""
         originals = dict(module.named_parameters())
         return {n: p.detach() - originals[n].detach().float() for n, p in self.named_parameters()}
+
+    def replaced(self) -> dict[str, Tensor]:
+        """The copy's buffers: running statistics moved while it trained."""
+        return dict(self.named_buffers())
 
 
 def compute_dtype(base: Callable[..., Any]) -> torch.dtype | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -188,7 +189,7 @@ def _make_merged(model: Module, adapters: Adapters, names: Sequence[str]) -> Non
 
 def _changed(
     model: Module, adapters: Adapters, names: Sequence[str], places: Iterable[str]
-) -> Iterator[tuple[str, Parameter]]:
+) -> Iterator[tuple[str, Tensor]]:
     """The weights at some places as these adapters change them, by name."""
     in_place = {id(model.get_parameter(n)) for n in adapters.in_place}
     made: dict[int, list[Parameter]] = {}
@@ -198,7 +199,7 @@ def _changed(
         if not trees:
             continue
         now = dict(module.named_parameters(remove_duplicate=False)) if place else {}
-        start = {k: adapters.originals.get(_joined(place, k), p) for k, p in now.items()}
+        start = {k: cast(Parameter, adapters.originals.get(_joined(place, k), p)) for k, p in now.items()}
         for key, total in _sum(place, module, trees, now, start).items():
             if id(now[key]) in in_place:
                 raise ValueError(f"{_joined(place, key)} trains in place, so nothing can be merged into it")
@@ -210,6 +211,10 @@ def _changed(
             if not any(torch.equal(value, p) for p in known):
                 known.append(_in_place_of(start[key], value))
             yield _joined(place, key), next(p for p in known if torch.equal(value, p))
+        if place:
+            statistics = dict(module.named_buffers())
+            for key, value in {k: b for t in trees for k, b in t.layers_by_module[place].replaced().items()}.items():
+                yield _joined(place, key), value.clone().to(statistics[key].dtype)
 
 
 @torch.no_grad()
@@ -253,20 +258,20 @@ def _in_place_of(original: Parameter, value: Tensor) -> Parameter:
     return new
 
 
-def _exchange(model: Module, key: str, new: Parameter) -> Parameter:
+def _exchange(model: Module, key: str, new: Tensor) -> Tensor:
     """Puts a parameter in place of another, which it gives back; what waited is moved and cast as the model was."""
     owner, _, attribute = key.rpartition(".")
-    parameters = model.get_submodule(owner)._parameters
-    old = parameters[attribute]
-    assert old is not None
+    module = model.get_submodule(owner)
+    held: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+    old: Tensor = held[attribute]
     if (new.device, new.dtype) != (old.device, old.dtype):
         new.data = new.data.to(old.device, old.dtype)
-    parameters[attribute] = new
+    held[attribute] = new
     return old
 
 
 def _wait_on_cpu(model: Module, adapters: Adapters) -> None:
-    used = {id(p) for p in model.parameters()}
+    used = {id(t) for t in (*model.parameters(), *model.buffers())}
     for original in adapters.originals.values():
         if id(original) not in used:  # the other end of a tie goes on with it
             original.data = original.data.cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch.nn import Module
@@ -21,33 +22,37 @@ class PartialState:
     """
 
     def __init__(self, module: Module, path: str) -> None:
+        self.path = path
         self.base = f"{path}." if path else ""
         root = module.get_submodule(path)
         adapters = adapters_of(root)
         assert adapters is not None
-        self.kept = {f"{self.base}{n}" for n in adapters.in_place}
-        self.kept |= {f"{self.base}{n}" for n, _ in root.named_buffers()}
+        self.kept = {f"{self.base}{n}" for n, _ in root.named_buffers()}
         self._prefix = ""
         # torch marks this hook with an attribute, which a bound method does not take
         module.register_state_dict_post_hook(self)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(self.note_prefix)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(self.forgive)  # type: ignore[no-untyped-call]
 
-    def is_untouched(self, key: str) -> bool:
-        """Whether a key of the module's state is a base parameter that never trains.
+    def untouched(self, module: Module, keys: Iterable[str]) -> set[str]:
+        """Which keys of the module's state are base parameters that no adapter ever trains.
 
         Args:
-            key: the key, without what stands before the module's own names.
+            module: the module that is saved or loaded.
+            keys: the keys, without what stands before the module's own names.
         """
-        if not key.startswith(self.base) or key.startswith(f"{self.base}adapters."):
-            return False
-        return key not in self.kept
+        adapters = adapters_of(module.get_submodule(self.path))
+        if adapters is None:  # removed, or merged for good: nothing else holds what the base has become
+            return set()
+        kept = self.kept | {f"{self.base}{n}" for n in adapters.in_place}
+        inside = (k for k in keys if k.startswith(self.base) and not k.startswith(f"{self.base}adapters."))
+        return {k for k in inside if k not in kept}
 
     def __call__(self, module: Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         """Takes the untouched base out of a state dict that is being made."""
-        for key in list(state):
-            if key.startswith(prefix) and self.is_untouched(key[len(prefix) :]):
-                del state[key]
+        own = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
+        for key in self.untouched(module, own):
+            del state[prefix + key]
 
     def note_prefix(self, module: Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Keeps what stands before the names, which the hook after loading is not told."""
@@ -55,7 +60,6 @@ class PartialState:
 
     def forgive(self, module: Module, incompatible: Any) -> None:
         """Takes the untouched base out of the keys that a loaded state dict lacks."""
-        missing = incompatible.missing_keys
-        missing[:] = [
-            k for k in missing if not (k.startswith(self._prefix) and self.is_untouched(k[len(self._prefix) :]))
-        ]
+        missing, prefix = incompatible.missing_keys, self._prefix
+        forgiven = self.untouched(module, [k.removeprefix(prefix) for k in missing if k.startswith(prefix)])
+        missing[:] = [k for k in missing if not (k.startswith(prefix) and k.removeprefix(prefix) in forgiven)]

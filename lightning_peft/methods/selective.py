@@ -118,6 +118,11 @@ class Selective:
             )
         return Placement(in_place=[n for n in names if n not in new], keep_originals=self.keep_originals)
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether layers join one after another."""
+        return self.unfreeze_until is not None
+
     def before_step(self, model: Module, tree: AdapterTree, step: int, total: int) -> None:
         """Takes away the gradients of what is not to train yet: an optimizer leaves parameters without one alone."""
         if self.unfreeze_until is None:

@@ -323,3 +323,36 @@ def test_weight_averaging_keeps_to_what_trains(loader, trainer, tmp_path):
     saved = torch.load(tmp_path / "ema.ckpt", weights_only=True)
     assert "backbone.0.weight" not in saved["state_dict"]
     assert "backbone.adapters.default.0.lora_A" in saved["state_dict"]
+
+
+def test_a_module_whose_adapter_is_merged_for_good_saves_all_of_itself(loader, trainer, tmp_path):
+    callback = PeftCallback(LoRA(r=2), model="backbone")
+    module, t = Net(), trainer(callback)
+    t.fit(module, loader)
+    expected = set(Net().state_dict())
+    callback.adapter(module).merge_and_unload()
+    assert set(module.state_dict()) == expected
+
+
+def test_biases_that_a_later_adapter_trains_in_place_are_in_the_checkpoint_too(loader, trainer):
+    callback = PeftCallback(LoRA(r=2), model="backbone")
+    module = Net()
+    trainer(callback).fit(module, loader)
+    assert "backbone.0.bias" not in module.state_dict()
+    adapt(module.backbone, LoRA(r=2, bias="lora_only"), "second")
+    assert "backbone.0.bias" in module.state_dict()
+
+
+def test_a_module_adapted_by_hand_gets_small_checkpoints_and_float32_too(loader, trainer, tmp_path):
+    module = Net()
+    adapt(module.backbone, LoRA(r=2))
+    t = trainer(PeftCallback(LoRA(r=2), model="backbone"), precision="bf16-true")
+    t.fit(module, loader)
+    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    names = set(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
+    assert "backbone.0.weight" not in names
+    assert {"head.weight", "backbone.adapters.default.0.lora_A"} <= names
+    loaded = load_from_checkpoint(Net, tmp_path / "a.ckpt")
+    trainer(PeftCallback(LoRA(r=2), model="backbone"), precision="bf16-true").fit(loaded, loader)
+    assert {p.dtype for p in loaded.parameters() if p.requires_grad} == {torch.float32}

@@ -94,3 +94,17 @@ def test_a_trainer_shows_the_data_once_and_trains_as_without(trainer, loader):
     module.rate = 0.0  # so that only a second start could move it
     trainer(PeftCallback(method, model="net"), max_epochs=1).fit(module, shuffled)
     assert torch.equal(callback.adapter(module).state_dict()["0.lora_A"], before)
+
+
+def test_data_is_seen_as_the_training_sees_it(trainer, loader):
+    """A step that takes no batch number, and several loaders that make one batch."""
+
+    class Plain(Net):
+        def training_step(self, batch):
+            return nn.functional.cross_entropy(self.net(batch["one"][0]), batch["two"][1])
+
+    method = LoRA(r=2, init_lora_weights="eva")
+    callback = PeftCallback(method, model="net")
+    module = Plain()
+    trainer(callback, max_epochs=1).fit(module, {"one": loader, "two": loader})
+    assert not callback.adapter(module).needs_data
