@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -127,6 +127,12 @@ class Adapter:
             method.prepare(self.model, self.tree, losses)
         self.tree.record.prepared = True
 
+    @property
+    def scheduled(self) -> Scheduled | None:
+        """The method if it acts around steps, and the adapter trains; else None."""
+        acts = isinstance(self.method, Scheduled) and self.method.scheduled and self.tree.record.resting is None
+        return cast(Scheduled, self.method) if acts else None
+
     def before_step(self, step: int, total: int) -> None:
         """To be called between ``backward()`` and ``optimizer.step()``; with Lightning it happens by itself.
 
@@ -134,8 +140,8 @@ class Adapter:
             step: the number of this step, from 1.
             total: how many steps the training has.
         """
-        if isinstance(self.method, Scheduled):
-            self.method.before_step(self.model, self.tree, step, total)
+        if self.scheduled is not None:
+            self.scheduled.before_step(self.model, self.tree, step, total)
 
     def after_step(self, step: int, total: int) -> None:
         """To be called between ``optimizer.step()`` and ``zero_grad()``; with Lightning it happens by itself.
@@ -144,8 +150,8 @@ class Adapter:
             step: the number of this step, from 1.
             total: how many steps the training has.
         """
-        if isinstance(self.method, Scheduled):
-            self.method.after_step(self.model, self.tree, step, total)
+        if self.scheduled is not None:
+            self.scheduled.after_step(self.model, self.tree, step, total)
 
     def activate(self) -> None:
         """Makes this the only active adapter; which parameters train stays as it is.

@@ -24,7 +24,7 @@ from lightning_peft.callbacks.adaptation import (
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.loading import require_peft_module
 from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
-from lightning_peft.callbacks.steps import after_step, before_step, prepare
+from lightning_peft.callbacks.steps import after_step, before_step, check_schedule, prepare
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.per_forward import labels_of_batch
 from lightning_peft.data.module import MIN_LENGTH
@@ -244,7 +244,7 @@ class PeftModule(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self, self.optimizer, self.method.learning_rate)
-        schedule = make_schedule(optimizer, self.scheduler, int(self.trainer.estimated_stepping_batches))
+        schedule = make_schedule(optimizer, self.scheduler, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @override
@@ -256,6 +256,7 @@ class PeftModule(LightningModule):
     def on_train_start(self) -> None:
         check_optimizers(self.trainer.optimizers, self, self.adapter)
         resume_within_epoch(self)
+        check_schedule(self.trainer, self.adapter)
         prepare(self.trainer, self, self.adapter)
         self.mean = TokenMean()  # what was counted while the method looked at data is of no step
 

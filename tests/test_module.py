@@ -287,3 +287,12 @@ def test_a_star_import_gives_the_methods_and_a_near_name_is_named():
         lightning_peft.Lora  # noqa: B018
     with pytest.raises(AttributeError, match="did you mean 'BottleneckAdapter'"):
         lightning_peft.BottleneckAdaptor  # noqa: B018
+
+
+def test_a_schedule_of_the_rate_without_an_end_is_refused_and_a_constant_one_is_not(bert_folder, texts, trainer):
+    endless = {"max_epochs": -1, "max_time": {"seconds": 1}}
+    with pytest.raises(ValueError, match="scheduler=linear goes by the length of the training"):
+        trainer(**endless).fit(PeftModule(str(bert_folder), LoRA(r=2)), _data(texts))
+    constant = PeftModule(str(bert_folder), LoRA(r=2), scheduler={"name": "constant"})
+    trainer(**endless).fit(constant, _data(texts))
+    assert constant.trainer.global_step > 0

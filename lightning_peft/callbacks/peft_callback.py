@@ -21,7 +21,7 @@ from lightning_peft.callbacks.adaptation import (
 )
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
-from lightning_peft.callbacks.steps import after_step, before_step, prepare
+from lightning_peft.callbacks.steps import after_step, before_step, check_schedule, prepare
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.handle import Adapter
@@ -129,6 +129,7 @@ class PeftCallback(Callback):
         """Sees that the optimizers hold what trains, and shows a data-driven method its data."""
         self._steps = trainer.global_step
         check_optimizers(trainer.optimizers, pl_module, self.adapter(pl_module))
+        check_schedule(trainer, self.adapter(pl_module))
         resume_within_epoch(pl_module)
         prepare(trainer, pl_module, self.adapter(pl_module))
 

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_peft.callbacks.randomness import random_state, restore_random_state
-from lightning_peft.core.method import Scheduled
 from lightning_peft.core.mode import evaluating
 from lightning_peft.handle import Adapter
 
@@ -71,6 +70,20 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, number: int) ->
     return cast(Tensor, output["loss"] if isinstance(output, dict) else output)
 
 
+def check_schedule(trainer: Trainer, adapter: Adapter) -> None:
+    """Refuses a training that a scheduled method does not fit, before its first step.
+
+    Args:
+        trainer: the trainer, its loaders set up.
+        adapter: the adapter.
+
+    Raises:
+        ValueError: if the schedule does not fit, or goes by the training's length and that has no end.
+    """
+    if adapter.scheduled is not None:
+        adapter.scheduled.check_schedule(_total(trainer, adapter))
+
+
 def before_step(trainer: Trainer, adapter: Adapter) -> None:
     """Lets a scheduled method see the gradients of the step to come.
 
@@ -78,7 +91,7 @@ def before_step(trainer: Trainer, adapter: Adapter) -> None:
         trainer: the trainer.
         adapter: the adapter.
     """
-    if isinstance(adapter.method, Scheduled):
+    if adapter.scheduled is not None:
         adapter.before_step(trainer.global_step + 1, _total(trainer, adapter))
 
 
@@ -90,12 +103,13 @@ def after_step(trainer: Trainer, adapter: Adapter, step: int) -> None:
         adapter: the adapter.
         step: the number of the step that was made, from 1.
     """
-    if isinstance(adapter.method, Scheduled):
+    if adapter.scheduled is not None:
         adapter.after_step(step, _total(trainer, adapter))
 
 
 def _total(trainer: Trainer, adapter: Adapter) -> int:
-    total = trainer.estimated_stepping_batches
+    assert adapter.scheduled is not None
+    total = adapter.scheduled.total_step or trainer.estimated_stepping_batches
     if total == float("inf"):
         raise ValueError(
             f"{type(adapter.method).__name__} follows a schedule over the whole training, but this one has no end; "

@@ -149,7 +149,29 @@ class DataDriven(Protocol):
 
 @runtime_checkable
 class Scheduled(Protocol):
-    """A method that acts during training, around every step of the optimizer."""
+    """A method that may act during training, around every step of the optimizer.
+
+    Attributes:
+        total_step: how many steps its schedule has; None takes the run's.
+    """
+
+    total_step: int | None
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether these options ask for it."""
+        ...
+
+    def check_schedule(self, total: int) -> None:
+        """Refuses a training that its schedule does not fit, before the first step.
+
+        Args:
+            total: how many steps the training has.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        ...
 
     def before_step(self, model: Module, tree: AdapterTree, step: int, total: int) -> None:
         """Between the backward pass and the optimizer's step: the gradients are whole and may be changed.

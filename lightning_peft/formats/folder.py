@@ -33,7 +33,7 @@ TENSORS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 MANIFEST = "lightning_peft.json"
 
-_IN_MANIFEST = {"method": dict, "base": dict, "copies": list, "in_place": list, "info": dict}
+_IN_MANIFEST = {"method": dict, "base": dict, "copies": list, "in_place": list, "info": dict, "prepared": bool}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class SavedAdapter:
         base: the base's description, or None where the folder has none.
         info: what was written beside it, such as ``labels``.
         foreign: whether another library wrote the folder.
+        prepared: whether the data that the method asks for was seen before it was saved.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class SavedAdapter:
     base: dict[str, Any] | None
     info: dict[str, Any]
     foreign: bool
+    prepared: bool
 
     def method_for(self, model: Module) -> Method:
         """The method with what it saved in full named, so that a base without new heads gets them too."""
@@ -109,6 +111,7 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
         "in_place": tree.record.in_place,
         "tensors": {k: list(t.shape) for k, t in sorted(tensors.items())},
         "info": info,
+        "prepared": tree.record.prepared,
     }
     with written_whole(path) as scratch:
         write_tensors(scratch, tensors)
@@ -168,12 +171,14 @@ def read_folder(path: Path) -> SavedAdapter:
         saved = read_json(path / MANIFEST, _IN_MANIFEST)
         with naming(path / MANIFEST):
             method = method_from_config(saved["method"])
-        return SavedAdapter(path, method, saved["copies"], saved["in_place"], saved["base"], saved["info"], False)
+        return SavedAdapter(
+            path, method, saved["copies"], saved["in_place"], saved["base"], saved["info"], False, saved["prepared"]
+        )
     if (path / PEFT_CONFIG).is_file():
         config = read_json(path / PEFT_CONFIG)
         with naming(path / PEFT_CONFIG):
             method = method_from_peft(config)
-        return SavedAdapter(path, method, config.get("modules_to_save") or [], [], None, {}, True)
+        return SavedAdapter(path, method, config.get("modules_to_save") or [], [], None, {}, True, True)
     if path.is_file():
         raise NotADirectoryError(
             f"{path} is a file, but an adapter is a folder with {TENSORS} and {MANIFEST} or {PEFT_CONFIG}; a "
@@ -215,7 +220,7 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(own[key])
-    tree.record.prepared = True
+    tree.record.prepared = saved.prepared
 
 
 def _live_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:

@@ -122,12 +122,18 @@ class AdaLoRA(LinearMethod):
             raise ValueError(f"AdaLoRA: rank_pattern: {lost[0]!r} is no target module{nearest(lost[0], layers)}")
         return super().arrange(model, layers)
 
+    @property
+    def scheduled(self) -> bool:
+        """Always: the rank falls while it trains."""
+        return True
+
+    def check_schedule(self, total: int) -> None:
+        """Refuses a training too short for ``tinit`` and ``tfinal``."""
+        raise_problems("AdaLoRA", [self._late(self.total_step or total)])
+
     def before_step(self, model: Module, tree: AdapterTree, step: int, total: int) -> None:
         """Adds the gradient of the regularization, which keeps P and Q near orthonormal (3.1)."""
-        total = self.total_step or total
-        late = self._late(total)
-        if late is not None:
-            raise ValueError(f"AdaLoRA: {late}")
+        self.check_schedule(total)
         if self.orth_reg_weight:
             factors = [f for layer in _layers(tree) for f in (layer.lora_A, layer.lora_B.T) if f.requires_grad]
             trained = [p for layer in _layers(tree) for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
@@ -161,6 +167,13 @@ class AdaLoRA(LinearMethod):
         if gone < 1:
             return
         scores = [layer.importance() for layer in layers]
+        if not any(s.any() for s in scores):
+            if all(layer.lora_E.grad is None for layer in layers):
+                raise RuntimeError(
+                    "AdaLoRA: there are no gradients to score by; call after_step between optimizer.step() and "
+                    "zero_grad()"
+                )
+            return  # every step so far overflowed
         threshold = torch.cat(scores).kthvalue(gone).values
         for layer, score in zip(layers, scores, strict=True):
             layer.lora_E_mask.copy_((score > threshold).unsqueeze(1))

@@ -65,6 +65,7 @@ class Selective:
 
     peft_type: ClassVar[str | None] = None
     mergeable: ClassVar[bool] = True
+    total_step: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -123,10 +124,12 @@ class Selective:
         """Whether layers join one after another."""
         return self.unfreeze_until is not None
 
+    def check_schedule(self, total: int) -> None:
+        """Any number of steps will do."""
+
     def before_step(self, model: Module, tree: AdapterTree, step: int, total: int) -> None:
         """Takes away the gradients of what is not to train yet: an optimizer leaves parameters without one alone."""
-        if self.unfreeze_until is None:
-            return
+        assert self.unfreeze_until is not None
         groups = _from_the_top(model, tree.record.in_place)
         between = self.unfreeze_until * total / max(1, len(groups) - 1)
         for number, group in enumerate(groups):

@@ -64,14 +64,24 @@ def make_optimizer(model: Module, config: dict[str, Any], learning_rate: float) 
     return made
 
 
-def make_schedule(optimizer: Optimizer, config: dict[str, Any], steps: int) -> Any:
+def make_schedule(optimizer: Optimizer, config: dict[str, Any], steps: float) -> Any:
     """The schedule of the rate, a step at a time.
 
     Args:
         optimizer: whose rate it moves.
         config: the name of one of transformers' schedules, and the share of the steps that warm up.
-        steps: all optimizer steps of the run.
+        steps: all optimizer steps of the run; infinite where it has no end.
+
+    Raises:
+        ValueError: if the schedule goes by the run's length and that has no end.
     """
     from transformers import get_scheduler
 
-    return get_scheduler(config["name"], optimizer, math.ceil(config["warmup"] * steps), steps)
+    if math.isinf(steps):
+        if config["name"] != "constant" and not (config["name"] == "constant_with_warmup" and not config["warmup"]):
+            raise ValueError(
+                f"scheduler={config['name']} goes by the length of the training, but this one has no end; set "
+                "trainer.max_epochs or trainer.max_steps, or take scheduler.name=constant"
+            )
+        steps = 1
+    return get_scheduler(config["name"], optimizer, math.ceil(config["warmup"] * steps), int(steps))

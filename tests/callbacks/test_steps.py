@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import AdaLoRA, LoRA, PeftCallback, adapt
+from lightning_peft import AdaLoRA, LoRA, PeftCallback, Selective, adapt
 
 
 class Net(L.LightningModule):
@@ -94,6 +94,18 @@ def test_a_trainer_shows_the_data_once_and_trains_as_without(trainer, loader):
     module.rate = 0.0  # so that only a second start could move it
     trainer(PeftCallback(method, model="net"), max_epochs=1).fit(module, shuffled)
     assert torch.equal(callback.adapter(module).state_dict()["0.lora_A"], before)
+
+
+@pytest.mark.parametrize("method", [Selective(), AdaLoRA(target_modules=["0"], total_step=3, init_r=4, target_r=2)])
+def test_a_method_with_no_schedule_or_one_of_its_own_trains_without_an_end(trainer, loader, method):
+    trainer(PeftCallback(method, model="net"), max_epochs=-1, max_time={"seconds": 1}).fit(Net(), loader)
+
+
+def test_a_schedule_longer_than_the_training_is_refused_before_its_first_step(trainer, loader):
+    module = Net()
+    with pytest.raises(ValueError, match="tinit=5 and tfinal=4 leave none of the 8 steps"):
+        trainer(PeftCallback(AdaLoRA(tinit=5, tfinal=4, init_r=4, target_r=2), model="net")).fit(module, loader)
+    assert all(p.grad is None for p in module.parameters())
 
 
 def test_data_is_seen_as_the_training_sees_it(trainer, loader):

@@ -85,3 +85,23 @@ def test_a_wrong_number_is_named(options, said):
 def test_a_pattern_for_no_target_names_the_nearest(build):
     with pytest.raises(ValueError, match="is no target module; did you mean"):
         adapt(build("llama"), AdaLoRA(rank_pattern={"model.layers.0.self_attn.q_porj": [True]}))
+
+
+def test_gradients_that_are_gone_are_missed_where_the_first_choice_is_made(build, call):
+    model = build("llama")
+    adapter = adapt(model, AdaLoRA(target_r=2, init_r=4))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    call(model, "llama").pow(2).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"call after_step between optimizer.step\(\) and zero_grad\(\)"):
+        adapter.after_step(1, TOTAL)
+
+
+def test_an_adapter_that_rests_is_left_as_it_is(build):
+    adapter = adapt(build("llama"), AdaLoRA(target_r=2, init_r=4))
+    before = {n: t.clone() for n, t in adapter.state_dict().items()}
+    adapter.requires_grad_(False)
+    adapter.before_step(5, TOTAL)
+    adapter.after_step(5, TOTAL)
+    assert all(torch.equal(t, before[n]) for n, t in adapter.state_dict().items())

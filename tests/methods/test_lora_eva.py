@@ -77,6 +77,8 @@ def test_the_model_still_starts_as_the_base_and_modules_with_one_input_share_a_s
 def test_data_is_seen_once(build, tmp_path):
     model = build("llama")
     adapter = adapt(model, EVA)
+    adapter.save(tmp_path / "before")
+    assert load_adapter(build("llama"), tmp_path / "before").needs_data
     assert adapter.needs_data
     adapter.prepare([lambda: model(**_batches(1)[0]).logits.sum()])
     with pytest.raises(RuntimeError, match="looks at no data, or has seen it"):
