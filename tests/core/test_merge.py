@@ -310,3 +310,58 @@ def test_on_a_gpu_the_originals_wait_on_the_cpu(build, perturb):
     assert {k for k, p in waiting.items() if p.is_cuda} == {"transformer.wte.weight"}  # the head still runs with it
     adapter.unmerge()
     assert all(t.is_cuda and torch.equal(t, before[n]) for n, t in weights(model).items())
+
+
+class _NormNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.head(self.body(x)))
+
+
+@pytest.mark.parametrize("last", ["merge_and_unload", "remove", "remove merged"])
+def test_running_statistics_of_copies_that_trained_go_into_the_merged_model_and_back(last):
+    model = _NormNet()
+    base = {n: t.clone() for n, t in model.state_dict().items()}
+    x = torch.randn(16, 8)
+    with torch.no_grad():
+        plain = model.eval()(x)
+    adapter = adapt(model, LoRA(r=2, target_modules=["body"], modules_to_save=["head", "norm"]))
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.05)
+    model.train()
+    for step in range(5):
+        optimizer.zero_grad()
+        model(3 + 2 * torch.randn(16, 8)).sub(step).pow(2).mean().backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        trained = model(x)
+        assert not torch.allclose(trained, plain, atol=1e-2)
+        adapter.merge()
+        torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
+        assert model.norm.num_batches_tracked == model.head[1].num_batches_tracked == 5
+        with adapter.disabled():
+            assert torch.equal(model(x), plain)
+        torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
+        adapter.unmerge()
+        assert torch.equal(model(x), trained)
+        for name, tensor in weights(model).items():
+            assert torch.equal(tensor, base[name]), name
+        with adapter.disabled():
+            assert torch.equal(model(x), plain)
+        if last == "merge_and_unload":
+            torch.testing.assert_close(adapter.merge_and_unload()(x), trained, rtol=1e-5, atol=1e-5)
+            assert type(model) is _NormNet
+            assert model.state_dict().keys() == base.keys()
+            return
+        if last == "remove merged":
+            adapter.merge()
+        adapter.remove()
+        assert torch.equal(model(x), plain)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, base[name]), name
