@@ -209,13 +209,16 @@ class Adapter:
         unmerge(self.model, self.name)
 
     def merge_and_unload(self) -> Module:
-        """Merges for good and takes the adapter's layers out.
+        """Merges for good and takes all adapters out.
+
+        Others that were merged with ``keep_originals=False`` stay in the weights; those that do nothing are dropped.
 
         Returns:
             The model, a plain one with changed weights.
 
         Raises:
-            ValueError: if the method cannot be merged.
+            ValueError: if the method cannot be merged, or another adapter is active, is merged and could be unmerged,
+                or trains the base in place; nothing is changed then.
         """
         self._require()
         unload_merged(self.model, self.name)

@@ -21,6 +21,7 @@ from lightning_peft import (
     activate,
     active_adapters,
     adapt,
+    combine,
 )
 from lightning_peft.formats.merged import save_merged
 from tests.method_table import CASES
@@ -153,7 +154,7 @@ def test_kept_originals_can_be_dropped_later_but_not_under_another_merged_adapte
     first.merge()
     second.merge()
     merged = weights(model)
-    for drop in (lambda: first.merge(keep_originals=False), second.merge_and_unload):
+    for drop in (lambda: first.merge(keep_originals=False), lambda: second.merge(keep_originals=False)):
         with pytest.raises(ValueError, match=r"originals of the merged adapter '[ab]' wait for its unmerge"):
             drop()
     second.unmerge()
@@ -365,3 +366,55 @@ def test_running_statistics_of_copies_that_trained_go_into_the_merged_model_and_
         assert torch.equal(model(x), plain)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, base[name]), name
+
+
+@pytest.mark.parametrize("way", ["memory", "file"])
+def test_a_combination_is_merged_into_a_plain_model_that_can_be_saved(build, call, perturb, tmp_path, way):
+    model = build("llama")
+    for name in ("a", "b"):
+        perturb(adapt(model, LoRA(r=2), name))
+    both = combine(model, ["a", "b"], [0.7, 0.3], "both")
+    adapted = call(model, "llama")
+    if way == "memory":
+        plain = both.merge_and_unload()
+        assert not hasattr(plain, "adapters")
+        plain.save_pretrained(tmp_path / "merged")
+    else:
+        save_merged(model, "both", tmp_path / "merged")
+        assert active_adapters(model) == ("both",)
+        assert torch.equal(call(model, "llama"), adapted)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(call(again, "llama"), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_another_adapter_that_acts_is_refused_by_name_and_may_be_merged_for_good_first(build, call, perturb, tmp_path):
+    model = build("llama")
+    first, second = (adapt(model, LoRA(r=2), name) for name in ("a", "b"))
+    perturb(first)
+    perturb(second)
+    activate(model, "a", "b")
+    adapted = call(model, "llama")
+
+    def refused(how):
+        before = weights(model)
+        for unload in (second.merge_and_unload, lambda: save_merged(model, "b", tmp_path / "merged")):
+            with pytest.raises(ValueError, match=rf"the adapter 'a' {how}.*merge\(keep_originals=False\)"):
+                unload()
+        assert all(torch.equal(t, before[n]) for n, t in weights(model).items())
+        assert not (tmp_path / "merged").exists()
+
+    refused("is active too; leave it out by activate")
+    first.merge()
+    refused("is merged and its originals wait; unmerge")
+    first.merge(keep_originals=False)
+    plain = second.merge_and_unload()
+    assert not hasattr(plain, "adapters")
+    torch.testing.assert_close(call(plain, "llama"), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_trains_in_place_acts_though_it_is_not_active_and_is_not_dropped(build):
+    model = build("llama")
+    adapt(model, Selective(parameter_types=["norm"]), "norms")
+    said = r"'norms' trains 'model\..*' in place, so it acts though it is not active; remove"
+    with pytest.raises(ValueError, match=said):
+        adapt(model, LoRA(r=2), "a").merge_and_unload()
