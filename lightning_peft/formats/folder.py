@@ -22,6 +22,7 @@ from lightning_peft.core.adapters import tree_of
 from lightning_peft.core.inject import base_tensors
 from lightning_peft.core.matching import base_modules, matches
 from lightning_peft.core.method import Method, PeftFormat, PeftRepacked
+from lightning_peft.core.statistics import moving_statistics
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.base_identity import base_description, refuse_another_base
 from lightning_peft.formats.hf_peft import adapter_config, has_peft_format, method_from_peft
@@ -225,7 +226,8 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
 
 def _live_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
     base = base_tensors(model)
-    moving = list(tree.record.originals) if tree.record.originals else tree.record.in_place
+    in_place = tree.record.in_place
+    moving = [*in_place, *moving_statistics(model, in_place)]
     return {**tree.state_dict(keep_vars=True), **{n: base[n] for n in moving}}
 
 

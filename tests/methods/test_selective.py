@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_peft import Selective, adapt
+from lightning_peft import Selective, adapt, load_adapter
 
 
 def _moving(model, adapter, call, name, steps):
@@ -50,3 +50,20 @@ def test_the_last_layers_of_two_stacks_begin_together(build, call):
 def test_a_share_out_of_range_is_refused(share):
     with pytest.raises(ValueError, match="unfreeze_until must be above 0 and at most 1"):
         Selective(unfreeze_until=share)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_running_statistics_that_moved_are_saved_whether_originals_are_kept_or_not(build, call, tmp_path, keep):
+    model = build("convnet")
+    adapter = adapt(model, Selective(keep_originals=keep))
+    model.train()
+    for _ in range(3):
+        call(model, "convnet")
+    model.eval()
+    assert model.norm.num_batches_tracked == 3
+    adapter.save(tmp_path / "adapter")
+    again = build("convnet")
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        assert not torch.equal(call(build("convnet"), "convnet"), call(model, "convnet"))
+        assert torch.equal(call(again.eval(), "convnet"), call(model, "convnet"))
