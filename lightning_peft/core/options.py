@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -23,14 +24,14 @@ def check_types(options: Any) -> None:
     """Compares every option with its annotation; the first thing that a method's ``__post_init__`` does.
 
     A tuple, or another library's list or mapping (OmegaConf's, when Hydra does not convert), becomes a plain one:
-    options are written into checkpoints and JSON. A bool is no number, and a whole number is a number.
+    options are written into checkpoints and JSON. A bool is no number, a whole number is one, and all are finite.
 
     Args:
         options: an instance of a dataclass whose annotations are made of bool, int, float, str, None, lists,
             dictionaries and unions of these.
 
     Raises:
-        ValueError: if a value is of another type; all such are named at once.
+        ValueError: if a value is of another type or not finite; all such are named at once.
     """
     hints = get_type_hints(type(options))
     problems: list[str] = []
@@ -39,6 +40,8 @@ def check_types(options: Any) -> None:
         setattr(options, option.name, value)
         if not _is_a(value, hint):
             problems.append(f"{option.name} must be {_said(hint)}, but got {value!r}")
+        elif not _is_finite(value):
+            problems.append(f"{option.name} must be finite, but got {value!r}")
     raise_problems(type(options).__name__, problems)
 
 
@@ -63,6 +66,12 @@ def _is_a(value: Any, hint: Any) -> bool:
     if isinstance(value, bool) and hint is not bool:
         return False
     return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, (list, dict)):
+        return all(_is_finite(v) for v in (value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _said(hint: Any, *, many: bool = False) -> str:
