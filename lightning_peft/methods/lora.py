@@ -62,7 +62,7 @@ class LoRA:
             with is subtracted instead, so that the base stays the base. All for linear layers only.
         use_dora: also train the lengths of the weight's rows. Linear layers only.
         lora_bias: also train a bias beside B. Linear layers only.
-        lora_fa: leave A as it was drawn, which halves what trains and keeps no input for the backward pass.
+        lora_fa: leave A as it starts, which halves what trains and keeps no input for the backward pass.
             Linear layers only.
         bias: which biases of the base train too: ``"none"``, ``"lora_only"`` (of adapted modules), ``"all"``.
         trainable_token_indices: ids of tokens whose rows of the input embedding train too, where it is tied those of
@@ -132,7 +132,8 @@ class LoRA:
                 "lora_bias=True and bias other than 'none' would train two biases for one"
                 if self.lora_bias and self.bias != "none"
                 else None,
-                "lora_fa=True leaves A as it was drawn, so it must be drawn: init_lora_weights True or 'gaussian'"
+                "lora_fa=True leaves A as it starts, so A must be drawn or taken from data: init_lora_weights True, "
+                "'gaussian' or 'eva'"
                 if self.lora_fa and is_apart(self.init_lora_weights)
                 else None,
                 *(token_problem("trainable_token_indices", ids) for _, ids in self._tokens()),

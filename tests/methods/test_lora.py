@@ -76,7 +76,7 @@ def test_patterns_give_modules_ranks_and_strengths_of_their_own():
         ({"alpha_pattern": {"linear": 0}}, "alpha_pattern: 'linear' must be above 0"),
         ({"init_lora_weights": "pisa"}, "init_lora_weights must be one of .* but got 'pisa'"),
         ({"init_lora_weights": "orthogonal", "r": 3}, "needs even ranks"),
-        ({"lora_fa": True, "init_lora_weights": "pissa"}, "leaves A as it was drawn"),
+        ({"lora_fa": True, "init_lora_weights": "pissa"}, "True, 'gaussian' or 'eva'$"),
         ({"lora_bias": True, "bias": "all"}, "two biases for one"),
         (
             {"use_dora": True, "target_modules": ["embedding"]},

@@ -92,3 +92,22 @@ def test_batches_that_are_too_small_are_an_error(build):
     adapter = adapt(model, EVA)
     with pytest.raises(ValueError, match=r"no batch gave 'model.layers.0.self_attn.q_proj' as many tokens"):
         adapter.prepare([lambda: model(input_ids=torch.tensor([[3, 4]])).logits.sum()])
+
+
+def test_a_that_is_taken_from_data_may_stay_as_it_is(build):
+    batches = _batches(3)
+    started = {}
+    for fixed in (False, True):
+        model = build("llama")
+        adapter = adapt(model, LoRA(r=4, lora_alpha=6, init_lora_weights="eva", lora_fa=fixed))
+        drawn = {n: t.clone() for n, t in adapter.tree.state_dict().items()}
+        adapter.prepare((lambda b=b, m=model: m(**b).logits.sum()) for b in batches)
+        started[fixed] = {n: t.clone() for n, t in adapter.tree.state_dict().items()}
+    for name, tensor in started[True].items():
+        torch.testing.assert_close(tensor, started[False][name])
+        assert torch.equal(tensor, drawn[name]) == name.endswith("lora_B")
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+    model(**batches[0]).logits.pow(2).mean().backward()
+    optimizer.step()
+    for name, tensor in adapter.tree.state_dict().items():
+        assert torch.equal(tensor, started[True][name]) == name.endswith("lora_A"), name
