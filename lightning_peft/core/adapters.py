@@ -21,7 +21,7 @@ class Adapters(ModuleDict):
         requires_grad_before: the base's flags before the first adapter froze it.
         merged: the merged adapters in the order of their merging, and whether their originals wait.
         originals: the waiting parameters by name.
-        base_digests: of the base's parameters before anything trained, for its fingerprint.
+        base_digests: of the base's parameters before anything trained, or as merged for good, for its fingerprint.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.matching import is_within
@@ -28,7 +28,23 @@ def parameter_digests(model: Module) -> dict[str, tuple[str, str | None]]:
     Returns:
         Shape and hash; None instead of the hash where values cannot be read (offloaded to the meta device).
     """
-    return {name: (str(tuple(p.shape)), _values(p.detach())) for name, p in model.named_parameters()}
+    return {name: _digest(p) for name, p in model.named_parameters()}
+
+
+def renew_digests(adapters: Adapters, parameters: dict[str, Parameter], changed: Collection[str]) -> None:
+    """Makes the base what it has become for good: adapters that are saved from now on belong to that.
+
+    Args:
+        adapters: the model's adapters.
+        parameters: the base's by name, one that has several names by the first. A tie may have been untied.
+        changed: names of those that have other values for good.
+    """
+    known = adapters.base_digests.keys() - set(changed)
+    adapters.base_digests = {n: adapters.base_digests[n] if n in known else _digest(p) for n, p in parameters.items()}
+
+
+def _digest(parameter: Tensor) -> tuple[str, str | None]:
+    return str(tuple(parameter.shape)), _values(parameter.detach())
 
 
 def _values(tensor: Tensor) -> str | None:

@@ -43,7 +43,7 @@ def inject(model: Module, method: Method, name: str = "default", *, also_in_plac
             or if the method does not fit the model.
     """
     adapters = _checked_adapters(model, name)
-    before = {n: p.requires_grad for n, p in _base_parameters(model).items()}
+    before = {n: p.requires_grad for n, p in base_parameters(model).items()}
     new = new_parameters(model)
     placement = method.place(model)
     copies, single = _copies(model, method, placement, new)
@@ -97,7 +97,7 @@ def eject(model: Module, name: str) -> None:
             site.layers.pop(name, None)
     in_place = adapters.in_place
     _set_in_place(model, adapters, in_place)
-    for key, parameter in _base_parameters(model).items():
+    for key, parameter in base_parameters(model).items():
         if not len(adapters):
             parameter.requires_grad_(adapters.requires_grad_before.get(key, True))
         elif key not in in_place:
@@ -141,7 +141,7 @@ def base_tensors(model: Module) -> dict[str, torch.Tensor]:
     adapters = adapters_of(model)
     inside = set() if adapters is None else {id(b) for b in adapters.buffers()}
     buffers = {n: b for n, b in model.named_buffers() if id(b) not in inside}
-    return {**_base_parameters(model), **buffers}
+    return {**base_parameters(model), **buffers}
 
 
 def _checked_adapters(model: Module, name: str) -> Adapters | None:
@@ -165,7 +165,12 @@ def _checked_adapters(model: Module, name: str) -> Adapters | None:
     return adapters
 
 
-def _base_parameters(model: Module) -> dict[str, torch.nn.Parameter]:
+def base_parameters(model: Module) -> dict[str, torch.nn.Parameter]:
+    """The base's parameters by name, adapters left out; one that has several names by the first.
+
+    Args:
+        model: the root, adapted or not.
+    """
     adapters = adapters_of(model)
     inside = set() if adapters is None else {id(p) for p in adapters.parameters()}
     return {n: p for n, p in model.named_parameters() if id(p) not in inside}
@@ -240,7 +245,7 @@ def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) ->
     for place, layer in tree.layers_by_module.items():
         attach(model.get_submodule(place), adapters.switch).layers[name] = layer
     in_place = adapters.in_place
-    for key, parameter in _base_parameters(model).items():
+    for key, parameter in base_parameters(model).items():
         # what another adapter trains in place may have been told to rest
         if key in tree.record.in_place or key not in in_place:
             parameter.requires_grad_(key in in_place)
@@ -253,7 +258,7 @@ def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) ->
 def _set_in_place(model: Module, adapters: Adapters, names: set[str]) -> None:
     """Tells each module which of its parameters train in place: they become float32 and stay it."""
     owners: dict[str, list[str]] = {}
-    trained = {id(p) for n, p in _base_parameters(model).items() if n in names}
+    trained = {id(p) for n, p in base_parameters(model).items() if n in names}
     attention = [n for n, m in base_modules(model).items() if isinstance(m, MultiheadAttention)]
     for owner, module in base_modules(model).items():
         for key, parameter in module._parameters.items():

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapters import Adapters, refuse_in_use, require_adapters
-from lightning_peft.core.inject import eject
+from lightning_peft.core.fingerprint import renew_digests
+from lightning_peft.core.inject import base_parameters, eject
 from lightning_peft.core.matching import base_modules, is_within
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.core.view import with_tensors
@@ -43,6 +44,7 @@ def merge(model: Module, name: str, *, keep_originals: bool = True) -> None:
         )
     if name in adapters.merged:
         if not keep_originals:
+            renew_digests(adapters, base_parameters(model), adapters.originals)
             adapters.originals.clear()
             adapters.merged[name] = False
         return
@@ -52,8 +54,11 @@ def merge(model: Module, name: str, *, keep_originals: bool = True) -> None:
     else:
         for _ in _changed(model, adapters, [name], adapters.trees[name].layers_by_module):
             pass  # whatever is refused is refused here, before the first original is gone
+        changed = []
         for key, value in _changed(model, adapters, [name], adapters.trees[name].layers_by_module):
             _exchange(model, key, value)
+            changed.append(key)
+        renew_digests(adapters, base_parameters(model), changed)
     adapters.merged[name] = keep_originals
     adapters.switch.active = tuple(n for n in adapters.switch.active if n != name)
 
@@ -96,8 +101,10 @@ def fold(model: Module, name: str) -> None:
     merge(model, name, keep_originals=False)
     adapters = require_adapters(model, [name])
     del adapters.merged[name]
-    adapters.trees[name].record.originals = {}
+    record = adapters.trees[name].record
+    record.originals = {}
     eject(model, name)
+    renew_digests(adapters, base_parameters(model), record.in_place)
 
 
 @contextmanager

@@ -22,7 +22,9 @@ from lightning_peft import (
     active_adapters,
     adapt,
     combine,
+    load_adapter,
 )
+from lightning_peft.core.merge import fold
 from lightning_peft.formats.merged import save_merged
 from tests.method_table import CASES
 
@@ -418,3 +420,43 @@ def test_what_trains_in_place_acts_though_it_is_not_active_and_is_not_dropped(bu
     said = r"'norms' trains 'model\..*' in place, so it acts though it is not active; remove"
     with pytest.raises(ValueError, match=said):
         adapt(model, LoRA(r=2), "a").merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("first", "way"),
+    [
+        (LoRA(r=2, target_modules=["c_attn"]), "fold"),
+        (LoRA(r=2, target_modules=["c_attn"]), "merge for good"),
+        (LoRA(r=2, target_modules=["c_attn"]), "drop originals later"),
+        (LoRA(r=2, target_modules=["lm_head"]), "fold"),  # which unties it from the embedding
+        (Selective(parameter_types=["norm"]), "fold"),
+    ],
+)
+def test_an_adapter_saved_after_another_was_merged_for_good_belongs_to_the_merged_model(
+    build, call, perturb, tmp_path, first, way
+):
+    model = build("gpt2")
+    adapter = adapt(model, first, "first")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    second = adapt(model, LoRA(r=2, target_modules=["c_fc"]), "second")
+    perturb(second)
+    activate(model, "first", "second")
+    if way == "fold":
+        fold(model, "first")
+    elif way == "merge for good":
+        adapter.merge(keep_originals=False)
+    else:
+        adapter.merge()
+        adapter.merge(keep_originals=False)
+    adapted = call(model, "gpt2")
+    second.save(tmp_path / "second")
+    second.remove()
+    if way != "fold":
+        fold(model, "first")
+    assert not hasattr(model, "adapters")
+    load_adapter(model, tmp_path / "second")
+    assert torch.equal(call(model, "gpt2"), adapted)
+    with pytest.raises(ValueError, match="on another base"):
+        load_adapter(build("gpt2"), tmp_path / "second")
