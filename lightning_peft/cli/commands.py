@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +21,7 @@ from lightning_peft.formats.folder import refuse_occupied
 from lightning_peft.formats.merged import save_merged
 from lightning_peft.formats.reading import read_checkpoint
 from lightning_peft.formats.serving import consumer_of
+from lightning_peft.formats.writing import write_json, written_file
 from lightning_peft.module import PeftModule
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def train(config: DictConfig) -> float | None:
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
     reached = getattr(trainer.checkpoint_callback, "best_model_score", None)
     score = metrics.get(config.monitor) if reached is None else float(reached)
-    _write_json(Path(config.run_dir) / "metrics.json", {**metrics, f"best/{config.monitor}": score})
+    write_json(Path(config.run_dir) / "metrics.json", {**metrics, f"best/{config.monitor}": score})
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     print_training(config.monitor, score, best, module, folder, list(words))
     return score
@@ -75,7 +75,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     run = trainer.validate if config.split == "validation" else trainer.test
     (metrics,) = run(module, data, verbose=False)
     found = {k: float(v) for k, v in metrics.items()}
-    _write_json(Path(config.run_dir) / "metrics.json", found)
+    write_json(Path(config.run_dir) / "metrics.json", found)
     print_metrics(found)
     return found
 
@@ -89,13 +89,10 @@ def predict(config: DictConfig) -> Path:
     batches = cast(list[list[dict[str, Any]]], trainer.predict(module, data))
     said = [row for batch in batches for row in batch]
     inputs = module.task.input_columns
-    scratch = output.with_name(f".{output.name}.{os.getpid()}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with scratch.open("w", encoding="utf-8") as file:
+    with written_file(output) as scratch, scratch.open("w", encoding="utf-8") as file:
         for number, (row, answer) in enumerate(zip(data.rows("predict"), said, strict=True)):
             line = {"id": number, **{c: row[c] for c in inputs}, **answer}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    scratch.rename(output)
     print(f"{len(said)} predictions in {output}")
     return output
 
@@ -202,16 +199,5 @@ def _existing(path: str | None) -> str | None:
 @rank_zero_only
 def _keep_config(config: DictConfig) -> None:
     """Writes what the run was made with, every reference to another value replaced by that value."""
-    _write(Path(config.run_dir) / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _write(path: Path, content: str) -> None:
-    """Under a temporary name first: whoever reads it meanwhile gets the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(content, encoding="utf-8")
-    scratch.replace(path)
+    with written_file(Path(config.run_dir) / "config.yaml") as scratch:
+        scratch.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +23,7 @@ from lightning_peft.formats.base_identity import base_description, refuse_anothe
 from lightning_peft.formats.hf_peft import adapter_config, has_peft_format, method_from_peft
 from lightning_peft.formats.places import refuse_file, refuse_model
 from lightning_peft.formats.reading import naming, read_json
+from lightning_peft.formats.writing import write_json, written_whole
 from lightning_peft.methods.config import method_from_config, method_to_config
 
 TENSORS = "adapter_model.safetensors"
@@ -120,30 +116,6 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
             write_json(scratch / PEFT_CONFIG, adapter_config(model, tree.record, base))
         write_json(scratch / MANIFEST, manifest)
     return path
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` to write into, whose files appear there when the block ends well, and not at all else.
-
-    Args:
-        path: the folder; it may exist.
-
-    Yields:
-        The folder to write into.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if path.exists():
-            for file in scratch.iterdir():
-                os.replace(file, path / file.name)
-        else:
-            scratch.rename(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -304,13 +276,3 @@ def _check_tensors(path: Path, wanted: dict[str, Tensor], stored: dict[str, Tens
             f"{path / TENSORS} has NaN or infinite values in {broken[0]}{more}: the training that wrote it diverged, "
             "or the file is damaged"
         )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes plain values in an order that does not depend on how they were put together.
-
-    Args:
-        path: the file.
-        content: the values.
-    """
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +12,7 @@ from lightning_peft.core.adapters import Adapters, refuse_in_use, require_adapte
 from lightning_peft.core.inject import eject
 from lightning_peft.core.merge import fold, ties
 from lightning_peft.formats.places import refuse_file
+from lightning_peft.formats.writing import written_whole
 
 
 def unload_merged(model: Module, name: str) -> None:
@@ -95,16 +93,8 @@ def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> 
         raise FileExistsError(f"{path} already holds files; choose another folder or move it away")
     twin = copy.deepcopy(model)
     unload_merged(twin, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with written_whole(path) as scratch:
         cast(Any, twin).save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        if path.exists():
-            path.rmdir()
-        os.replace(scratch, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return path

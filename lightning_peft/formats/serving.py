@@ -26,11 +26,10 @@ from lightning_peft.formats.folder import (
     PEFT_CONFIG,
     file_tensors,
     refuse_occupied,
-    write_json,
     write_tensors,
-    written_whole,
 )
 from lightning_peft.formats.hf_peft import adapter_config
+from lightning_peft.formats.writing import write_json, written_whole
 from lightning_peft.methods.linear import is_linear
 from lightning_peft.methods.lora import LoRA
 
