@@ -39,6 +39,11 @@ def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cp
         ValueError: if the file is damaged, holds no adapter, or belongs to another base.
     """
     record = record_of(read_checkpoint(Path(path)))
+    if len(record["methods"]) != 1:
+        raise ValueError(
+            f"{path} holds the adapters {sorted(record['methods'])}, and load_from_checkpoint rebuilds one; build the "
+            "module, adapt() it by each of them in the same order, and resume with ckpt_path"
+        )
     ((name, method),) = record["methods"].items()
     pending = Pending(method_from_config(method), record["model"], name)
 

@@ -38,12 +38,18 @@ class Pending:
         path: the submodule to adapt.
         name: the adapter's name.
         replaced: what was arranged before, until this is carried out.
+        done: whether it was carried out.
     """
 
     method: Method
     path: str
     name: str
     replaced: Pending | None = None
+    done: bool = False
+
+    def is_over(self, module: LightningModule) -> bool:
+        """Whether it was carried out and the adapters have been removed since, or merged for good."""
+        return self.done and adapters_of(module.get_submodule(self.path)) is None
 
     def carry_out(self, module: LightningModule) -> Adapter:
         """Adapts the module, or finds that it is."""
@@ -158,6 +164,8 @@ def await_modules(module: LightningModule, pending: Pending) -> None:
         ValueError: if something else is already arranged or carried out.
     """
     before = module.__dict__.get(_PENDING)
+    if before is not None and before.is_over(module):
+        before = None
     if before is not None and (before.path, before.name) != (pending.path, pending.name):
         raise ValueError(
             f"the module is already to be adapted at {before.path or 'its root'!r} as {before.name!r}, but got "
@@ -166,8 +174,8 @@ def await_modules(module: LightningModule, pending: Pending) -> None:
     existing_adapter(module, pending.method, pending.path, pending.name)
     pending.replaced = before
     module.__dict__[_PENDING] = pending
-    # Bound module-level functions: they survive pickling and deepcopy, and Lightning sees them as overridden.
-    # functools.wraps would make it look through to the original and skip the hook.
+    # Bound module-level functions: they survive deepcopy, and Lightning sees them as overridden. functools.wraps would
+    # make it look through to the original and skip the hook.
     for hook in _hooks():
         module.__dict__[hook.__name__] = MethodType(hook, module)
 
@@ -190,12 +198,14 @@ def configure_model(self: LightningModule) -> None:
     """Builds the module as its class does, then adapts it."""
     type(self).configure_model(self)
     pending: Pending = self.__dict__[_PENDING]
+    if pending.is_over(self):
+        return
     try:
         pending.carry_out(self)
     except Exception:
         _call_off(self, pending)
         raise
-    pending.replaced = None
+    pending.replaced, pending.done = None, True
 
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -131,6 +131,9 @@ class Site:
         routing = self.switch.routing
         if routing.rows is not None:
             return bind(_untraced(self._by_rows)(routing.rows, args, kwargs), routing)
+        if not args and len(kwargs) == 1 and not self.base.module._modules:
+            # a single layer called by its input's name, which is not the adapter layers'
+            args, kwargs = tuple(kwargs.values()), {}
         call: Callable[..., Any] = self.base
         for name in routing.active:
             layer = self.layers.get(name)

@@ -89,10 +89,10 @@ def input_directions(
     """
     given: dict[str, Tensor] = {}
 
-    def note(name: str) -> Callable[[Module, tuple[Any, ...]], None]:
-        return lambda module, args: given.__setitem__(name, args[0])
+    def note(name: str) -> Callable[[Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, args, kwargs: given.__setitem__(name, [*args, *kwargs.values()][0])
 
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in modules.items()]
     shared: dict[str, Components] = {}
     try:
         for loss in losses:
@@ -101,7 +101,7 @@ def input_directions(
             if not shared:
                 shared = _grouped(given, ranks)
             for name, components in {id(c): (n, c) for n, c in shared.items()}.values():
-                if not components.found:
+                if name in given and not components.found:
                     components.update(given[name].flatten(0, -2))
             if all(c.found for c in shared.values()):
                 break

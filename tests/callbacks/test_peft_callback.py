@@ -356,3 +356,25 @@ def test_a_module_adapted_by_hand_gets_small_checkpoints_and_float32_too(loader,
     loaded = load_from_checkpoint(Net, tmp_path / "a.ckpt")
     trainer(PeftCallback(LoRA(r=2), model="backbone"), precision="bf16-true").fit(loaded, loader)
     assert {p.dtype for p in loaded.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_removed_adapter_does_not_come_back_by_itself_and_another_may_follow_elsewhere(loader, trainer):
+    callback = PeftCallback(LoRA(r=2), model="backbone")
+    module = Net()
+    trainer(callback).fit(module, loader)
+    callback.adapter(module).remove()
+    trainer().fit(module, loader)
+    assert adapters_of(module.backbone) is None
+    trainer(PeftCallback(LoRA(r=2, target_modules=["head"]))).fit(module, loader)
+    assert adapters_of(module) is not None
+    assert adapters_of(module.backbone) is None
+
+
+def test_a_checkpoint_of_two_adapters_says_how_it_is_loaded(loader, trainer, tmp_path):
+    t = trainer(PeftCallback(LoRA(r=2), model="backbone"))
+    module = Net()
+    t.fit(module, loader)
+    adapt(module.backbone, LoRA(r=2), "second")
+    t.save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.raises(ValueError, match=r"holds the adapters \['default', 'second'\]"):
+        load_from_checkpoint(Net, tmp_path / "two.ckpt")

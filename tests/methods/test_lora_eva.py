@@ -111,3 +111,20 @@ def test_a_that_is_taken_from_data_may_stay_as_it_is(build):
     optimizer.step()
     for name, tensor in adapter.tree.state_dict().items():
         assert torch.equal(tensor, started[True][name]) == name.endswith("lora_A"), name
+
+
+def test_a_module_may_be_called_by_name_and_left_out_of_a_batch():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+        def forward(self, x, both):
+            return self.one(input=x) + (self.other(input=x * 2) if both else 0)
+
+    model, x = Two(), torch.randn(8, 6)
+    adapter = adapt(model, LoRA(r=2, init_lora_weights="eva"))
+    adapter.prepare(lambda both=both: model(x, both).sum() for both in (True, False, True))
+    for name in ("one", "other"):
+        rows = adapter.state_dict()[f"{name}.lora_A"]
+        torch.testing.assert_close(rows @ rows.T, torch.eye(2), rtol=0, atol=1e-5)
