@@ -317,7 +317,9 @@ def load_adapter(model: Module, path: str | Path, name: str = "default", *, chec
     saved = read_folder(Path(path))
     before = adapters_of(model)
     active = () if before is None else before.switch.active
-    inject(model, saved.method_for(model), name, also_in_place=saved.in_place)
+    tree = inject(model, saved.method_for(model), name, also_in_place=saved.in_place)
+    if not saved.foreign:  # what was new there and is copied here is in the record, and no option that was given
+        tree.record.method = saved.method
     try:
         load_into(model, name, saved, check_base=check_base)
     except BaseException:

@@ -167,3 +167,16 @@ def test_a_frozen_part_that_starts_at_random_is_named_as_the_cause(saved, loader
     other = LoRA(r=2, target_modules=["backbone.fc1"], modules_to_save=["head"])
     with pytest.raises(ValueError, match=r"another method: modules_to_save was None and is \['head'\] here"):
         trainer(PeftCallback(other)).fit(FreshHead(), loader, ckpt_path=path, weights_only=True)
+
+
+def test_a_loaded_adapter_is_the_one_that_the_callback_asks_for(loader, trainer, tmp_path):
+    """Also where a new head was trained without being asked for."""
+    first, second = Counting(), Counting()
+    for module in (first, second):  # as from_pretrained leaves a model whose checkpoint lacks the last layer
+        module.base_model_prefix = "trunk"
+        for name, parameter in module.named_parameters():
+            parameter._is_hf_initialized = not name.startswith("head")
+    method = LoRA(r=2, target_modules=["fc1"])
+    adapt(first, method).save(tmp_path / "a")
+    load_adapter(second, tmp_path / "a")
+    trainer(PeftCallback(method)).fit(second, loader)
