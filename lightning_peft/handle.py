@@ -16,6 +16,7 @@ from lightning_peft.core.activation import activate, set_trainable
 from lightning_peft.core.adapters import adapters_of, require_adapters, tree_of
 from lightning_peft.core.disable import disabled
 from lightning_peft.core.inject import eject, inject
+from lightning_peft.core.matching import is_within
 from lightning_peft.core.merge import merge, unmerge
 from lightning_peft.core.method import DataDriven, Method, Scheduled, require_method
 from lightning_peft.core.mode import evaluating
@@ -318,8 +319,10 @@ def load_adapter(model: Module, path: str | Path, name: str = "default", *, chec
     before = adapters_of(model)
     active = () if before is None else before.switch.active
     tree = inject(model, saved.method_for(model), name, also_in_place=saved.in_place)
-    if not saved.foreign:  # what was new there and is copied here is in the record, and no option that was given
-        tree.record.method = saved.method
+    record = tree.record
+    if not saved.foreign and all(any(is_within(n, [c]) for n in record.new) for c in record.copies):
+        # heads that are new here too are copied without being asked for, as they were there
+        record.method.modules_to_save = saved.method.modules_to_save
     try:
         load_into(model, name, saved, check_base=check_base)
     except BaseException:

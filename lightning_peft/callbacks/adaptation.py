@@ -56,7 +56,8 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
         adapter = adapter or adapt(root, method, name)
         if isinstance(precision, HalfPrecision):
             keep_float32(module, outside=root)
-    if not any(isinstance(hook, PartialState) for hook in module._state_dict_hooks.values()):
+    hooks = module._state_dict_hooks.values()
+    if not any(isinstance(hook, PartialState) and hook.path == path for hook in hooks):
         PartialState(module, path)
     return adapter
 

@@ -368,6 +368,7 @@ def test_a_removed_adapter_does_not_come_back_by_itself_and_another_may_follow_e
     trainer(PeftCallback(LoRA(r=2, target_modules=["head"]))).fit(module, loader)
     assert adapters_of(module) is not None
     assert adapters_of(module.backbone) is None
+    assert "backbone.0.weight" not in module.state_dict()
 
 
 def test_a_checkpoint_of_two_adapters_says_how_it_is_loaded(loader, trainer, tmp_path):
