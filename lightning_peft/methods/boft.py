@@ -15,7 +15,7 @@ from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import LinearMethod, oriented, sizes, weight_of
-from lightning_peft.methods.oft import cayley
+from lightning_peft.methods.oft import cayley, times_blocks
 
 
 @dataclass(kw_only=True)
@@ -102,8 +102,7 @@ class _BoftLayer(AdapterLayer):
         rotations = cayley((self.boft_R - self.boft_R.mT) / 2)
         for factor in reversed(range(m)):
             order = butterfly(number * size, size, factor).to(rows.device)
-            mixed = rows[..., order.argsort()].reshape(*rows.shape[:-1], number, 1, size)
-            rows = (mixed @ rotations[factor]).flatten(-3)[..., order]
+            rows = times_blocks(rows[..., order.argsort()], rotations[factor])[..., order]
         return rows
 
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ class _OftLayer(AdapterLayer):
 
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         # a rotation rounded to 16 bits is none: it is applied in its own precision
-        split = x.to(self.oft_R.dtype).reshape(*x.shape[:-1], self.blocks, 1, self.size)
-        rotated = (split @ self.rotations()).flatten(-3)
+        rotations = self.rotations().expand(self.blocks, -1, -1)
+        rotated = times_blocks(x.to(self.oft_R.dtype), rotations)
         y: Tensor = base(rotated.to(x.dtype))
         return y
 
@@ -121,6 +121,22 @@ class _OftLayer(AdapterLayer):
         split = weight.reshape(len(weight), self.blocks, self.size).transpose(0, 1)
         rotated = (split @ self.rotations().mT).transpose(0, 1).reshape(weight.shape)
         return {"weight": oriented(rotated - weight, module)}
+
+
+def times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
+    """Rows times a block-diagonal matrix.
+
+    Args:
+        rows: ``(..., number * size)``.
+        blocks: ``(number, size, size)``.
+
+    Returns:
+        The shape of ``rows``.
+    """
+    number, size, _ = blocks.shape
+    # one product a block over all rows: a broadcast product a row would write the blocks out for every row
+    split = rows.reshape(-1, number, size).transpose(0, 1)
+    return torch.bmm(split, blocks).transpose(0, 1).reshape(rows.shape)
 
 
 def cayley(skew: Tensor, terms: int | None = None) -> Tensor:
