@@ -86,13 +86,13 @@ TABLE = (
     Row("houlsby", lambda: BottleneckAdapter(reduction_factor=4), mergeable=False),
     Row(
         "pfeiffer",
-        lambda: BottleneckAdapter(mh_adapter=False, reduction_factor=4, non_linearity="gelu"),
+        lambda: BottleneckAdapter(mh_adapter=False, original_ln_before=True, reduction_factor=4, non_linearity="gelu"),
         mergeable=False,
     ),
     Row("parallel", lambda: BottleneckAdapter(is_parallel=True, scaling=2.0, reduction_factor=4), mergeable=False),
     Row(
         "madx",
-        lambda: BottleneckAdapter(mh_adapter=False, reduction_factor=4, inv_adapter="nice"),
+        lambda: BottleneckAdapter(mh_adapter=False, original_ln_before=True, reduction_factor=4, inv_adapter="nice"),
         mergeable=False,
     ),
     Row("compacter", lambda: lp.Compacter(reduction_factor=4), mergeable=False),

@@ -20,7 +20,7 @@ from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
 from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import nearest, raise_problems
-from lightning_peft.methods.blocks import ACTIVATIONS, BlockLayer, Place, find_blocks
+from lightning_peft.methods.blocks import ACTIVATIONS, BlockLayer, Place, Standing, find_blocks
 from lightning_peft.methods.invertible import INVERTIBLE, place_invertible
 
 
@@ -36,6 +36,9 @@ class BottleneckAdapter:
         output_adapter: adapt the feed-forward's output.
         reduction_factor: hidden size divided by the bottleneck's, above 0; 16 is Houlsby's middle choice.
         non_linearity: ``"relu"``, ``"gelu"``, ``"silu"`` or ``"tanh"``.
+        original_ln_before: read the sum of the block's output and its input, normed where the model norms it, and add
+            to the output: Pfeiffer's placement. Named modules are then the norms that take this sum, or the layers
+            that give it. Not for the attention of models whose norms come first, other than T5's.
         is_parallel: run beside the block, on its input, instead of on its output.
         scaling: the factor ``s``; the parallel form was proposed with 4.
         dropout: share of the bottleneck's values dropped in training, from 0 up to but not including 1.
@@ -49,13 +52,15 @@ class BottleneckAdapter:
         learning_rate: suits AdamW.
 
     Raises:
-        ValueError: if a number or a choice is out of its range, or neither block is chosen.
+        ValueError: if a number or a choice is out of its range, neither block is chosen, or a parallel adapter should
+            read what comes behind the block.
     """
 
     mh_adapter: bool = True
     output_adapter: bool = True
     reduction_factor: float = 16
     non_linearity: str = "relu"
+    original_ln_before: bool = False
     is_parallel: bool = False
     scaling: float = 1.0
     dropout: float = 0.0
@@ -85,6 +90,9 @@ class BottleneckAdapter:
                 f"non_linearity {self.non_linearity!r} is unknown{nearest(self.non_linearity, ACTIVATIONS)}"
                 if unknown
                 else None,
+                "original_ln_before is for adapters behind the block; take it or is_parallel, not both"
+                if self.original_ln_before and self.is_parallel
+                else None,
                 f"dropout must be at least 0 and below 1, but got {self.dropout}"
                 if not 0 <= self.dropout < 1
                 else None,
@@ -101,10 +109,10 @@ class BottleneckAdapter:
             model: the root; it is not changed.
 
         Raises:
-            ValueError: if a chosen kind of block is neither known nor named, or the model has no place for an
-                invertible adapter.
+            ValueError: if a chosen kind of block is neither known nor named, or the model has no place for a bottleneck
+                behind it or for an invertible adapter.
         """
-        places = find_blocks(model, self, beside=self.is_parallel)
+        places = find_blocks(model, self, self._standing())
         layers: dict[str, AdapterLayer] = {p.name: _Bottleneck(self, model.get_submodule(p.name), p) for p in places}
         if not self.inv_adapter:
             return Placement(layers)
@@ -112,12 +120,17 @@ class BottleneckAdapter:
         ends = place_invertible("BottleneckAdapter", model, factor, self.non_linearity, saved)
         return Placement(layers | ends)
 
+    def _standing(self) -> Standing:
+        if self.is_parallel:
+            return "beside"
+        return "behind" if self.original_ln_before else "after"
+
 
 class _Bottleneck(BlockLayer):
     """``down``: ``(m, hidden)``, ``up``: ``(hidden, m)`` with ``m = hidden / reduction_factor``, at least 1."""
 
     def __init__(self, method: BottleneckAdapter, module: Module, place: Place) -> None:
-        super().__init__(beside=method.is_parallel, residual=place.residual)
+        super().__init__(place, beside=method.is_parallel)
         hidden = place.hidden
         size = max(1, int(hidden / method.reduction_factor))
         device = device_for(module)

@@ -31,7 +31,7 @@ class Compacter:
         non_linearity: ``"relu"``, ``"gelu"``, ``"silu"`` or ``"tanh"``.
         phm_dim: number n of products; it must divide the hidden size and the bottleneck.
         phm_rank: rank of each ``s_i t_i``.
-        shared_phm_rule: whether all layers share one A.
+        shared_phm_rule: whether all layers share one A; otherwise each ``down`` and each ``up`` has its own.
         attention_modules: the attention blocks of a model that is not known: names, suffixes or an expression.
         feed_forward_modules: the same for its feed-forward blocks.
         layers_to_transform: only the layers of these numbers.
@@ -119,7 +119,7 @@ class _CompacterLayer(BlockLayer):
     """``down``: ``(hidden, m)`` and ``up``: ``(m, hidden)``, sums of products, ``m = hidden / reduction_factor``."""
 
     def __init__(self, method: Compacter, module: Module, place: Place, shared: SharedTensors | None) -> None:
-        super().__init__(beside=False, residual=place.residual)
+        super().__init__(place)
         n, rank, hidden = method.phm_dim, method.phm_rank, place.hidden
         size = max(1, int(hidden / method.reduction_factor))
         if hidden % n or size % n:
@@ -137,14 +137,14 @@ class _CompacterLayer(BlockLayer):
             self.register_parameter(f"{name}_left", Parameter(left))
             self.register_parameter(f"{name}_right", Parameter(right))
             self.register_parameter(f"{name}_bias", Parameter(torch.zeros(n_out, dtype=torch.float32, device=device)))
-        if shared is None:
-            self.phm_rule = Parameter(_rule(n, device))
+            if shared is None:
+                self.register_parameter(f"{name}_rule", Parameter(_rule(n, device)))
         self.shared = (shared,)  # a tuple, so that A is not registered in every layer
         self.non_linearity = method.non_linearity
 
     def _through(self, name: str, x: Tensor) -> Tensor:
         shared = self.shared[0]
-        rule = self.phm_rule if shared is None else shared.get_parameter("phm_rule")
+        rule = self.get_parameter(f"{name}_rule") if shared is None else shared.get_parameter("phm_rule")
         left, right, bias = (self.get_parameter(f"{name}_{part}").to(x.dtype) for part in ("left", "right", "bias"))
         return phm(x, rule.to(x.dtype), left, right) + bias
 

@@ -89,7 +89,8 @@ def test_several_merged_adapters_are_rounded_once_too_and_come_back_one_by_one(b
 @torch.no_grad()
 def test_an_adapter_inside_another_is_merged_first(build, call, perturb):
     model = build("bert")
-    for name, method in (("a", LoRA(r=2)), ("b", IA3()), ("c", BottleneckAdapter(reduction_factor=4))):
+    after_dense = BottleneckAdapter(attention_modules=["attention.output.dense"], output_adapter=False)
+    for name, method in (("a", LoRA(r=2)), ("b", IA3()), ("c", after_dense)):
         perturb(adapt(model, method, name), 0.1)
     activate(model, "a", "b")
     with pytest.raises(ValueError, match=r"'a' runs inside 'b' at .*merge 'a' first, or .*activate\(model, 'b', 'a'\)"):

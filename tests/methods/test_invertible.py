@@ -17,7 +17,7 @@ ENDS = {
     "llama": (["model.embed_tokens"], "lm_head"),
     "t5": (["encoder.embed_tokens", "decoder.embed_tokens"], "lm_head"),
 }
-MADX = {"mh_adapter": False, "reduction_factor": 4, "inv_adapter": "nice"}
+MADX = {"mh_adapter": False, "reduction_factor": 4, "original_ln_before": True, "inv_adapter": "nice"}
 ROW = torch.tensor([[5, 6, 7]])
 
 
@@ -170,7 +170,7 @@ def test_the_head_reads_what_was_embedded_whatever_the_block_has_learnt(perturb)
 
 def test_a_classifier_has_the_first_direction_alone(build):
     places = list(adapt(build("bert"), BottleneckAdapter(**MADX)).tree.layers_by_module)
-    blocks = [f"bert.encoder.layer.{i}.output.dense" for i in range(2)]
+    blocks = [f"bert.encoder.layer.{i}.output.LayerNorm" for i in range(2)]
     assert sorted(places) == sorted([*blocks, "bert.embeddings.word_embeddings"])
 
 
