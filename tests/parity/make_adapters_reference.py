@@ -84,10 +84,10 @@ EDITS = ("loreft", "loreft_own_weights")
 CASES: dict[str, tuple[str, ...]] = {
     "bert": (*BOTTLENECKS, "pfeiffer_attention", "madx", *EDITS, "prefix", "prefix_network"),
     "gpt2": (*BOTTLENECKS, "madx", *EDITS, "prefix", "prefix_network"),
-    "llama": (*BOTTLENECKS, *EDITS, "prefix"),
+    "llama": (*BOTTLENECKS, "madx", *EDITS, "prefix"),
     "qwen3": ("madx", "madx_houlsby"),
     "mixtral": ("houlsby", "pfeiffer", "compacter", "madx", *EDITS),
-    "t5": (*BOTTLENECKS, "pfeiffer_attention", *EDITS),
+    "t5": (*BOTTLENECKS, "pfeiffer_attention", "madx", *EDITS),
     "vit": ("houlsby", "pfeiffer", "compacter_own_rules"),
 }
 

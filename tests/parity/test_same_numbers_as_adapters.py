@@ -165,14 +165,23 @@ def _read_the_sum_before_the_norm(norm):
     return change
 
 
-def _couple_all_embeddings(where, embedding, head=None):
-    """It couples the sum of all embeddings, and a plain causal model's head has no inverse there."""
+def _without(*places):
+    """It has no block there: no inverse at a native causal model's head, and none on a decoder's embeddings."""
 
     def change(model, adapter):
-        layers = adapter.tree.layers_by_module
-        block = layers[embedding]
-        for name in filter(None, (embedding, head)):
-            layers[name].forward = lambda base, *args, **kwargs: base(*args, **kwargs)
+        for place in places:
+            layer = adapter.tree.layers_by_module[place]
+            layer.forward = lambda base, *args, **kwargs: base(*args, **kwargs)
+
+    return change
+
+
+def _couple_all_embeddings(where, embedding, *places):
+    """It couples the sum of all embeddings, not the tokens' alone."""
+
+    def change(model, adapter):
+        block = adapter.tree.layers_by_module[embedding]
+        _without(embedding, *places)(model, adapter)
         model.get_submodule(where).register_forward_hook(lambda _, args, x: couple(x, block.f, block.g))
 
     return change
@@ -186,6 +195,8 @@ AS_THEIRS = {
     ("gpt2", "parallel"): _read_the_sum_before_the_norm("ln_2"),
     ("llama", "parallel"): _read_the_sum_before_the_norm("post_attention_layernorm"),
     ("bert", "madx"): _couple_all_embeddings("bert.embeddings", "bert.embeddings.word_embeddings"),
+    ("llama", "madx"): _without("lm_head"),
+    ("t5", "madx"): _without("decoder.embed_tokens", "lm_head"),
     ("gpt2", "madx"): _couple_all_embeddings("transformer.drop", "transformer.wte", "lm_head"),
 }
 
