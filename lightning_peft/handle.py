@@ -318,7 +318,7 @@ def load_adapter(model: Module, path: str | Path, name: str = "default", *, chec
     saved = read_folder(Path(path))
     before = adapters_of(model)
     active = () if before is None else before.switch.active
-    tree = inject(model, saved.method_for(model), name, also_in_place=saved.in_place)
+    tree = inject(model, saved.method_for(model), name, also_in_place=saved.in_place, saved=True)
     record = tree.record
     if not saved.foreign and all(any(is_within(n, [c]) for n in record.new) for c in record.copies):
         # heads that are new here too are copied without being asked for, as they were there

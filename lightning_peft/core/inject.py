@@ -14,14 +14,16 @@ from lightning_peft.core.adapters import Adapters, adapters_of, refuse_in_use, t
 from lightning_peft.core.fingerprint import parameter_digests
 from lightning_peft.core.layer import AdapterLayer, SavedModule
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules, reads_directly
-from lightning_peft.core.method import Method, Placement
+from lightning_peft.core.method import Bounded, Method, Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
 from lightning_peft.core.routing import Switch
 from lightning_peft.core.statistics import freeze_statistics, moving_statistics
 from lightning_peft.core.tree import AdapterTree, Record
 
 
-def inject(model: Module, method: Method, name: str = "default", *, also_in_place: Sequence[str] = ()) -> AdapterTree:
+def inject(
+    model: Module, method: Method, name: str = "default", *, also_in_place: Sequence[str] = (), saved: bool = False
+) -> AdapterTree:
     """Freezes a model, puts the layers of a method around its modules and makes the new adapter the active one.
 
     Adapters that are there already go on training, or not, as before.
@@ -34,6 +36,7 @@ def inject(model: Module, method: Method, name: str = "default", *, also_in_plac
         name: the adapter's name; letters, digits, ``_`` and ``-``.
         also_in_place: parameters of the base that train in place beside those that the method chooses: new ones
             that a saved adapter brings along.
+        saved: whether the adapter is one that was saved, whose numbers stand as they are.
 
     Returns:
         The adapter.
@@ -46,6 +49,8 @@ def inject(model: Module, method: Method, name: str = "default", *, also_in_plac
     before = {n: p.requires_grad for n, p in base_parameters(model).items()}
     new = new_parameters(model)
     placement = method.place(model)
+    if isinstance(method, Bounded) and not saved:
+        method.refuse_beyond(model, placement.layers)
     copies, single = _copies(model, method, placement, new)
     in_place = [n for n in dict.fromkeys([*placement.in_place, *single, *also_in_place]) if not is_within(n, copies)]
     layers = placement.layers | {n: SavedModule(_plain(model.get_submodule(n))) for n in copies}

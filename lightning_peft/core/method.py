@@ -128,6 +128,26 @@ class PeftRepacked(Protocol):
 
 
 @runtime_checkable
+class Bounded(Protocol):
+    """A method with numbers, such as a rank, that a module bounds."""
+
+    def refuse_beyond(self, model: Module, layers: dict[str, AdapterLayer]) -> None:
+        """Refuses numbers beyond what their modules have room for, when an adapter is made.
+
+        One that was saved is never asked: other libraries make adapters with more rank than their weights have, and
+        what such a file says is still well defined.
+
+        Args:
+            model: the root.
+            layers: those that `place` gave for it.
+
+        Raises:
+            ValueError: if there is one.
+        """
+        ...
+
+
+@runtime_checkable
 class DataDriven(Protocol):
     """A method that looks at training data once, before the first step."""
 

@@ -30,6 +30,7 @@ TENSORS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 MANIFEST = "lightning_peft.json"
 
+_PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
 _IN_MANIFEST = {"method": dict, "base": dict, "copies": list, "in_place": list, "info": dict, "prepared": bool}
 
 
@@ -59,10 +60,25 @@ class SavedAdapter:
 
     def method_for(self, model: Module) -> Method:
         """The method with what it saved in full named, so that a base without new heads gets them too."""
+        method: Any = self.method
+        if not self.foreign:
+            return cast(Method, replace(method, modules_to_save=self.copies or None))
+        # peft lists every name that a part of some model may have, whether this one has it or not
         names = list(base_modules(model))
-        # peft lists every name that a classifier may have, whether the model has it or not
-        copies = [c for c in self.copies if not self.foreign or any(matches(n, c) for n in names)]
-        return cast(Method, replace(cast(Any, self.method), modules_to_save=copies or None))
+        copies = [c for c in self.copies if any(matches(n, c) for n in names)]
+        return cast(Method, replace(method, modules_to_save=copies or None, **_there(method, names)))
+
+
+def _there(method: Any, names: list[str]) -> dict[str, list[str]]:
+    """The options that list modules, without the patterns that match none; all stay where nothing is left to adapt."""
+    listed = {o: p for o in _PATTERNS if isinstance(p := getattr(method, o, None), list)}
+    found = {o: [p for p in patterns if any(matches(n, p) for n in names)] for o, patterns in listed.items()}
+    if "target_modules" in listed:
+        targets = found["target_modules"] = found["target_modules"] or listed["target_modules"]
+        names = [n for n in names if any(matches(n, p) for p in targets)]
+    if "exclude_modules" in listed:
+        found["exclude_modules"] = [p for p in listed["exclude_modules"] if any(matches(n, p) for n in names)]
+    return found
 
 
 def refuse_occupied(path: Path) -> None:

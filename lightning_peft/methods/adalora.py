@@ -20,7 +20,7 @@ from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree
-from lightning_peft.methods.linear import DeltaLayer, LinearMethod, sizes
+from lightning_peft.methods.linear import DeltaLayer, LinearMethod, above_rank, sizes
 
 _FACTORS = ("lora_A", "lora_E", "lora_B")
 _STATE = ("_ipt", "_unc", "_mask")
@@ -35,7 +35,8 @@ class AdaLoRA(LinearMethod):
 
     Args:
         target_r: average rank at the end, 1 or more.
-        init_r: rank of every module at the start, ``target_r`` or more; the paper takes 1.5 times as much.
+        init_r: rank of every module at the start, ``target_r`` or more and no more than the smaller side of any weight;
+            the paper takes 1.5 times as much.
         lora_alpha: strength of the change, divided by ``init_r``; above 0.
         lora_dropout: share of the input that Q does not see in training, from 0 up to but not including 1.
         tinit: steps before the first triplet goes.
@@ -114,6 +115,10 @@ class AdaLoRA(LinearMethod):
     def layer(self, name: str, module: Module) -> AdapterLayer:
         """The layer for one module."""
         return _SVDLayer(name, module, self)
+
+    def beyond(self, name: str, module: Module) -> str | None:
+        """A start with more triplets than the weight has singular values."""
+        return above_rank("init_r", self.init_r, min(sizes(module)), name)
 
     def arrange(self, model: Module, layers: dict[str, AdapterLayer]) -> Any:
         """The layers, once every pattern of ranks is known to belong to one."""

@@ -14,7 +14,7 @@ from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.linear import LinearMethod, oriented, sizes, weight_of
+from lightning_peft.methods.linear import LinearMethod, near_divisors, oriented, sizes, weight_of
 from lightning_peft.methods.oft import cayley, times_blocks
 
 
@@ -74,7 +74,9 @@ class BOFT(LinearMethod):
         given = self.boft_block_size or self.boft_block_num
         if n_in % given:
             option = "boft_block_size" if self.boft_block_size else "boft_block_num"
-            raise ValueError(f"BOFT: {option}={given} must divide the {n_in} inputs of {name!r}")
+            raise ValueError(
+                f"BOFT: {option}={given} must divide the {n_in} inputs of {name!r}; {near_divisors(given, n_in)}"
+            )
         size = self.boft_block_size or n_in // given
         number, m = n_in // size, self.boft_n_butterfly_factor
         if m > 1 and (size % 2 or number % 2 ** (m - 1)):

@@ -30,7 +30,7 @@ class Compacter:
         reduction_factor: hidden size divided by the bottleneck's, above 0; 32 as in the paper.
         non_linearity: ``"relu"``, ``"gelu"``, ``"silu"`` or ``"tanh"``.
         phm_dim: number n of products; it must divide the hidden size and the bottleneck.
-        phm_rank: rank of each ``s_i t_i``.
+        phm_rank: rank of each ``s_i t_i``, from 1 to the bottleneck's size divided by n.
         shared_phm_rule: whether all layers share one A; otherwise each ``down`` and each ``up`` has its own.
         attention_modules: the attention blocks of a model that is not known: names, suffixes or an expression.
         feed_forward_modules: the same for its feed-forward blocks.
@@ -126,6 +126,13 @@ class _CompacterLayer(BlockLayer):
             raise ValueError(
                 f"Compacter: phm_dim={n} must divide the hidden size {hidden} and the bottleneck {size} at "
                 f"{place.name!r}; choose another reduction_factor, such as {hidden / max(n, size // n * n):g}"
+            )
+        most = min(hidden, size) // n
+        if rank > most:
+            raise ValueError(
+                f"Compacter: phm_rank={rank} is above {most}, the smaller side of the factors at {place.name!r} "
+                f"(a bottleneck of {size} in phm_dim={n} parts); lower it to {most} or less, or widen the bottleneck "
+                "by a lower reduction_factor"
             )
         device = device_for(module)
         for name, n_in, n_out in (("down", hidden, size), ("up", size, hidden)):

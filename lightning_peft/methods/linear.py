@@ -15,7 +15,7 @@ from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import ALL_LINEAR, class_of, is_conv1d, is_within, match_modules
 from lightning_peft.core.method import Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
-from lightning_peft.core.problems import refuse_unknown
+from lightning_peft.core.problems import raise_problems, refuse_unknown
 
 # options that say where the layers go and how they train, which a PEFT file gives in its own way
 _OURS = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "learning_rate")
@@ -85,6 +85,19 @@ class LinearMethod:
             )
         # all that is named may train in full
         return self.arrange(model, {n: self.layer(n, model.get_submodule(n)) for n in names}) if names else Placement()
+
+    def beyond(self, name: str, module: Module) -> str | None:
+        """What number is beyond what a module has room for, as a sentence; None if none is."""
+        return None
+
+    def refuse_beyond(self, model: Module, layers: dict[str, AdapterLayer]) -> None:
+        """Refuses a number beyond what one of the modules has room for.
+
+        Raises:
+            ValueError: if there is one; it names the first such module.
+        """
+        found = (self.beyond(n, model.get_submodule(n)) for n in layers if n)
+        raise_problems(type(self).__name__, [next((problem for problem in found if problem), None)])
 
     def arrange(self, model: Module, layers: dict[str, AdapterLayer]) -> Placement:
         """What is placed, given the layers; a method whose layers share something adds it here."""
@@ -157,6 +170,35 @@ def sizes(module: Any) -> tuple[int, int]:
         n_in, n_out = module.weight.shape
         return int(n_in), int(n_out)
     return int(module.in_features), int(module.out_features)
+
+
+def above_rank(option: str, given: int, limit: int, name: str) -> str | None:
+    """The sentence about a rank above the smaller side of a weight, which adds numbers and no change; None if it fits.
+
+    Args:
+        option: the option that gives the rank.
+        given: the rank.
+        limit: the smaller side.
+        name: the module that has the weight.
+    """
+    if given <= limit:
+        return None
+    return (
+        f"{option}={given} is above {limit}, the smaller side of the weight of {name!r}; lower it to {limit} or less, "
+        f"or exclude the module (exclude_modules=[{name!r}])"
+    )
+
+
+def near_divisors(given: int, number: int) -> str:
+    """The end of an error's sentence about a number that does not divide another: the nearest that do.
+
+    Args:
+        given: what was given.
+        number: what it was to divide.
+    """
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    nearest = sorted(divisors, key=lambda d: abs(d - given))[:2]
+    return "the nearest that do are " + " and ".join(str(d) for d in sorted(nearest))
 
 
 def oriented(delta: Tensor, module: Module) -> Tensor:

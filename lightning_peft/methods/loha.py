@@ -13,7 +13,7 @@ from torch.nn import Module, Parameter, init
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.linear import LinearMethod
+from lightning_peft.methods.linear import LinearMethod, above_rank
 from lightning_peft.methods.lycoris import LycorisLayer, is_linear_or_conv, lycoris_problems, matrix_shape
 
 
@@ -25,7 +25,7 @@ class LoHa(LinearMethod):
     matrix ``(out, in * kernel)``.
 
     Args:
-        r: rank of each factor.
+        r: rank of each factor, from 1 to the smaller side of any weight; their product has up to its square.
         alpha: strength of the change.
         rank_dropout: share of the change's rows that are left out in training, the rest scaled up.
         module_dropout: how often a module goes without its change in training.
@@ -56,6 +56,10 @@ class LoHa(LinearMethod):
     def suits(self, module: Module) -> bool:
         """Linear, Conv1D, Conv1d and Conv2d."""
         return is_linear_or_conv(module)
+
+    def beyond(self, name: str, module: Module) -> str | None:
+        """A rank above the weight's."""
+        return above_rank("r", self.r, min(matrix_shape(module)), name)
 
     def layer(self, name: str, module: Module) -> AdapterLayer:
         """The layer for one module."""

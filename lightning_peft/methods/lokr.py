@@ -25,7 +25,8 @@ class LoKr(LinearMethod):
     ``s = alpha / r``.
 
     Args:
-        r: rank of a decomposed factor.
+        r: rank of a decomposed factor; one whose longer side is not above ``2 r`` is taken whole, so that no rank is
+            too high.
         alpha: strength of the change.
         rank_dropout: share of the change's rows that are left out in training.
         rank_dropout_scale: whether the rows that stay are scaled up for it.

@@ -25,7 +25,13 @@ from lightning_peft.core.problems import raise_problems, refuse_unknown
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import target_names
 from lightning_peft.methods.lora_eva import input_directions
-from lightning_peft.methods.lora_experts import owner_of, parameter_layers, parameter_names, peft_place
+from lightning_peft.methods.lora_experts import (
+    owner_of,
+    parameter_layers,
+    parameter_names,
+    peft_place,
+    refuse_ranks,
+)
 from lightning_peft.methods.lora_init import doubled, halved, is_apart, known_start
 from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, layer_for
 from lightning_peft.methods.lora_targets import (
@@ -42,7 +48,8 @@ class LoRA:
     """Low-rank adaptation of linear, Conv1D, embedding, convolution and attention modules.
 
     Args:
-        r: rank of the change, 1 or more. 8 is enough for most single tasks; more rank asks for more data.
+        r: rank of the change, from 1 to the smaller side of any weight. 8 is enough for most single tasks; more rank
+            asks for more data.
         lora_alpha: strength of the change, above 0. 16, twice the default rank, keeps the learning rate's range.
         lora_dropout: share of the input that A does not see in training, from 0 up to but not including 1.
         use_rslora: divide alpha by ``sqrt(r)`` instead of ``r``, which keeps high ranks learning.
@@ -222,6 +229,14 @@ class LoRA:
             layers |= rows
         return Placement(layers, in_place=biases_to_train(model, names, self.bias))
 
+    def refuse_beyond(self, model: Module, layers: dict[str, AdapterLayer]) -> None:
+        """Refuses a rank above the smaller side of a weight.
+
+        Raises:
+            ValueError: if there is one; it names the first such module or parameter.
+        """
+        refuse_ranks(layers, self.rank)
+
     def _tokens(self) -> list[tuple[list[str] | None, list[int]]]:
         """Where rows of tokens train, None being the input embedding, and of which tokens."""
         given = self.trainable_token_indices
@@ -291,8 +306,8 @@ class LoRA:
             ValueError: if it asks for an option that is not supported here, such as DoRA.
         """
         names = [f.name for f in fields(cls) if f.name != "learning_rate"]
-        # these say nothing unless another option, which is refused, is on
-        idle = ["fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"]
+        # these say nothing of a trained adapter, or nothing unless another option, which is refused, is on
+        idle = ["fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"]
         refuse_unknown("LoRA", config, known=[*names, *idle])
         start = config.get("init_lora_weights")
         if is_apart(start) and start != "orthogonal":

@@ -17,7 +17,7 @@ from lightning_peft.core.adapted import Base
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, is_within, matches
 from lightning_peft.core.problems import nearest, raise_problems
-from lightning_peft.methods.lora_layers import LowRank
+from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, refuse_rank
 
 if TYPE_CHECKING:
     from lightning_peft.methods.lora import LoRA
@@ -160,6 +160,24 @@ def parameter_layers(model: Module, names: Sequence[str], method: LoRA) -> dict[
         owner: ParametersLayer([n for n in names if owner_of(n) == owner], model.get_submodule(owner), method)
         for owner in owners
     }
+
+
+def refuse_ranks(layers: dict[str, AdapterLayer], rank: Callable[[str], int]) -> None:
+    """Refuses a rank above the smaller side of the weight, which adds numbers and no change.
+
+    Args:
+        layers: LoRA's, by module.
+        rank: the rank for the module or the parameter of a name.
+
+    Raises:
+        ValueError: if there is one; it names the first such module or parameter.
+    """
+    for place, layer in layers.items():
+        for inside, part in layer.named_modules():
+            if not isinstance(part, (LowRank, EmbeddingLayer)):
+                continue
+            name = f"{place}.{inside}" if isinstance(part, ParameterFactors) else place
+            refuse_rank(name, rank(name), part.limit)
 
 
 def owner_of(name: str) -> str:

@@ -23,6 +23,24 @@ if TYPE_CHECKING:
     from lightning_peft.methods.lora import LoRA
 
 
+def refuse_rank(name: str, r: int, limit: int) -> None:
+    """Refuses a rank above the smaller side of a weight, which adds numbers and no change.
+
+    Args:
+        name: what has the weight.
+        r: the rank.
+        limit: the smaller side.
+
+    Raises:
+        ValueError: if it is above.
+    """
+    if r > limit:
+        raise ValueError(
+            f"LoRA: a rank of {r} is above {limit}, the smaller side of the weight of {name!r}; lower r, give it a "
+            f"rank of its own (rank_pattern={{{name!r}: {limit}}}) or exclude it"
+        )
+
+
 class LowRank(AdapterLayer):
     """What all low-rank layers share: ``lora_A``, ``lora_B``, the scale and the dropout on A's input.
 
@@ -33,6 +51,9 @@ class LowRank(AdapterLayer):
         a: shape of A behind the rank.
         b: shape of B, with the number of outputs before the rank and what follows behind it.
         copies: how many pairs of factors lie side by side along the rank.
+
+    Attributes:
+        limit: the smaller side of the weight, above which no rank adds anything.
     """
 
     def __init__(
@@ -40,12 +61,8 @@ class LowRank(AdapterLayer):
     ) -> None:
         super().__init__()
         device = device_for(module)
-        r, n_out, limit = method.rank(name), b[0], min(math.prod(a), b[0])
-        if r > limit:
-            raise ValueError(
-                f"LoRA: a rank of {r} is above {limit}, the smaller side of the weight of {name!r}; lower r, give it "
-                f"a rank of its own (rank_pattern={{{name!r}: {limit}}}) or exclude it"
-            )
+        r, n_out = method.rank(name), b[0]
+        self.limit = min(math.prod(a), n_out)
         drawn = torch.empty(r * copies, *a, dtype=torch.float32, device=device)
         self.lora_B = Parameter(torch.zeros(n_out, r * copies, *b[1:], dtype=torch.float32, device=device))
         if method.init_lora_weights == "gaussian":
@@ -75,6 +92,7 @@ class LinearLayer(LowRank):
         n_in, n_out = sizes(module)
         super().__init__(name, module, method, (n_in,), (n_out,))
         if method.starts_apart:
+            refuse_rank(name, len(self.lora_A), self.limit)
             start = starting_factors(
                 str(method.init_lora_weights), weight_of(module).float(), len(self.lora_A), self.scale
             )
@@ -166,6 +184,7 @@ class EmbeddingLayer(AdapterLayer):
         b = torch.randn(module.embedding_dim, r, dtype=torch.float32, device=device)
         self.lora_embedding_A = Parameter(a)
         self.lora_embedding_B = Parameter(b)
+        self.limit = min(module.num_embeddings, module.embedding_dim)
         # Gemma-like embeddings multiply what they look up
         self.scale = method.scale(name)
         self.embed_scale = getattr(module, "embed_scale", None)

@@ -92,7 +92,9 @@ class LoReFT:
         """
         names, hidden = find_layers("LoReFT", model, self.layer_modules, self.layers_to_transform)
         if self.r > hidden:
-            raise ValueError(f"LoReFT: r={self.r} is above the hidden size {hidden} of {names[0]!r}")
+            raise ValueError(
+                f"LoReFT: r={self.r} is above the hidden size {hidden} of {names[0]!r}; lower it to {hidden} or less"
+            )
         ends = parse_positions(self.positions)
         if ends is None:
             return Placement({n: _Edit(self, model.get_submodule(n), hidden, 1, None) for n in names})

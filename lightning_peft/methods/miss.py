@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.linear import DeltaLayer, LinearMethod, oriented, sizes, weight_of
+from lightning_peft.methods.linear import DeltaLayer, LinearMethod, near_divisors, oriented, sizes, weight_of
 
 _INITS = (True, "mini", "bat")
 
@@ -27,7 +28,7 @@ class MiSS(LinearMethod):
     ``W x + D^T (x_1 + x_2 + ...)``, with the last shard filled up with zeros; D starts at zero.
 
     Args:
-        r: length of a shard. More shards, that is a smaller r, mean fewer parameters.
+        r: length of a shard, up to the number of inputs. More shards, that is a smaller r, mean fewer parameters.
         miss_dropout: share of the input that D does not see in training, from 0 up to but not including 1.
         init_weights: True for the above; ``"mini"`` shares D over the outputs too, ``(r, mini_r)``; ``"bat"``
             trains ``D: (out / r, r, r)`` and changes each block of the weight by ``W D + D``.
@@ -83,11 +84,16 @@ class MiSS(LinearMethod):
         raise_problems(
             f"MiSS at {name!r}, {n_in} inputs and {n_out} outputs",
             [
-                f"r={self.r} is above the number of inputs" if self.r > n_in else None,
-                f"r={self.r} must divide both with init_weights='bat'"
+                f"r={self.r} is above {n_in}, the number of inputs; lower it to {n_in} or less, or exclude the module "
+                f"(exclude_modules=[{name!r}])"
+                if self.r > n_in
+                else None,
+                f"r={self.r} must divide both with init_weights='bat'; {near_divisors(self.r, math.gcd(n_in, n_out))}"
                 if bat and (n_in % self.r or n_out % self.r)
                 else None,
-                f"mini_r={self.mini_r} must divide the outputs" if mini and n_out % self.mini_r else None,
+                f"mini_r={self.mini_r} must divide the outputs; {near_divisors(self.mini_r, n_out)}"
+                if mini and n_out % self.mini_r
+                else None,
             ],
         )
         return _BatLayer(module, self) if bat else _MissLayer(module, self)

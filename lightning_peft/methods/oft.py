@@ -13,7 +13,7 @@ from torch.nn import Module, Parameter
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.linear import LinearMethod, oriented, sizes, weight_of
+from lightning_peft.methods.linear import LinearMethod, near_divisors, oriented, sizes, weight_of
 
 
 @dataclass(kw_only=True)
@@ -69,21 +69,16 @@ class OFT(LinearMethod):
         )
 
     def layer(self, name: str, module: Module) -> AdapterLayer:
-        """The layer for one module.
+        """The layer for one module."""
+        return _OftLayer(module, self)
 
-        Raises:
-            ValueError: if the blocks do not divide the module's inputs.
-        """
+    def beyond(self, name: str, module: Module) -> str | None:
+        """Blocks that do not divide the inputs; PEFT takes the nearest that do, so its files may ask for such."""
         n_in = sizes(module)[0]
         given, number = ("r", self.r) if self.r else ("oft_block_size", self.oft_block_size)
-        if n_in % number:
-            near = [d for d in range(1, n_in + 1) if n_in % d == 0]
-            nearest = sorted(near, key=lambda d: abs(d - number))[:2]
-            raise ValueError(
-                f"OFT: {given}={number} must divide the {n_in} inputs of {name!r}; the nearest that do are "
-                + " and ".join(str(d) for d in sorted(nearest))
-            )
-        return _OftLayer(module, self)
+        if n_in % number == 0:
+            return None
+        return f"{given}={number} must divide the {n_in} inputs of {name!r}; {near_divisors(number, n_in)}"
 
     def peft_name(self, key: str, model: Module) -> str:
         """PEFT's file has the rotations' entries as the weight of a module ``oft_R``."""
@@ -96,7 +91,10 @@ class _OftLayer(AdapterLayer):
     def __init__(self, module: Module, method: OFT) -> None:
         super().__init__()
         n_in = sizes(module)[0]
-        self.blocks = method.r or n_in // method.oft_block_size
+        # in what PEFT wrote the number may divide nothing; the nearest divisor, the smaller of two, is meant
+        given, divisors = method.r or method.oft_block_size, [d for d in range(1, n_in + 1) if n_in % d == 0]
+        number = min(divisors, key=lambda d: abs(d - given))
+        self.blocks = number if method.r else n_in // number
         self.size = n_in // self.blocks
         shape = (1 if method.block_share else self.blocks, self.size * (self.size - 1) // 2)
         self.oft_R = Parameter(torch.zeros(shape, dtype=torch.float32, device=device_for(module)))

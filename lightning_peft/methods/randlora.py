@@ -15,7 +15,7 @@ from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
 from lightning_peft.core.options import check_types
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.linear import DeltaLayer, LinearMethod, SharedTensors, kaiming_uniform, sizes
+from lightning_peft.methods.linear import DeltaLayer, LinearMethod, SharedTensors, above_rank, kaiming_uniform, sizes
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,8 @@ class RandLoRA(LinearMethod):
     ``g: (n, small)`` at one over its longer side; ``s = randlora_alpha / r``. The bases are saved with the adapter.
 
     Args:
-        r: rank of a basis; a smaller one means more bases, and so more parameters.
+        r: rank of a basis, from 1 to the smaller side of any weight; a smaller one means more bases, and so more
+            parameters.
         randlora_alpha: strength of the change; the authors take 20 times the rank.
         randlora_dropout: share of the input that the change does not see in training.
         projection_prng_key: seed of the random bases, which are the same on every machine.
@@ -68,6 +69,10 @@ class RandLoRA(LinearMethod):
                 f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
+
+    def beyond(self, name: str, module: Module) -> str | None:
+        """A basis of more rank than the weight, of which one more than spans it."""
+        return above_rank("r", self.r, min(sizes(module)), name)
 
     def layer(self, name: str, module: Module) -> AdapterLayer:
         """The layer for one module."""

@@ -25,7 +25,8 @@ class VeRA(LinearMethod):
     ``d_initial`` and ``b: (out)`` at zero. The pair is saved with the adapter.
 
     Args:
-        r: rank; much higher than LoRA's, since a rank costs one number a layer.
+        r: rank; much higher than LoRA's, since a rank costs one number a layer. It may be above a weight's sides, as
+            in the paper: each of its numbers scales a direction of its own.
         projection_prng_key: seed of the random pair, which is the same on every machine.
         vera_dropout: share of the input that A does not see in training, from 0 up to but not including 1.
         d_initial: where ``d`` starts; the paper's appendix finds small values best.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_peft import LoRA, PromptTuning, PTuning, adapt, load_adapter
+from lightning_peft import LoRA, PromptTuning, adapt, load_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -106,80 +106,29 @@ def test_ten_steps_of_training_are_those_of_peft(build, call):
         torch.testing.assert_close(parameter, pairs[key].data, rtol=1e-8, atol=1e-8, check_dtype=False)
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_start_from_the_base_trains_as_it_does_in_peft(start, build, call):
-    """PEFT subtracts the start from the base, we beside it: the same outputs, losses and factors."""
-    ours, plain = build("llama"), build("llama").double()
-    adapter = adapt(ours, LoRA(r=4, lora_alpha=6, init_lora_weights=start))
-    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=start, target_modules="all-linear")
-    theirs = peft.get_peft_model(build("llama"), config).double()
-    ours.double()
-    for tensor in [*adapter.parameters(), *adapter.tree.buffers()]:
-        tensor.data = tensor.data.double()
-    for name in adapter.tree.layers_by_module:
-        layer = theirs.get_submodule(f"base_model.model.{name}")
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        # peft takes the difference in float32
-        layer.base_layer.weight.data = plain.get_submodule(name).weight.data - 1.5 * b.data @ a.data
-    losses = []
-    for model in (ours, theirs):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        seen = []
-        for _ in range(10):
-            loss = call(model, "llama").pow(2).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seen.append(loss.detach())
-        losses.append(torch.stack(seen))
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-8, atol=1e-8)
-    trained = peft.get_peft_model_state_dict(theirs)
-    for key, tensor in adapter.state_dict().items():
-        if not key.endswith("0"):
-            theirs_now = trained[f"base_model.model.{key}.weight"]
-            torch.testing.assert_close(tensor, theirs_now, rtol=1e-7, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize("kind", ["MLP", "LSTM"])
-def test_p_tuning_trains_as_it_does_in_peft(kind, name, build, call):
-    options = {"num_virtual_tokens": 4, "encoder_hidden_size": 6, "encoder_reparameterization_type": kind}
-    ours = build(name)
-    adapter = adapt(ours, PTuning(**options))
-    ours.double()
-    for parameter in adapter.parameters():
-        parameter.data = parameter.data.double()
-    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
-    config = peft.PromptEncoderConfig(task_type=task, num_transformer_submodules=1, **options)
-    theirs = peft.get_peft_model(build(name).double(), config).double()
-    network = theirs.prompt_encoder["default"]
-    named = {"virtual": network.embedding.weight}
-    heads = {"encoder.head.": network.mlp_head, "encoder.lstm.": getattr(network, "lstm_head", None)}
-    heads = heads if kind == "LSTM" else {"encoder.": network.mlp_head}
-    named |= {prefix + n: p for prefix, part in heads.items() for n, p in part.named_parameters()}
-    pairs = {k: named[k[k.index("virtual" if "virtual" in k else "encoder.", 8) :]] for k in adapter.state_dict()}
-    with torch.no_grad():
-        for key, tensor in adapter.state_dict().items():
-            pairs[key].copy_(tensor)
-    losses = []
-    for model in (ours, theirs):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        seen = []
-        for _ in range(10):
-            loss = call(model, name)[:, -7:].pow(2).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seen.append(loss.detach())
-        losses.append(torch.stack(seen))
-    torch.testing.assert_close(losses[0][0], losses[1][0], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-8, atol=1e-8)
-    for key, tensor in adapter.state_dict().items():
-        torch.testing.assert_close(tensor, pairs[key].data, rtol=1e-8, atol=1e-8)
-
-
 def test_options_that_are_not_supported_are_refused_by_name(build, tmp_path):
     config = peft.LoraConfig(r=4, alora_invocation_tokens=[1], target_modules="all-linear", task_type="CAUSAL_LM")
     peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match=r"alora_invocation_tokens=\[1\], which is not supported"):
+        load_adapter(build("llama"), tmp_path / "a")
+
+
+@torch.no_grad()
+def test_names_that_another_model_would_have_are_passed_over_in_a_folder_of_peft(build, call, tmp_path):
+    """PEFT lists names for every model of a kind, and takes no notice of those that it does not find."""
+    options = {"target_modules": ["q_proj", "qkv"], "exclude_modules": ["lm_head", "score"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(build("llama"), peft.LoraConfig(r=4, **options)).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    model = build("llama")
+    load_adapter(model, tmp_path / "a")
+    torch.testing.assert_close(call(model, "llama"), call(theirs, "llama"), **CLOSE)
+    with pytest.raises(ValueError, match="'q_proj' matches no module"):
+        load_adapter(build("bert"), tmp_path / "a")
+
+
+def test_butterfly_factors_that_peft_left_out_are_told_from_what_its_folder_says(build, tmp_path):
+    """Without its extension for a GPU peft trains one factor, and writes the number that it was asked for."""
+    config = peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=["q_proj"])
+    peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"boft_R is \(1, 8, 4, 4\), expected \(2, 8, 4, 4\)"):
         load_adapter(build("llama"), tmp_path / "a")

@@ -1,4 +1,4 @@
-"""Every method that Hugging Face PEFT knows: the same output, the same training, the same files."""
+"""Every variant that Hugging Face PEFT knows: the same output, the same training, the same files."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ import torch
 
 from lightning_peft import adapt, load_adapter
 from lightning_peft.core.method import PeftFormat, PeftRepacked
-from tests.method_table import TABLE, shown_data
+from tests.method_table import TABLE
+from tests.parity.grid import MODELS, PEERS
 
 peft = pytest.importorskip("peft")
 
 # what peft and transformers warn of each other is not ours to mend
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# peft's layers of these kinds know no Conv1D
-WITHOUT_PEER = {
-    (kind, "gpt2") for kind in ("loha", "lokr", "miss", "oft", "boft", "shira", "shira_magnitude", "fish_mask")
-}
-# and its prompts for classifiers need a trained head, which test_hf_peft gives them
-WITHOUT_PEER |= {(kind, "bert") for kind in ("prompt_tuning", "p_tuning", "prefix_tuning", "prefix_tuning_mlp")}
+# every method on every kind of model is in the grid; here is what the table of all methods has beside it
+IN_THE_GRID = {(p.name, m) for p in PEERS for m in MODELS}
+# peft's layers of this kind know no Conv1D
+WITHOUT_PEER = {("shira_magnitude", "gpt2")}
 CASES = [
     pytest.param(row.make(), name, id=f"{row.name}-{name}")
     for row in TABLE
     for name in row.models
-    if isinstance(row.make(), PeftFormat) and name not in ("encoder",) and (row.name, name) not in WITHOUT_PEER
+    if isinstance(row.make(), PeftFormat) and name != "encoder" and (row.name, name) not in IN_THE_GRID | WITHOUT_PEER
 ]
 
 
@@ -43,15 +42,10 @@ def build(build):
     return make
 
 
-# PEFT's file of a P-tuning has its vectors, in float32, and not the network; test_hf_peft compares the networks, and
-# test_prefix_in_peft those of a prefix; its LLaMA-Adapter rounds to float32 inside, which test_llama_adapter lifts
-EXACT = [case for case in CASES if not case.id.startswith(("p_tuning", "prefix_tuning_mlp", "llama_adapter"))]
-
-
 def _pair(build, perturb, method, name, tmp_path, scale=0.05):
     """Our adapted model and peft's, both in float64, the tensors of ours in both."""
     ours = build(name)
-    adapter = shown_data(adapt(ours, method))
+    adapter = adapt(ours, method)
     perturb(adapter, scale)
     adapter.save(tmp_path / "a")
     prompt = "num_virtual_tokens" in {**vars(method), **getattr(method, "config", {})}
@@ -69,7 +63,7 @@ def _kept(output, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "name"), EXACT)
+@pytest.mark.parametrize(("method", "name"), CASES)
 def test_the_output_is_that_of_peft(method, name, build, call, perturb, tmp_path):
     ours, adapter, theirs = _pair(build, perturb, method, name, tmp_path)
     expected = _kept(call(theirs.eval(), name), name)
@@ -79,16 +73,13 @@ def test_the_output_is_that_of_peft(method, name, build, call, perturb, tmp_path
 
 
 # a start that is subtracted is written as a LoRA of twice the rank, all of which peft would train; what peft does with
-# such a start of its own is in test_hf_peft
-TRAINED = [case for case in EXACT if not getattr(case.values[0], "starts_apart", False)]
+# such a start of its own is in the grid
+TRAINED = [case for case in CASES if not getattr(case.values[0], "starts_apart", False)]
 
 
 @pytest.mark.parametrize(("method", "name"), TRAINED)
 def test_ten_steps_give_the_losses_and_the_parameters_of_peft(method, name, build, call, perturb, tmp_path):
     ours, adapter, theirs = _pair(build, perturb, method, name, tmp_path)
-    if getattr(method, "lora_fa", False):  # which is an optimizer in peft
-        for key, parameter in theirs.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in key)
     losses = []
     for model in (ours, theirs):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
