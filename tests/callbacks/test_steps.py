@@ -66,7 +66,7 @@ def test_a_trainer_runs_the_schedule_as_a_loop_of_ones_own(trainer, loader, accu
 
 
 def test_a_schedule_without_an_end_is_refused(trainer, loader):
-    endless = trainer(PeftCallback(AdaLoRA(target_modules=["0"])), max_epochs=-1)
+    endless = trainer(PeftCallback(AdaLoRA(init_r=4, target_r=2, target_modules=["0"])), max_epochs=-1)
     with pytest.raises(ValueError, match="this one has no end; set max_epochs or max_steps"):
         endless.fit(Net(), loader)
 
