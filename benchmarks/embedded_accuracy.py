@@ -79,7 +79,7 @@ def hf_peft(name: str, seed: int, learning_rate: float | None) -> dict[str, Any]
         loader.batch_sampler.sampler.set_epoch(epoch)
         model.train()
         for batch in loader:
-            total, count = task.loss(model(**task.inputs(batch)), batch)
+            total, count = task.loss(task.outputs(model, batch), batch)
             (total / count).backward()
             optimizer.step()
             schedule.step()
@@ -88,7 +88,7 @@ def hf_peft(name: str, seed: int, learning_rate: float | None) -> dict[str, Any]
     metrics = task.metrics()
     with torch.no_grad():
         for batch in data.val_dataloader():
-            task.update(metrics, model(**task.inputs(batch)), batch)
+            task.update(metrics, task.outputs(model, batch), batch)
     return {"accuracy": float(metrics.compute()["accuracy"]), "trainable": sum(p.numel() for p in trained)}
 
 

@@ -167,7 +167,7 @@ class PeftModule(LightningModule):
     def _outputs(self, batch: dict[str, Any]) -> Any:
         # the model does not get the labels, but a method may want to know where the prompt ends
         with labels_of_batch.passing(batch.get("labels")):
-            return self(**self.task.inputs(batch))
+            return self.task.outputs(self, batch)
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -130,7 +130,8 @@ def test_gradient_accumulation_does_not_change_the_result(llama_folder, pairs, t
     data = TextDataModule(train_files=pairs, batch_size=12 // accumulated, max_length=24, validation_fraction=0.25)
     data.connect(module.task, module.tokenizer)
     data.setup("fit")
-    rows = sorted(data._features["train"], key=lambda f: len(f["input_ids"]))[:12]
+    rows = data._features["train"]
+    rows = rows.select(sorted(range(len(rows)), key=lambda i: rows[i]["length"])[:12])
     data._features["train"] = rows
     data.train_dataloader = lambda: torch.utils.data.DataLoader(
         rows, batch_size=12 // accumulated, collate_fn=data._collate(training=True)

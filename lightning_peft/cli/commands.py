@@ -88,10 +88,10 @@ def predict(config: DictConfig) -> Path:
     module, data, trainer = _ready(config)
     batches = cast(list[list[dict[str, Any]]], trainer.predict(module, data))
     said = [row for batch in batches for row in batch]
-    inputs = module.task.input_columns
+    inputs = [c for shape in module.task.columns for c in (*shape.inputs, *shape.optional)]
     with written_file(output) as scratch, scratch.open("w", encoding="utf-8") as file:
         for number, (row, answer) in enumerate(zip(data.rows("predict"), said, strict=True)):
-            line = {"id": number, **{c: row[c] for c in inputs}, **answer}
+            line = {"id": row.get("id", number), **{c: row[c] for c in inputs if c in row}, **answer}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"{len(said)} predictions in {output}")
     return output

@@ -49,23 +49,24 @@ class LengthGroupedBatches(Sampler[list[int]]):
         shuffler = random.Random(f"{self.seed}-{self.epoch}")
         order = list(range(len(self.lengths)))
         shuffler.shuffle(order)
-        size = self.batch_size * _ranks()[1]
+        size = self.batch_size * ranks()[1]
         pools = [order[i : i + size * _POOL] for i in range(0, len(order), size * _POOL)]
         ordered = [i for pool in pools for i in sorted(pool, key=lambda i: self.lengths[i], reverse=True)]
         groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         shuffler.shuffle(groups)
-        rank, ranks = _ranks()
+        rank, count = ranks()
         # the last group may be short: it is filled from its own beginning, so that no rank waits for another
-        return [(g * ranks)[rank::ranks][: max(1, -(-len(g) // ranks))] if ranks > 1 else g for g in groups]
+        return [(g * count)[rank::count][: max(1, -(-len(g) // count))] if count > 1 else g for g in groups]
 
     def __iter__(self) -> Iterator[list[int]]:
         yield from self.batches()
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // (self.batch_size * _ranks()[1]))
+        return -(-len(self.lengths) // (self.batch_size * ranks()[1]))
 
 
-def _ranks() -> tuple[int, int]:
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

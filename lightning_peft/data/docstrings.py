@@ -46,6 +46,32 @@ def completion_examples() -> tuple[list[Example], list[Example]]:
     return _split(pairs)
 
 
+def examples_with(*columns: str) -> tuple[list[Example], list[Example]]:
+    """The embedded data under the columns that a task learns from.
+
+    Args:
+        *columns: inputs and targets.
+
+    Returns:
+        Training and validation examples.
+
+    Raises:
+        ValueError: if the data has no such columns.
+    """
+    made = {
+        ("text", "label"): classification_examples,
+        ("prompt", "completion"): completion_examples,
+        ("text",): classification_examples,
+    }
+    if columns not in made:
+        known = " or ".join("+".join(c) for c in made)
+        raise ValueError(
+            f"the embedded docstrings have no {'+'.join(columns)}, only {known}; give data=files data.train_files=..."
+        )
+    train, validation = made[columns]()
+    return [{c: row[c] for c in columns} for row in train], [{c: row[c] for c in columns} for row in validation]
+
+
 def _split(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     order = list(examples)
     random.Random(_SEED).shuffle(order)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_peft.tasks.padding import pad, pad_inputs, pad_token
+from lightning_peft.tasks.columns import Columns
+from lightning_peft.tasks.padding import pad, pad_inputs, pad_token, without_labels
 
 _IGNORED = -100
 
@@ -27,8 +28,8 @@ class CausalLM:
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     monitor: ClassVar[str] = "val/loss"
     mode: ClassVar[str] = "min"
-    required_columns: ClassVar[tuple[str, ...]] = ("prompt", "completion")
-    input_columns: ClassVar[tuple[str, ...]] = ("prompt",)
+    columns: ClassVar[tuple[Columns, ...]] = (Columns(("prompt",), ("completion",)),)
+    whole_texts: ClassVar[bool] = False
 
     def to_config(self) -> dict[str, Any]:
         """The task's name as plain values."""
@@ -49,9 +50,9 @@ class CausalLM:
         Raises:
             ValueError: if a row has an empty completion.
         """
-        return [self._encode(i, row, tokenizer, max_length, training) for i, row in enumerate(rows)]
+        return [self._encode(row, tokenizer, max_length, training) for row in rows]
 
-    def _encode(self, i: int, row: dict[str, Any], tokenizer: Any, max_length: int, training: bool) -> dict[str, Any]:
+    def _encode(self, row: dict[str, Any], tokenizer: Any, max_length: int, training: bool) -> dict[str, Any]:
         start = _start(tokenizer)
         prompt = tokenizer(str(row["prompt"]), add_special_tokens=False)["input_ids"]
         if not training:
@@ -59,7 +60,7 @@ class CausalLM:
             return {"input_ids": start + prompt[-room:]}
         completion = tokenizer(str(row["completion"] or ""), add_special_tokens=False)["input_ids"]
         if not completion:
-            raise ValueError(f"row {i + 1} has no supervised token: its completion is {row['completion']!r}")
+            raise ValueError(f"has no supervised token: its completion is {row['completion']!r}")
         completion = completion + _end(tokenizer)
         kept = min(len(completion), max(1, max_length // 4))
         prompt = prompt[-max(0, max_length - len(start) - kept) :] if len(start) + kept < max_length else []
@@ -74,9 +75,9 @@ class CausalLM:
             batch["labels"] = pad([f["labels"] for f in features], _IGNORED)
         return batch
 
-    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Everything but the labels; the loss is taken outside the model, so that it can be summed."""
-        return {k: v for k, v in batch.items() if k != "labels"}
+    def outputs(self, model: Any, batch: dict[str, Any]) -> Any:
+        """What the model says to a batch; the loss is taken outside of it, so that it can be summed."""
+        return model(**without_labels(batch))
 
     def loss(self, outputs: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and the number of supervised tokens; logits are ``(batch, tokens, vocabulary)``."""
@@ -100,7 +101,7 @@ class CausalLM:
         end = _end(tokenizer)
         options.setdefault("eos_token_id", end[0] if end else None)
         options.setdefault("pad_token_id", pad_token(tokenizer))
-        inputs = self.inputs(batch)
+        inputs = without_labels(batch)
         written = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         return [{"completion": t} for t in tokenizer.batch_decode(written, skip_special_tokens=True)]
 

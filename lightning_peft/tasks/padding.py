@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,23 +18,28 @@ def pad_token(tokenizer: Any) -> int:
     return 0
 
 
-def pad(rows: list[list[int]], value: int, *, left: bool = False) -> Tensor:
+def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the model is called with."""
+    return {k: v for k, v in batch.items() if k != "labels"}
+
+
+def pad(rows: Sequence[Any], value: int, *, left: bool = False) -> Tensor:
     """Pads to the longest row.
 
     Args:
-        rows: the rows.
+        rows: lists or arrays of numbers.
         value: what to pad with.
         left: pad before the row, as generation needs it.
 
     Returns:
         ``(rows, longest)``, int64.
     """
-    longest = max(len(row) for row in rows)
-    batch = torch.full((len(rows), longest), value, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if left else slice(0, len(row))
-        batch[i, place] = torch.tensor(row, dtype=torch.long)
-    return batch
+    lengths = np.array([len(row) for row in rows])
+    longest = int(lengths.max())
+    batch = np.full((len(rows), longest), value, dtype=np.int64)
+    places = np.arange(longest)
+    batch[places >= (longest - lengths)[:, None] if left else places < lengths[:, None]] = np.concatenate(rows)
+    return torch.from_numpy(batch)
 
 
 def pad_inputs(features: list[dict[str, Any]], tokenizer: Any, *, left: bool = False) -> dict[str, Tensor]:
@@ -44,5 +51,5 @@ def pad_inputs(features: list[dict[str, Any]], tokenizer: Any, *, left: bool = F
         left: pad before the rows.
     """
     ids = [f["input_ids"] for f in features]
-    mask = [[1] * len(row) for row in ids]
+    mask = [np.ones(len(row), dtype=np.int64) for row in ids]
     return {"input_ids": pad(ids, pad_token(tokenizer), left=left), "attention_mask": pad(mask, 0, left=left)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 from torchmetrics import MetricCollection
+
+from lightning_peft.tasks.columns import Columns
 
 
 class Task(Protocol):
@@ -15,16 +18,16 @@ class Task(Protocol):
         auto_class: transformers' auto-model class with the right head.
         peft_task_type: Hugging Face PEFT's name for the task.
         monitor: the metric by which checkpoints are chosen, and ``mode``, whether more or less of it is better.
-        required_columns: columns that training data must have.
-        input_columns: those that suffice to predict.
+        columns: the shapes that the data may have.
+        whole_texts: whether a plain text file is one row; otherwise each of its lines is one.
     """
 
     auto_class: ClassVar[str]
     peft_task_type: ClassVar[str]
     monitor: ClassVar[str]
     mode: ClassVar[str]
-    required_columns: ClassVar[tuple[str, ...]]
-    input_columns: ClassVar[tuple[str, ...]]
+    columns: ClassVar[tuple[Columns, ...]]
+    whole_texts: ClassVar[bool]
 
     def to_config(self) -> dict[str, Any]:
         """The task's name and options as plain values."""
@@ -41,15 +44,19 @@ class Task(Protocol):
     def encode(
         self, rows: list[dict[str, Any]], tokenizer: Any, max_length: int, *, training: bool
     ) -> list[dict[str, Any]]:
-        """Rows of text as rows of token ids (and labels, unless ``training`` is false: then only the inputs)."""
+        """Rows of text as rows of token ids (and labels, unless ``training`` is false: then only the inputs).
+
+        Raises:
+            ValueError: if a row cannot be used; the sentence goes on behind the row's place.
+        """
         ...
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any, *, training: bool) -> dict[str, Tensor]:
         """A batch, padded to its longest row; ``(batch, tokens)``."""
         ...
 
-    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What of a batch the model is called with."""
+    def outputs(self, model: Any, batch: dict[str, Any]) -> Any:
+        """What the model says to a batch."""
         ...
 
     def loss(self, outputs: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -66,4 +73,13 @@ class Task(Protocol):
 
     def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
         """What the model says to each row, in plain values."""
+        ...
+
+
+@runtime_checkable
+class Joining(Protocol):
+    """A task that trains on something else than rows, such as blocks of a running text."""
+
+    def join(self, features: Iterable[dict[str, Any]], tokenizer: Any, max_length: int) -> Iterator[dict[str, Any]]:
+        """Features to train on, out of those of the rows."""
         ...

@@ -12,7 +12,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_peft.core.problems import nearest
-from lightning_peft.tasks.padding import pad_inputs
+from lightning_peft.tasks.columns import Columns
+from lightning_peft.tasks.padding import pad_inputs, without_labels
 
 
 @dataclass
@@ -29,8 +30,8 @@ class TextClassification:
     peft_task_type: ClassVar[str] = "SEQ_CLS"
     monitor: ClassVar[str] = "val/accuracy"
     mode: ClassVar[str] = "max"
-    required_columns: ClassVar[tuple[str, ...]] = ("text", "label")
-    input_columns: ClassVar[tuple[str, ...]] = ("text",)
+    columns: ClassVar[tuple[Columns, ...]] = (Columns(("text",), ("label",)),)
+    whole_texts: ClassVar[bool] = False
 
     def to_config(self) -> dict[str, Any]:
         """The task's name and labels as plain values."""
@@ -79,9 +80,7 @@ class TextClassification:
             for i, row in enumerate(rows):
                 name = str(row["label"])
                 if name not in numbers:
-                    raise ValueError(
-                        f"row {i + 1} has the label {name!r}, which training does not know{nearest(name, numbers)}"
-                    )
+                    raise ValueError(f"has the label {name!r}, which training does not know{nearest(name, numbers)}")
                 features[i]["labels"] = numbers[name]
         return features
 
@@ -92,9 +91,9 @@ class TextClassification:
             batch["labels"] = torch.tensor([f["labels"] for f in features])
         return batch
 
-    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Everything but the labels."""
-        return {k: v for k, v in batch.items() if k != "labels"}
+    def outputs(self, model: Any, batch: dict[str, Any]) -> Any:
+        """What the model says to a batch; the loss is taken outside of it, so that it can be summed."""
+        return model(**without_labels(batch))
 
     def loss(self, outputs: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and the number of examples; logits are ``(batch, classes)``."""
@@ -119,7 +118,7 @@ class TextClassification:
     @torch.no_grad()
     def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
         """The likeliest label of each row and its probability."""
-        shares = model(**self.inputs(batch)).logits.float().softmax(-1)
+        shares = self.outputs(model, batch).logits.float().softmax(-1)
         best, which = shares.max(-1)
         names = self._names()
         return [{"label": names[i], "score": p} for i, p in zip(which.tolist(), best.tolist(), strict=True)]

@@ -41,7 +41,7 @@ def test_ranks_share_the_rows_and_none_waits_for_another(lengths, monkeypatch):
 
     shares = []
     for rank in range(3):
-        monkeypatch.setattr(batching, "_ranks", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(batching, "ranks", lambda rank=rank: (rank, 3))
         shares.append(list(LengthGroupedBatches(lengths, 8, seed=0)))
     assert len({len(s) for s in shares}) == 1
     assert [[len(b) for b in s] for s in shares] == [[len(b) for b in shares[0]]] * 3
@@ -133,12 +133,12 @@ def test_an_unknown_label_and_an_empty_completion_name_their_row(tmp_path, token
     data = TextDataModule(train_files=str(tmp_path / "train.csv"), validation_files=str(tmp_path / "val.csv"))
     data.connect(TextClassification(), tokenizer)
     with pytest.raises(
-        ValueError, match=r"val\.csv.*row 2 has the label 'hamm', which training does not know; did you"
+        ValueError, match=r"val\.csv.*, line 3 has the label 'hamm', which training does not know; did you"
     ):
         data.setup("fit")
     (tmp_path / "pairs.csv").write_text("prompt,completion\na,b\nc,\nd,e\nf,g\n")
     files = str(tmp_path / "pairs.csv")
     data = TextDataModule(train_files=files, validation_files=files)
     data.connect(CausalLM(), tokenizer)
-    with pytest.raises(ValueError, match="row 2 has no supervised token"):
+    with pytest.raises(ValueError, match=r"pairs\.csv, line 3 has no supervised token"):
         data.setup("fit")

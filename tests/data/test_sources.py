@@ -1,71 +1,80 @@
-"""Reading local files, and what is said of broken ones."""
+"""Rows under the names that a task knows, from wherever they come."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from lightning_peft.data.docstrings import classification_examples, completion_examples
-from lightning_peft.data.sources import read_files, read_hub
+from lightning_peft.data.docstrings import classification_examples, completion_examples, examples_with
+from lightning_peft.data.files import Example
+from lightning_peft.data.problems import RowProblems
+from lightning_peft.data.sources import from_dataset, named
+from lightning_peft.tasks.columns import Columns
 
-ROWS = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
-
-
-@pytest.fixture
-def write(tmp_path):
-    def make(name, content):
-        path = tmp_path / name
-        path.write_text(content)
-        return str(path)
-
-    return make
+TEXTS = (Columns(("text",), ("label",), ("text_pair",)),)
 
 
-def test_json_lines_csv_and_parquet_give_the_same_rows(write, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    lines = write("a.jsonl", "".join(json.dumps(r) + "\n" for r in ROWS))
-    whole = write("a.json", json.dumps(ROWS))
-    table = write("a.csv", "text,label\na,x\nb,y\n")
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    for path in (lines, whole, table, str(tmp_path / "a.parquet")):
-        assert read_files(path, {}, ("text", "label")) == ROWS
-    assert read_files([lines, table], {}, ("text",)) == 2 * [{"text": "a"}, {"text": "b"}]
+def _named(row, columns=None, shapes=TEXTS, training=True):
+    problems = RowProblems(skip=False)
+    found = list(named([Example(row, "a.jsonl, line 7")], columns or {}, shapes, problems, training=training))
+    problems.settle("data", len(found))
+    return [e.row for e in found]
 
 
-def test_columns_are_renamed(write):
-    path = write("a.jsonl", '{"sentence": "a", "class": "x"}\n')
-    assert read_files(path, {"text": "sentence", "label": "class"}, ("text", "label")) == ROWS[:1]
+def test_columns_are_renamed_and_others_left_out_but_for_the_id():
+    row = {"sentence": "a", "class": "x", "id": 5, "more": 1}
+    assert _named(row, {"text": "sentence", "label": "class"}) == [{"text": "a", "label": "x", "id": 5}]
+    assert _named({"text": "a"}, training=False) == [{"text": "a"}]
+    assert _named({"text": "a", "text_pair": "b", "label": 0}) == [{"text": "a", "text_pair": "b", "label": 0}]
+
+
+def test_the_shape_that_a_row_fills_is_taken():
+    shapes = (Columns(("prompt",), ("completion",)), Columns(("messages",)))
+    assert _named({"messages": [1]}, shapes=shapes) == [{"messages": [1]}]
+    with pytest.raises(ValueError, match=r"no column 'completion'.*; the task takes prompt\+completion or messages"):
+        _named({"prompt": "a", "x": 1, "y": 2}, shapes=shapes[:1] + shapes[1:] + (Columns(("a", "b", "c")),))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("row", "said"),
     [
-        ("a.jsonl", '{"text": "a"}\n\n{"text": \n', r"a\.jsonl, line 3 is no JSON"),
-        ("a.jsonl", '{"txt": "a"}\n', r"row 1 has no column 'text'; did you mean 'txt'\?"),
-        ("a.jsonl", '["a"]\n', r"row 1 is a list; expected an object"),
-        ("a.jsonl", "", r"holds no example"),
-        ("a.csv", "text,label\na,x\nb\n", r"line 3: 1 fields, but the header has 2"),
-        ("a.csv", "text,label\na,x,z\n", r"line 2: 3 fields, but the header has 2"),
-        ("a.xls", "", r"ends in '\.xls'; expected one of \.jsonl"),
+        ({"txt": "a", "label": "x"}, r"line 7 has no column 'text'; did you mean 'txt'\? \(name it with data\.columns"),
+        ({"text": None, "label": "x"}, "line 7 has nothing in the column 'text': fill it in or leave the row out"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_with_its_place(write, name, content, said):
+def test_a_missing_column_is_named_with_the_nearest(row, said):
     with pytest.raises(ValueError, match=said):
-        read_files(write(name, content), {}, ("text",))
+        _named(row)
 
 
-def test_a_missing_file_names_the_nearest(write, tmp_path):
-    write("texts.jsonl", "")
-    with pytest.raises(FileNotFoundError, match=r"did you mean 'texts\.jsonl'"):
-        read_files(str(tmp_path / "text.jsonl"), {}, ("text",))
+def test_the_first_problems_are_shown_and_all_are_counted():
+    problems = RowProblems(skip=False)
+    for i in range(9):
+        problems.add(f"line {i} is odd")
+    with pytest.raises(ValueError, match=r"9 of 29 rows cannot be used: line 0 is odd; .*line 4 is odd; and 4 more \("):
+        problems.settle("data", 20)
+    problems = RowProblems(skip=True)
+    problems.add("line 3 is odd")
+    with pytest.warns(UserWarning, match="data: line 3 is odd; left out"):
+        problems.settle("data", 20)
+    problems.add("line 3 is odd")
+    with pytest.raises(ValueError, match="no row is left"):
+        problems.settle("data", 0)
+
+
+def test_a_folder_that_datasets_saved_gives_its_splits(tmp_path):
+    import datasets
+
+    part = datasets.Dataset.from_list([{"text": "a", "label": "x"}])
+    part.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "several")
+    assert [e.row for e in from_dataset(str(tmp_path / "one"), "train")] == [{"text": "a", "label": "x"}]
+    assert len(list(from_dataset(str(tmp_path / "several"), "test"))) == 1
+    assert from_dataset(str(tmp_path / "several"), "validation") is None
 
 
 def test_a_hub_name_without_a_network_says_what_to_pass_instead():
     with pytest.raises(ConnectionError, match=r"pass local files .* data\.source=docstrings"):
-        read_hub("nobody/nothing", "train", {}, ("text",))
+        from_dataset("nobody/nothing", "train")
 
 
 def test_the_embedded_data_is_there_and_the_same_every_time():
@@ -79,3 +88,6 @@ def test_the_embedded_data_is_there_and_the_same_every_time():
     pairs, _ = completion_examples()
     assert len(pairs) > 2000
     assert all(r["prompt"].startswith("def ") and r["completion"] for r in pairs)
+    assert examples_with("text")[0][0] == {"text": train[0]["text"]}
+    with pytest.raises(ValueError, match=r"no words\+tags, only text\+label or prompt\+completion"):
+        examples_with("words", "tags")

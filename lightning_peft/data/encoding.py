@@ -1,0 +1,174 @@
+"""Rows as token ids: in parallel, kept on disk under a key made of data, tokenizer and settings."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import transformers
+
+from lightning_peft.data.files import Example
+from lightning_peft.data.problems import RowProblems
+from lightning_peft.formats.writing import written_file
+from lightning_peft.tasks.task import Joining
+
+if TYPE_CHECKING:
+    from lightning_peft.tasks.task import Task
+
+T = TypeVar("T")
+
+LENGTH = "length"
+"""The feature by which rows of similar length are found: that of the longest list of a row."""
+
+_CHUNK = 1000
+_FORM = 1  # of the files; another number makes those of before unknown
+
+
+class Encoder:
+    """Turns examples into features as a task says.
+
+    Args:
+        task: the task.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: tokens that a row is cut to.
+        training: with what is to be learnt; otherwise the inputs alone.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any, max_length: int, *, training: bool) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.training = training
+
+    def stream(self, examples: Iterable[Example], problems: RowProblems, num_proc: int = 1) -> Iterator[dict[str, Any]]:
+        """Features one after the other.
+
+        Args:
+            examples: rows with the task's columns.
+            problems: takes note of those that the task refuses.
+            num_proc: processes that share the work; 1 does it here. Fast tokenizers use all cores by themselves.
+        """
+        chunks = _chunks(examples)
+        many = num_proc > 1
+        context = multiprocessing.get_context("spawn")  # a forked tokenizer deadlocks once it has used its threads
+        with ProcessPoolExecutor(num_proc, context) if many else nullcontext() as pool:
+            done = map(self.chunk, chunks) if pool is None else pool.map(self.chunk, chunks)
+            features: Iterator[dict[str, Any]] = (f for found, wrong in done for f in _noting(found, wrong, problems))
+            if self.training and isinstance(self.task, Joining):
+                features = self.task.join(features, self.tokenizer, self.max_length)
+            for feature in features:
+                yield {**feature, LENGTH: max((len(v) for v in feature.values() if isinstance(v, list)), default=1)}
+
+    def chunk(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Features of some examples, and a sentence on each that cannot be used."""
+        rows = [example.row or {} for example in examples]
+        encode = functools.partial(
+            self.task.encode, tokenizer=self.tokenizer, max_length=self.max_length, training=self.training
+        )
+        try:
+            return encode(rows), []
+        except ValueError:  # one at a time, to know which
+            found, wrong = [], []
+            for row, example in zip(rows, examples, strict=True):
+                try:
+                    found += encode([row])
+                except ValueError as error:
+                    wrong.append(f"{example.place} {error}")
+            return found, wrong
+
+    def key(self, examples: Sequence[Example]) -> str:
+        """A hash of all that the features depend on."""
+        settings = [self.task.to_config(), self.max_length, self.training, _FORM, transformers.__version__]
+        found = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
+        found.update(_tokenizer_key(self.tokenizer).encode())
+        for example in examples:
+            found.update(json.dumps(example.row, default=str).encode())
+        return found.hexdigest()
+
+
+def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
+    left = iter(items)
+    while chunk := list(islice(left, _CHUNK)):
+        yield chunk
+
+
+def _noting(found: list[dict[str, Any]], wrong: list[str], problems: RowProblems) -> list[dict[str, Any]]:
+    for sentence in wrong:
+        problems.add(sentence)
+    return found
+
+
+def _tokenizer_key(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template]
+    if backend is None:
+        parts.append(sorted(tokenizer.get_vocab().items()))
+    else:  # how the last call was to cut and pad is no part of it
+        parts.append({**json.loads(backend.to_str()), "truncation": None, "padding": None})
+    return json.dumps(parts, default=str)
+
+
+def kept_on_disk(
+    encoder: Encoder, examples: Sequence[Example], problems: RowProblems, folder: Path, num_proc: int
+) -> Any:
+    """Features as a `datasets.Dataset` in a memory-mapped file, made now or by an earlier run.
+
+    Args:
+        encoder: what makes them.
+        examples: rows with the task's columns.
+        problems: takes note of those that the task refuses. Then nothing is kept for other runs.
+        folder: where such files lie.
+        num_proc: processes that share the work.
+    """
+    import datasets
+    from filelock import FileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{encoder.key(examples)}.arrow"
+    with FileLock(f"{path}.lock"):  # of several ranks one does the work
+        if not path.is_file():
+            _write(path, encoder.stream(examples, problems, num_proc))
+        found = datasets.Dataset.from_file(str(path)).with_format("numpy")
+        if problems.count:
+            path.unlink()  # the open file stays readable
+    return found
+
+
+def _write(path: Path, features: Iterator[dict[str, Any]]) -> None:
+    import pyarrow as pa
+
+    with written_file(path) as scratch, scratch.open("wb") as file:
+        writer = schema = None
+        for chunk in _chunks(features):
+            table = pa.Table.from_pylist(chunk)
+            if writer is None:
+                schema = pa.schema([(f.name, _compact(f.type)) for f in table.schema])
+                writer = pa.ipc.new_stream(file, schema)
+            writer.write_table(table.cast(schema))
+        if writer is None:
+            writer = pa.ipc.new_stream(file, pa.schema([(LENGTH, pa.int64())]))
+        writer.close()
+
+
+def _compact(kind: Any) -> Any:
+    """Token ids take 32 bits."""
+    import pyarrow as pa
+
+    if not pa.types.is_list(kind):
+        return kind
+    return pa.list_(pa.float32() if pa.types.is_floating(kind.value_type) else pa.int32())
+
+
+def default_folder() -> Path:
+    """Where token ids are kept unless told otherwise: ``lightning_peft/tokens`` in the user's folder for caches."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lightning_peft" / "tokens"

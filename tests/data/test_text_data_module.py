@@ -1,0 +1,162 @@
+"""From files to batches: kept token ids, streams, and rows that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lightning_peft import CausalLM, LoRA, PeftModule, TextClassification, TextDataModule
+from lightning_peft.data import encoding
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [{"text": f"red {i}" if i % 2 else f"blue {i}", "label": "ab"[i % 2]} for i in range(40)]
+    for name, part in (("train", rows[:32]), ("validation", rows[32:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    return {f"{name}_files": str(tmp_path / f"{name}.jsonl") for name in ("train", "validation")}
+
+
+@pytest.fixture
+def module(tokenizer_folder, tmp_path):
+    def make(task=None, **options):
+        data = TextDataModule(**{"cache_dir": tmp_path / "kept", "batch_size": 4, **options})
+        data.connect(task or TextClassification(), AutoTokenizer.from_pretrained(tokenizer_folder))
+        data.setup("fit")
+        return data
+
+    return make
+
+
+def test_token_ids_are_made_once_and_again_when_what_they_depend_on_changes(files, module, monkeypatch):
+    made = []
+    chunk = encoding.Encoder.chunk
+    monkeypatch.setattr(encoding.Encoder, "chunk", lambda self, rows: made.append(len(rows)) or chunk(self, rows))
+    first = next(iter(module(**files).train_dataloader()))
+    assert made == [32, 8]
+    again = next(iter(module(**files).train_dataloader()))
+    assert made == [32, 8]
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    module(**files, max_length=4)
+    module(TextClassification(labels=["b", "a"]), **files)
+    assert made == [32, 8, 32, 8, 32, 8]
+
+
+def test_several_processes_give_the_same_token_ids(files, module, monkeypatch, tmp_path):
+    monkeypatch.setattr(encoding, "_CHUNK", 10)
+    one, two = (module(**files, num_proc=n, cache_dir=tmp_path / str(n)) for n in (1, 2))
+    for first, second in zip(one.train_dataloader(), two.train_dataloader(), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_rows_that_cannot_be_used_are_left_out_on_demand_and_counted(tmp_path, module):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"say {i}", "completion": "" if i in (3, 5) else "red"} for i in range(20)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) + "{broken\n")
+    options = {"train_files": path, "validation_files": path}
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 21 is no JSON.*data\.on_error=skip leaves such rows out"):
+        module(CausalLM(), **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        data = module(CausalLM(), **options, on_error="skip")
+    text = "\n".join(str(w.message) for w in said)
+    assert "2 of 20 rows cannot be used" in text
+    assert "line 4 has no supervised token" in text
+    assert sum(len(b["input_ids"]) for b in data.train_dataloader()) == 18
+
+
+@pytest.mark.parametrize(("limit", "left"), [(0.25, 8), (5, 5), (1, 1), (400, 32)])
+def test_a_number_or_a_share_of_the_rows(files, module, limit, left):
+    assert len(module(**files, limit=limit).rows("train")) == left
+
+
+def test_a_stream_gives_every_row_once_in_an_order_of_seed_and_epoch(files, module):
+    def unpadded(batches, tokenizer):
+        return [row for b in batches for row in tokenizer.batch_decode(b["input_ids"], skip_special_tokens=True)]
+
+    def texts(epoch, **options):
+        data = module(**files, streaming=True, shuffle_buffer=10, **options)
+        loader = data.train_dataloader()
+        loader.dataset.set_epoch(epoch)
+        return unpadded(loader, data._tokenizer)
+
+    first, data = texts(0), module(**files)
+    assert len(first) == 32
+    assert sorted(first) == sorted(unpadded(data.train_dataloader(), data._tokenizer))
+    assert first == texts(0) != texts(1)
+    assert first != texts(0, seed=3)
+
+
+def test_a_resumed_stream_goes_on_where_it_was(files, bert_folder, tmp_path):
+    def run(steps, path=None):
+        seen = []
+
+        class Seen(L.Callback):
+            def on_train_batch_start(self, trainer, module, batch, index):
+                seen.append(batch["input_ids"].tolist())
+
+        L.seed_everything(0)
+        module = PeftModule(str(bert_folder), LoRA(r=2), scheduler={"name": "constant", "warmup": 0.0})
+        options = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        trainer = L.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            callbacks=[Seen()],
+            limit_val_batches=0,
+            **options,
+        )
+        data = TextDataModule(**files, streaming=True, shuffle_buffer=8, batch_size=4, cache_dir=tmp_path / "kept")
+        trainer.fit(module, data, ckpt_path=path, weights_only=True if path else None)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return seen
+
+    whole = run(11)  # eight batches an epoch
+    assert whole[:5] == run(5)
+    assert run(11, tmp_path / "5.ckpt") == whole[5:]
+
+
+def test_a_stream_stops_at_a_row_that_cannot_be_used(files, module, tmp_path):
+    with open(files["train_files"], "a") as file:
+        file.write('{"text": "green"}\n')
+    data = module(**files, streaming=True)
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 33 has no column 'label'"):
+        list(data.train_dataloader())
+    data = module(**files, streaming=True, on_error="skip")
+    with pytest.warns(UserWarning, match="line 33 has no column 'label'.*left out"):
+        assert len(list(data.train_dataloader())) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"streaming": True}, "give validation_files"),
+        ({"columns": {"txt": "sentence"}}, "the task knows no column 'txt'; did you mean 'text'"),
+    ],
+)
+def test_what_has_no_meaning_is_said_before_anything_is_read(files, module, options, said):
+    with pytest.raises(ValueError, match=said):
+        module(train_files=files["train_files"], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"limit": 1.5}, "limit must be a number of rows, or a share above 0 and below 1, but got 1.5"),
+        ({"on_error": "ignore"}, "on_error must be raise or skip, but got 'ignore'"),
+        ({"streaming": True, "num_workers": 2}, "num_workers must be 0"),
+        ({"streaming": True, "limit": 3}, "leave limit out"),
+    ],
+)
+def test_options_out_of_their_range_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        TextDataModule(**options)
