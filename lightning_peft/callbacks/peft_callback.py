@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from functools import partial
+from types import FunctionType
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -174,10 +175,10 @@ def await_modules(module: LightningModule, pending: Pending) -> None:
     existing_adapter(module, pending.method, pending.path, pending.name)
     pending.replaced = before
     module.__dict__[_PENDING] = pending
-    # Bound module-level functions: they survive deepcopy, and Lightning sees them as overridden. functools.wraps would
-    # make it look through to the original and skip the hook.
+    # Lightning looks into a partial and sees the hook as overridden; through functools.wraps it would see the original.
+    # A bound method would be pickled as the attribute of that name, which is the class's while a module is rebuilt.
     for hook in _hooks():
-        module.__dict__[hook.__name__] = MethodType(hook, module)
+        module.__dict__[hook.__name__] = partial(hook, module)
 
 
 def _hooks() -> tuple[FunctionType, ...]:

@@ -263,14 +263,25 @@ def test_parameters_without_a_gradient_are_named(loader, trainer):
         trainer(PeftCallback(LoRA(r=2), model="backbone"), max_epochs=1).fit(Unused(), loader)
 
 
-def test_a_module_with_the_callback_copies_and_pickles(loader, trainer):
+def test_a_copied_or_pickled_module_goes_on_with_its_adapter_and_small_checkpoints(loader, trainer, tmp_path):
     net = Net("configure_model")
     trainer(PeftCallback(LoRA(r=2), model="backbone"), max_epochs=1).fit(net, loader)
     net.trainer = None
     x = torch.randn(3, 6)
-    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert torch.equal(twin.backbone(x), net.backbone(x))
-        assert twin.configure_model.__self__ is twin
+    before = net.backbone(x)
+    torch.save(net, tmp_path / "net.pt")
+    stored = torch.load(tmp_path / "net.pt", weights_only=False)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), stored):
+        assert torch.equal(twin.backbone(x), before)
+        t = trainer(max_epochs=1)
+        t.fit(twin, loader)
+        assert list(adapters_of(twin.backbone)) == ["default"]
+        assert not torch.equal(twin.backbone(x), before)
+        t.save_checkpoint(tmp_path / "twin.ckpt")
+        assert "backbone.0.weight" not in torch.load(tmp_path / "twin.ckpt", weights_only=True)["state_dict"]
+        again = load_from_checkpoint(Net, tmp_path / "twin.ckpt")
+        assert torch.equal(again.backbone(x), twin.backbone(x))
+    assert torch.equal(net.backbone(x), before)
 
 
 def test_a_prompt_goes_to_the_one_language_model_or_the_candidates_are_listed(trainer, loader):
