@@ -100,6 +100,18 @@ def module_of(base: Callable[..., Any]) -> Module:
     return innermost(base).module
 
 
+def compute_dtype(base: Callable[..., Any]) -> torch.dtype | None:
+    """The dtype in which the module behind ``base`` computes: that of its first floating-point parameter.
+
+    Args:
+        base: the callable that an adapter layer was given.
+
+    Returns:
+        The dtype, or None for a module without floating-point parameters.
+    """
+    return next((p.dtype for p in module_of(base).parameters() if p.is_floating_point()), None)
+
+
 class Site:
     """The place of one adapted module: its layers by adapter name, and how a call runs through them.
 

@@ -12,11 +12,12 @@ from torch.nn import Module, MultiheadAttention, TransformerEncoder, Transformer
 from lightning_peft.core.adapted import Site, attach, detach, site_of
 from lightning_peft.core.adapters import Adapters, adapters_of, refuse_in_use, tree_of
 from lightning_peft.core.fingerprint import parameter_digests
-from lightning_peft.core.layer import AdapterLayer, SavedModule
+from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules, reads_directly
 from lightning_peft.core.method import Bounded, Method, Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
 from lightning_peft.core.routing import Switch
+from lightning_peft.core.saved_module import SavedModule
 from lightning_peft.core.statistics import freeze_statistics, moving_statistics
 from lightning_peft.core.tree import AdapterTree, Record
 

@@ -9,6 +9,7 @@ from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapted import instance_forward_of
 from lightning_peft.core.adapters import Adapters
+from lightning_peft.core.generated import SITE
 from lightning_peft.core.matching import class_of
 
 
@@ -42,7 +43,7 @@ def bare_twin(model: Module) -> Module:
         modules[id(module)] = twin
         # hooks are kept in dictionaries, and whatever is hooked into the twin must not reach the model
         twin.__dict__ |= {k: copy.copy(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()}
-        twin.__dict__.pop("_peft_site", None)
+        twin.__dict__.pop(SITE, None)
         forward = instance_forward_of(module)
         if forward is not None:
             twin.__dict__["forward"] = forward

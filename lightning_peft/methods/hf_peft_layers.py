@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_peft.core.adapted import Base, module_of
-from lightning_peft.core.layer import AdapterLayer, compute_dtype
+from lightning_peft.core.adapted import Base, compute_dtype, module_of
+from lightning_peft.core.generated import SITE
+from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.twin import bare_twin
 from lightning_peft.core.view import with_tensors
@@ -186,7 +187,7 @@ def _stand_in(module: Module) -> Module:
     """An object of the module's class without tensors: called it runs the base, asked it answers for the module."""
     cls = class_of(module)
     made: Module = object.__new__(_stand_in_class(cls))
-    plain = {k: v for k, v in module.__dict__.items() if k not in ("_peft_site", "forward")}
+    plain = {k: v for k, v in module.__dict__.items() if k not in (SITE, "forward")}
     made.__dict__ |= {**plain, **Module().__dict__}
     return made
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lightning_peft.core.adapted import module_of
-from lightning_peft.core.layer import AdapterLayer, compute_dtype, device_for
+from lightning_peft.core.adapted import compute_dtype, module_of
+from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of
 from lightning_peft.core.method import Placement
 from lightning_peft.core.twin import bare_twin

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from lightning_peft import IA3, Adapter, LoRA, active_adapters, adapt, combine, load_adapter
-from lightning_peft.core.layer import SavedModule
+from lightning_peft.core.saved_module import SavedModule
 from lightning_peft.methods.lora_combine import COMBINATIONS, dropped, elected_mean, factored, trimmed
 
 NAMES = ["a", "b", "c"]
