@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
@@ -57,12 +58,11 @@ class AdapterTree(Module):
         """The layers by module name; the long name keeps clear of what the base's modules are called."""
         return self._layers[0]
 
-    def train(self, mode: bool = True) -> AdapterTree:
-        """Sets the mode of every layer, that of the root included."""
-        super().train(mode)
-        if "" in self.layers_by_module:
-            self.layers_by_module[""].train(mode)
-        return self
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training" and "" in self.layers_by_module:
+            # The root's own layer is registered nowhere, and whoever puts a mode back sets this on each module
+            self.layers_by_module[""].train(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTree:
         super()._apply(moved_only(fn), recurse)  # type: ignore[no-untyped-call]
