@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_peft.callbacks.adaptation import record_of
 from lightning_peft.callbacks.peft_callback import Pending, await_modules
+from lightning_peft.core.generated import original_class
 from lightning_peft.formats.reading import read_checkpoint
 from lightning_peft.methods.config import method_from_config
 
@@ -38,6 +39,7 @@ def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cp
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, holds no adapter, or belongs to another base.
     """
+    cls = original_class(cls)
     record = record_of(read_checkpoint(Path(path)))
     if len(record["methods"]) != 1:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.nn import Module, Sequential, TransformerEncoder, TransformerEncoderL
 
 from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.layer import moved_only
+
+T = TypeVar("T", bound=Module)
 
 SITE = "_peft_site"
 _classes: dict[type, type] = {}
@@ -26,8 +28,7 @@ _FUSED_PATH_FLAGS: dict[type, str] = {
 
 
 def _rebuild(cls: type) -> Any:
-    generated = adapted_class(cls)
-    return generated.__new__(generated)
+    return object.__new__(adapted_class(cls))
 
 
 def adapted_class(cls: type[Module]) -> type[Module]:
@@ -44,6 +45,11 @@ def adapted_class(cls: type[Module]) -> type[Module]:
         # Somebody may have kept this forward from before the removal: it goes on as the plain base.
         return cls.forward(self, *args, **kwargs) if site is None else site.run(args, kwargs)
 
+    def new(kind: type, *args: Any, **kwargs: Any) -> Any:
+        # type(model).from_pretrained(...) and the like: only what is adapted has this class
+        return cls(*args, **kwargs) if kind is generated else object.__new__(kind)
+
+    new.__signature__ = inspect.signature(cls.__init__)  # type: ignore[attr-defined]
     forward.__doc__ = cls.forward.__doc__
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
@@ -58,6 +64,7 @@ def adapted_class(cls: type[Module]) -> type[Module]:
         return applied
 
     names: dict[str, Any] = {
+        "__new__": new,
         "forward": forward,
         "__reduce_ex__": reduce_ex,
         "train": train,
@@ -66,18 +73,30 @@ def adapted_class(cls: type[Module]) -> type[Module]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    for fused, flag in _FUSED_PATH_FLAGS.items():
-        if issubclass(cls, fused):
-            names[flag] = _off_when_adapted(flag)
+    metaclass: Any = type(cls)
+    generated: type[Module] = metaclass(cls.__name__, (cls,), names | _for_kind(cls))
+    _classes[cls] = generated
+    return generated
+
+
+def _for_kind(cls: type[Module]) -> dict[str, Any]:
+    """What some kinds of modules have to do otherwise when they are adapted."""
+    names: dict[str, Any] = {f: _off_when_adapted(f) for kind, f in _FUSED_PATH_FLAGS.items() if issubclass(cls, kind)}
     if issubclass(cls, Sequential):
         names |= {"__iter__": _iterate_without_adapters, "__len__": _length_without_adapters}
         names["__getitem__"] = _item_without_adapters
     if hasattr(cls, "save_pretrained"):
         names["save_pretrained"] = _refuse_save_pretrained(cls.save_pretrained)
-    metaclass: Any = type(cls)
-    generated: type[Module] = metaclass(cls.__name__, (cls,), names)
-    _classes[cls] = generated
-    return generated
+    return names
+
+
+def original_class(cls: type[T]) -> type[T]:
+    """The class that a generated one was made for; any other class as it is.
+
+    Args:
+        cls: the class, such as ``type(model)``.
+    """
+    return next((original for original, generated in _classes.items() if generated is cls), cls)
 
 
 def _leaving_in_place(module: Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -87,6 +87,15 @@ def saved(trainer, loader, tmp_path):
     return make
 
 
+def test_the_class_of_an_adapted_module_loads_as_the_modules_own(saved, loader):
+    net = HeadFirst()
+    path = saved(net)
+    again = load_from_checkpoint(type(net), path)
+    x = torch.randn(3, 6)
+    assert isinstance(again, HeadFirst)
+    assert torch.equal(again(x), net(x))
+
+
 def test_setup_is_called_though_something_is_built_already(saved):
     net = HeadFirst()
     again = load_from_checkpoint(HeadFirst, saved(net))

@@ -58,6 +58,24 @@ def test_an_adapter_works_on_a_dispatched_model_and_removal_puts_its_hooks_back(
     assert {n for n, m in model.named_modules() if "forward" in m.__dict__} == hooked
 
 
+def test_the_class_of_an_adapted_model_makes_plain_ones(build, call, tmp_path):
+    plain = build("bert")
+    plain.save_pretrained(tmp_path / "base")
+    model = build("bert")
+    adapt(model, LoRA(r=2, target_modules=["query"]))
+    made = [
+        type(model).from_pretrained(tmp_path / "base"),
+        type(model)(model.config),
+        type(model.bert.encoder.layer[0].attention.self.query)(4, 4),
+    ]
+    assert [type(m) for m in made] == [type(plain), type(plain), nn.Linear]
+    assert torch.equal(call(made[0].eval(), "bert"), call(plain, "bert"))
+    assert inspect.signature(type(model)) == inspect.signature(type(plain))
+    for again in made:
+        adapt(again, LoRA(r=2)).remove()
+        assert again.train(True).training
+
+
 def test_a_forward_that_somebody_kept_goes_on_as_the_base_after_removal(perturb):
     model = nn.Sequential(nn.Linear(4, 4))
     x = torch.randn(2, 4)
