@@ -68,7 +68,7 @@ class HFPeft:
 
     @property
     def mergeable(self) -> bool:
-        """Whether PEFT's layers of this kind have a merge; some refuse it for some options all the same."""
+        """Whether PEFT's layers of this kind have a merge; it may refuse a module that has no bias to add to."""
         return has_merge(tuner_class(self.config))
 
     def place(self, model: Module) -> Placement:

@@ -87,7 +87,19 @@ def has_merge(tuner: Any) -> bool:
     if kind is None:
         return False
     layers = [c for c in vars(sys.modules[kind.__module__]).values() if isinstance(c, type) and issubclass(c, kind)]
-    return any("merge" in vars(c) for c in layers)
+    return any(_has_merge(c) for c in layers)
+
+
+def _has_merge(layer: Any) -> bool:
+    if not hasattr(layer, "merge"):
+        return False
+    try:
+        layer.merge(object.__new__(layer))
+    except NotImplementedError:  # some have a merge that only says so
+        return False
+    except Exception:  # it has begun, with nothing to merge
+        return True
+    return True
 
 
 def _wrappers(kind: str, twin: Module, originals: dict[str, Module]) -> dict[str, tuple[Any, str]]:

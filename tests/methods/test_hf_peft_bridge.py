@@ -207,6 +207,16 @@ def test_copies_stand_alone_a_16_bit_base_runs_and_merging_keeps_the_output(kind
     torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("kind", WORKING)
+def test_a_kind_says_whether_it_is_a_change_of_weights(kind, build):
+    assert _method(kind).mergeable == (kind == "BEFT" or kind not in CANNOT_BE_MERGED)
+    if kind == "BEFT":  # on modules that have biases
+        model = build("bert")
+        adapter = adapt(model, HFPeft(config={"peft_type": kind, "target_modules": ["query"]}))
+        adapter.merge()
+        assert adapter.plan.merge_bytes > 0
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_kind_that_cannot_run_is_refused_by_name_with_the_reason(kind):
     with pytest.raises(ValueError, match=re.escape(f"HFPeft({kind}): {TABLE[kind]}")):
