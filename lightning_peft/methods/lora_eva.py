@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from lightning_peft.core.problems import raise_problems
+
 CLOSE = 0.99
 """Cosine between a direction before and after a batch from which on it counts as found, as in PEFT."""
 
@@ -79,13 +81,14 @@ def input_directions(
     Args:
         modules: the modules by name.
         ranks: how many directions each wants.
-        losses: run the model on a batch; they are called until all directions stand, or until they end.
+        losses: run the model on a batch; they are called until all directions stand, or until they end. A batch need
+            not reach every module.
 
     Returns:
         ``(rank, in)`` by name.
 
     Raises:
-        ValueError: if no batch had as many rows as directions are wanted.
+        ValueError: if a module was given as many rows as directions are wanted by no batch, or was never called.
     """
     given: dict[str, Tensor] = {}
 
@@ -98,22 +101,27 @@ def input_directions(
         for loss in losses:
             given.clear()
             loss()
-            if not shared:
-                shared = _grouped(given, ranks)
-            for name, components in {id(c): (n, c) for n, c in shared.items()}.values():
-                if name in given and not components.found:
-                    components.update(given[name].flatten(0, -2))
-            if all(c.found for c in shared.values()):
+            shared |= _grouped({n: x for n, x in given.items() if n not in shared}, ranks)
+            for components, rows in {id(shared[n]): (shared[n], x) for n, x in given.items()}.values():
+                if not components.found:
+                    components.update(rows.flatten(0, -2))
+            if len(shared) == len(modules) and all(c.found for c in shared.values()):
                 break
     finally:
         for handle in handles:
             handle.remove()
-    short = [n for n in modules if n not in shared or shared[n].directions is None]
-    if short:
-        raise ValueError(
-            f"EVA: no batch gave {short[0]!r} as many tokens as its rank of {ranks[short[0]]}; take larger "
-            "batches or a lower rank"
-        )
+    unseen = [n for n in modules if n not in shared]
+    short = [n for n in modules if n in shared and shared[n].directions is None]
+    raise_problems(
+        "EVA",
+        [
+            f"no batch reached {unseen[0]!r}; leave it out (exclude_modules), or show more batches" if unseen else None,
+            f"no batch gave {short[0]!r} as many tokens as its rank of {ranks[short[0]]}; take larger batches or a "
+            "lower rank"
+            if short
+            else None,
+        ],
+    )
     return {n: c.directions[: ranks[n]] for n, c in shared.items() if c.directions is not None}
 
 

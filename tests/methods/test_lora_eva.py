@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_peft import LoRA, adapt, load_adapter
 from lightning_peft.methods.lora_eva import Components
@@ -113,18 +114,34 @@ def test_a_that_is_taken_from_data_may_stay_as_it_is(build):
         assert torch.equal(tensor, started[True][name]) == name.endswith("lora_A"), name
 
 
-def test_a_module_may_be_called_by_name_and_left_out_of_a_batch():
-    class Two(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.other = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+class Experts(nn.Module):
+    """Its layers are called by keyword, and each batch goes to the first one and one of the others."""
 
-        def forward(self, x, both):
-            return self.one(input=x) + (self.other(input=x * 2) if both else 0)
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+        self.others = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
 
-    model, x = Two(), torch.randn(8, 6)
-    adapter = adapt(model, LoRA(r=2, init_lora_weights="eva"))
-    adapter.prepare(lambda both=both: model(x, both).sum() for both in (True, False, True))
-    for name in ("one", "other"):
-        rows = adapter.state_dict()[f"{name}.lora_A"]
-        torch.testing.assert_close(rows @ rows.T, torch.eye(2), rtol=0, atol=1e-5)
+    def forward(self, x, expert):
+        return self.others[expert](input=self.first(input=x))
+
+
+def test_layers_that_are_called_by_keyword_or_by_some_batches_alone_see_what_they_were_given():
+    torch.manual_seed(0)
+    model = Experts()
+    batches = [(torch.randn(40, 12), expert) for expert in (0, 1, 0, 1)]
+    adapter = adapt(model, LoRA(r=4, init_lora_weights="eva", target_modules=["others.0", "others.1"]))
+    adapter.prepare((lambda b=b: model(*b).sum()) for b in batches)
+    for expert in (0, 1):
+        seen = Components(4)
+        for x, where in batches:
+            if where == expert and not seen.found:
+                seen.update(model.first(x).detach())
+        assert torch.equal(adapter.tree.layers_by_module[f"others.{expert}"].lora_A, seen.directions)
+
+
+def test_a_layer_that_no_batch_reached_is_named():
+    model = Experts()
+    adapter = adapt(model, LoRA(r=4, init_lora_weights="eva", target_modules=["first", "others.2"]))
+    with pytest.raises(ValueError, match=r"no batch reached 'others.2'"):
+        adapter.prepare([lambda: model(torch.randn(40, 12), 0).sum()])
