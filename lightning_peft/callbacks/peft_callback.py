@@ -133,12 +133,11 @@ class PeftCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sees that the optimizers hold what trains, and shows a data-driven method its data."""
+        """Sees that the optimizers hold what trains."""
         self._steps = trainer.global_step
         check_optimizers(trainer.optimizers, pl_module, self.adapter(pl_module))
         check_schedule(trainer, self.adapter(pl_module))
         resume_within_epoch(pl_module)
-        prepare(trainer, pl_module, self.adapter(pl_module))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -182,7 +181,8 @@ def await_modules(module: LightningModule, pending: Pending) -> None:
 
 
 def _hooks() -> tuple[FunctionType, ...]:
-    return cast(tuple[FunctionType, ...], (configure_model, on_save_checkpoint, on_load_checkpoint))
+    hooks = (configure_model, on_train_start, on_save_checkpoint, on_load_checkpoint)
+    return cast(tuple[FunctionType, ...], hooks)
 
 
 def _call_off(module: LightningModule, pending: Pending) -> None:
@@ -207,6 +207,15 @@ def configure_model(self: LightningModule) -> None:
         _call_off(self, pending)
         raise
     pending.replaced, pending.done = None, True
+
+
+def on_train_start(self: LightningModule) -> None:
+    """Shows a data-driven method its data; the learning-rate finder, which runs without callbacks, comes here too."""
+    type(self).on_train_start(self)
+    pending: Pending = self.__dict__[_PENDING]
+    adapters = adapters_of(self.get_submodule(pending.path))
+    if adapters is not None and pending.name in adapters:
+        prepare(self.trainer, self, Adapter(self.get_submodule(pending.path), pending.name))
 
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:

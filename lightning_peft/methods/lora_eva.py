@@ -19,6 +19,22 @@ from lightning_peft.core.problems import raise_problems
 CLOSE = 0.99
 """Cosine between a direction before and after a batch from which on it counts as found, as in PEFT."""
 
+UNSEEN = (
+    "LoRA(init_lora_weights='eva') takes A from data that it has not seen; call adapter.prepare(losses) before the "
+    "first training step"
+)
+
+
+def is_seen(a: Tensor, b: Tensor) -> bool:
+    """Whether factors have been taken from data, or trained, wherever they come from.
+
+    Args:
+        a: ``(r, in)``, whose rows are main directions then: of length 1 and at right angles.
+        b: ``(out, r)``, zero until it is trained.
+    """
+    products = a @ a.T - torch.eye(len(a), dtype=a.dtype, device=a.device)
+    return bool(products.abs().max() < 1e-3) or bool(b.any())
+
 
 class Components:
     """The main directions of rows that come in batches.

@@ -16,6 +16,7 @@ from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import class_of, is_conv1d
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import oriented, sizes, weight_of
+from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import starting_factors
 from lightning_peft.ops.lora_linear import count, lora_linear
 
@@ -75,6 +76,7 @@ class LowRank(AdapterLayer):
             self.lora_A = Parameter(drawn)
         self.scale = method.scale(name)
         self.p = method.lora_dropout
+        self.awaits_data = method.needs_data
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input as A sees it."""
@@ -108,7 +110,13 @@ class LinearLayer(LowRank):
             self.lora_magnitude_vector = Parameter(weight_of(module).float().norm(dim=1))
 
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
-        """Runs the module and adds the change."""
+        """Runs the module and adds the change.
+
+        Raises:
+            RuntimeError: in training, if A is to be taken from data and none has been seen.
+        """
+        if self.awaits_data and self.training:
+            self._require_data()
         weight = base.plain_weight(x) if isinstance(base, Base) and self._is_plain() else None
         if weight is not None and isinstance(base, Base):
             count("fused")
@@ -125,6 +133,12 @@ class LinearLayer(LowRank):
         if "lora_magnitude_vector" in self._parameters:
             return self._decomposed(base, y, seen, change * self.scale)
         return y + change * self.scale
+
+    def _require_data(self) -> None:
+        # asked of the tensors: how they were filled, by a checkpoint or a file, says nothing to the layer
+        self.awaits_data = not is_seen(self.lora_A.detach(), self.lora_B.detach())
+        if self.awaits_data and self.lora_B.requires_grad:
+            raise RuntimeError(UNSEEN)
 
     def _is_plain(self) -> bool:
         extra = self._parameters.keys() - {"lora_A", "lora_B"} or self._buffers.keys() - {"lora_A"}

@@ -201,6 +201,10 @@ class SparseLayer(DeltaLayer):
         self._chosen = self._chosen or bool((self.get_buffer("shira_indices") >= 0).all())
         return self._chosen
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._chosen = False  # the learning-rate finder puts back the state from before the choice
+
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """What the module gives, and the change beside it.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import AdaLoRA, LoRA, PeftCallback, Selective, adapt
+from lightning_peft import AdaLoRA, Adapter, LoRA, PeftCallback, Selective, SparseTuning, adapt
 
 
 class Net(L.LightningModule):
@@ -120,3 +121,47 @@ def test_data_is_seen_as_the_training_sees_it(trainer, loader):
     module = Plain()
     trainer(callback, max_epochs=1).fit(module, {"one": loader, "two": loader})
     assert not callback.adapter(module).needs_data
+
+
+DATA_DRIVEN = [LoRA(r=2, init_lora_weights="eva"), SparseTuning(r=1, mask_type="gradient")]
+
+
+@pytest.mark.parametrize("method", DATA_DRIVEN, ids=["eva", "fish_mask"])
+def test_the_learning_rate_finder_trains_what_the_data_has_chosen_and_puts_it_back(trainer, loader, method, tmp_path):
+    class Evaluated(Net):
+        def validation_step(self, batch, batch_idx):
+            self.training_step(batch, batch_idx)
+
+    module, callback = Evaluated(), PeftCallback(method, model="net")
+    t = trainer(callback, max_epochs=1)
+    finder = Tuner(t).lr_find(module, loader, loader, num_training=5, attr_name="rate")
+    assert len(finder.results["lr"]) > 1
+    assert callback.adapter(module).needs_data
+    t.fit(module, loader, loader)
+    assert not callback.adapter(module).needs_data
+
+
+@pytest.mark.parametrize("method", DATA_DRIVEN, ids=["eva", "fish_mask"])
+def test_a_module_that_optimizes_by_hand_shows_the_data_itself_or_is_told_to(trainer, loader, method):
+    class ByHand(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def loss(self, batch):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            self.manual_backward(self.loss(batch))
+            self.optimizers().step()
+
+    class Showing(ByHand):
+        def on_train_start(self):
+            Adapter(self.net).prepare((lambda b=b: self.loss(b)) for b in self.trainer.train_dataloader)
+
+    with pytest.raises(ValueError, match=r"optimizes by hand; call adapter.prepare\(losses\) in on_train_start"):
+        trainer(PeftCallback(method, model="net")).fit(ByHand(), loader)
+    module = Showing()
+    trainer(PeftCallback(method, model="net")).fit(module, loader)
+    assert not Adapter(module.net).needs_data

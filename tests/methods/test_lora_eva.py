@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -112,6 +114,28 @@ def test_a_that_is_taken_from_data_may_stay_as_it_is(build):
     optimizer.step()
     for name, tensor in adapter.tree.state_dict().items():
         assert torch.equal(tensor, started[True][name]) == name.endswith("lora_A"), name
+
+
+def test_a_loop_that_trains_before_data_was_seen_is_told_what_to_call(build, tmp_path):
+    model = build("llama")
+    adapter = adapt(model, EVA)
+    batch = _batches(1)[0]
+    model(**batch)
+    with pytest.raises(RuntimeError, match=r"takes A from data.*call adapter.prepare\(losses\) before the first"):
+        model.train()(**batch)
+    adapter.requires_grad_(False)
+    model(**batch)
+    adapter.requires_grad_(True)
+    adapter.prepare([lambda: model(**batch).logits.sum()])
+    seen = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+    model(**batch).logits.pow(2).mean().backward()
+    optimizer.step()
+    for state in (seen, model.state_dict()):
+        again = build("llama")
+        adapt(again, EVA)
+        again.load_state_dict(state)
+        again.train()(**batch)
 
 
 class Experts(nn.Module):
