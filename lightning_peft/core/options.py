@@ -1,10 +1,10 @@
-"""An option's value against its annotation: what is of another type is named before anything compares or uses it."""
+"""Options against their annotations and the usual ranges: what does not fit is named before anything uses it."""
 
 from __future__ import annotations
 
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -43,6 +43,30 @@ def check_types(options: Any) -> None:
         elif not _is_finite(value):
             problems.append(f"{option.name} must be finite, but got {value!r}")
     raise_problems(type(options).__name__, problems)
+
+
+def range_problems(
+    options: Any, *, counts: Sequence[str] = (), positive: Sequence[str] = (), shares: Sequence[str] = ()
+) -> list[str]:
+    """What is wrong with numbers of the usual ranges, a sentence each; options that are None are passed over.
+
+    Args:
+        options: what holds them.
+        counts: names of those that must be 1 or more.
+        positive: names of those that must be above 0.
+        shares: names of those that must be at least 0 and below 1.
+    """
+    ranges: list[tuple[Sequence[str], str, Callable[[float], bool]]] = [
+        (counts, "1 or more", lambda value: value >= 1),
+        (positive, "above 0", lambda value: value > 0),
+        (shares, "at least 0 and below 1", lambda value: 0 <= value < 1),
+    ]
+    return [
+        f"{name} must be {said}, but got {value}"
+        for names, said, fits in ranges
+        for name in names
+        if (value := getattr(options, name)) is not None and not fits(value)
+    ]
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, above_rank, sizes
@@ -84,22 +84,21 @@ class AdaLoRA(LinearMethod):
     def __post_init__(self) -> None:
         check_types(self)
         betas = {"beta1": self.beta1, "beta2": self.beta2}
-        positive = {"lora_alpha": self.lora_alpha, "learning_rate": self.learning_rate}
         steps = {"tinit": self.tinit, "tfinal": self.tfinal, "orth_reg_weight": self.orth_reg_weight}
         raise_problems(
             "AdaLoRA",
             [
-                f"target_r must be 1 or more, but got {self.target_r}" if self.target_r < 1 else None,
+                *range_problems(
+                    self,
+                    counts=["target_r", "deltaT"],
+                    positive=["lora_alpha", "learning_rate"],
+                    shares=["lora_dropout"],
+                ),
                 f"init_r must be target_r ({self.target_r}) or more, but got {self.init_r}"
                 if self.init_r < self.target_r
                 else None,
-                f"lora_dropout must be at least 0 and below 1, but got {self.lora_dropout}"
-                if not 0 <= self.lora_dropout < 1
-                else None,
                 *(f"{n} must be 0 or more, but got {v}" if v < 0 else None for n, v in steps.items()),
-                f"deltaT must be 1 or more, but got {self.deltaT}" if self.deltaT < 1 else None,
                 *(f"{n} must lie between 0 and 1, but got {v}" if not 0 < v < 1 else None for n, v in betas.items()),
-                *(f"{n} must be above 0, but got {v}" if v <= 0 else None for n, v in positive.items()),
                 self._late(self.total_step) if self.total_step is not None else None,
             ],
         )

@@ -12,7 +12,7 @@ from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import LinearMethod, near_divisors, oriented, sizes, weight_of
 from lightning_peft.methods.oft import cayley, times_blocks
@@ -51,16 +51,15 @@ class BOFT(LinearMethod):
 
     def __post_init__(self) -> None:
         check_types(self)
-        size, number, m = self.boft_block_size, self.boft_block_num, self.boft_n_butterfly_factor
+        size, number = self.boft_block_size, self.boft_block_num
         raise_problems(
             "BOFT",
             [
+                *range_problems(self, counts=["boft_n_butterfly_factor"], positive=["learning_rate"]),
                 "one of boft_block_size and boft_block_num must be 1 or more and the other 0, but got "
                 f"{size} and {number}"
                 if min(size, number) != 0 or max(size, number) < 1
                 else None,
-                f"boft_n_butterfly_factor must be 1 or more, but got {m}" if m < 1 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.methods.blocks import ACTIVATIONS, BlockLayer, Place, Standing, find_blocks
 from lightning_peft.methods.invertible import INVERTIBLE, place_invertible
@@ -78,23 +78,20 @@ class BottleneckAdapter:
     def __post_init__(self) -> None:
         check_types(self)
         unknown = self.non_linearity not in ACTIVATIONS
-        positive = ("reduction_factor", "inv_adapter_reduction_factor", "learning_rate")
         raise_problems(
             "BottleneckAdapter",
             [
-                None if self.mh_adapter or self.output_adapter else "choose mh_adapter, output_adapter or both",
-                *(
-                    f"{n} must be above 0, but got {getattr(self, n)}" if getattr(self, n) <= 0 else None
-                    for n in positive
+                *range_problems(
+                    self,
+                    positive=["reduction_factor", "inv_adapter_reduction_factor", "learning_rate"],
+                    shares=["dropout"],
                 ),
+                None if self.mh_adapter or self.output_adapter else "choose mh_adapter, output_adapter or both",
                 f"non_linearity {self.non_linearity!r} is unknown{nearest(self.non_linearity, ACTIVATIONS)}"
                 if unknown
                 else None,
                 "original_ln_before is for adapters behind the block; take it or is_parallel, not both"
                 if self.original_ln_before and self.is_parallel
-                else None,
-                f"dropout must be at least 0 and below 1, but got {self.dropout}"
-                if not 0 <= self.dropout < 1
                 else None,
                 f"inv_adapter {self.inv_adapter!r} is unknown{nearest(str(self.inv_adapter), INVERTIBLE)}"
                 if self.inv_adapter not in (None, *INVERTIBLE)

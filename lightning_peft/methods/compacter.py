@@ -11,7 +11,7 @@ from torch.nn import Module, Parameter, init
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.methods.blocks import ACTIVATIONS, BlockLayer, Place, find_blocks
 from lightning_peft.methods.linear import SharedTensors
@@ -60,14 +60,11 @@ class Compacter:
 
     def __post_init__(self) -> None:
         check_types(self)
-        whole = {"phm_dim": self.phm_dim, "phm_rank": self.phm_rank}
-        positive = {"reduction_factor": self.reduction_factor, "learning_rate": self.learning_rate}
         raise_problems(
             "Compacter",
             [
+                *range_problems(self, counts=["phm_dim", "phm_rank"], positive=["reduction_factor", "learning_rate"]),
                 None if self.mh_adapter or self.output_adapter else "choose mh_adapter, output_adapter or both",
-                *(f"{n} must be 1 or more, but got {v}" if v < 1 else None for n, v in whole.items()),
-                *(f"{n} must be above 0, but got {v}" if v <= 0 else None for n, v in positive.items()),
                 f"non_linearity {self.non_linearity!r} is unknown{nearest(self.non_linearity, ACTIVATIONS)}"
                 if self.non_linearity not in ACTIVATIONS
                 else None,

@@ -17,11 +17,11 @@ from torch.nn import Embedding, Module, Parameter
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.per_forward import PerForward
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.reader import find_layers
-from lightning_peft.methods.virtual_tokens import VirtualEmbedding, place_virtual_tokens
+from lightning_peft.methods.virtual_tokens import VirtualEmbedding, number_problem, place_virtual_tokens
 
 
 @dataclass(kw_only=True)
@@ -55,10 +55,8 @@ class DeepPrompt:
         raise_problems(
             "DeepPrompt",
             [
-                f"num_virtual_tokens must be 1 to 1000, but got {self.num_virtual_tokens}"
-                if not 1 <= self.num_virtual_tokens <= 1000
-                else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
+                *range_problems(self, positive=["learning_rate"]),
+                number_problem(self.num_virtual_tokens),
             ],
         )
 

@@ -19,7 +19,7 @@ from torch.nn import Module
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.matching import ALL_LINEAR, is_within, match_modules
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.hf_peft_config import plain_config, problems_of, ready_config, tuner_class
 from lightning_peft.methods.hf_peft_layers import PeftLayer
@@ -56,8 +56,8 @@ class HFPeft:
         raise_problems(
             f"HFPeft({self.peft_type})",
             [
+                *range_problems(self, positive=["learning_rate"]),
                 *problems_of(self.config),
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

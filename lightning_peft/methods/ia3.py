@@ -13,7 +13,7 @@ from torch.nn import Module, Parameter
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, match_modules, matches
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import LinearMethod, is_linear, oriented, sizes
 
@@ -52,10 +52,7 @@ class IA3(LinearMethod):
 
     def __post_init__(self) -> None:
         check_types(self)
-        raise_problems(
-            "IA3",
-            [f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None],
-        )
+        raise_problems("IA3", range_problems(self, positive=["learning_rate"]))
 
     def targets(self, model: Module) -> list[str] | str:
         """The targets as given, or those of the known names that the model has.

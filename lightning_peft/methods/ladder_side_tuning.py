@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.blocks import hidden_size
 
@@ -77,15 +77,9 @@ class LadderSideTuning:
 
     def __post_init__(self) -> None:
         check_types(self)
-        names = ("reduction_factor", "temperature", "learning_rate")
         raise_problems(
             "LadderSideTuning",
-            [
-                *(f"{n} must be above 0, but got {getattr(self, n)}" if getattr(self, n) <= 0 else None for n in names),
-                f"dropout must be at least 0 and below 1, but got {self.dropout}"
-                if not 0 <= self.dropout < 1
-                else None,
-            ],
+            range_problems(self, positive=["reduction_factor", "temperature", "learning_rate"], shares=["dropout"]),
         )
 
     def place(self, model: Module) -> Placement:

@@ -21,7 +21,7 @@ from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_conv1d, match_modules
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems, refuse_unknown
 
 # Whose queries are made as here. Others of like parts skip the rotation in some layers, clip, or norm elsewhere
@@ -61,15 +61,8 @@ class LlamaAdapter:
 
     def __post_init__(self) -> None:
         check_types(self)
-        layers = self.adapter_layers
-        raise_problems(
-            "LlamaAdapter",
-            [
-                f"adapter_len must be 1 or more, but got {self.adapter_len}" if self.adapter_len < 1 else None,
-                f"adapter_layers must be 1 or more, but got {layers}" if layers is not None and layers < 1 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
-            ],
-        )
+        problems = range_problems(self, counts=["adapter_len", "adapter_layers"], positive=["learning_rate"])
+        raise_problems("LlamaAdapter", problems)
 
     def place(self, model: Module) -> Placement:
         """A layer for the attention modules of the upper layers.

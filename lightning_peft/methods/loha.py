@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 
 from lightning_peft.core.layer import AdapterLayer, device_for
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import LinearMethod, above_rank
-from lightning_peft.methods.lycoris import LycorisLayer, is_linear_or_conv, lycoris_problems, matrix_shape
+from lightning_peft.methods.lycoris import LycorisLayer, is_linear_or_conv, matrix_shape
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,12 @@ class LoHa(LinearMethod):
 
     def __post_init__(self) -> None:
         check_types(self)
-        raise_problems("LoHa", lycoris_problems(self))
+        raise_problems(
+            "LoHa",
+            range_problems(
+                self, counts=["r"], positive=["alpha", "learning_rate"], shares=["rank_dropout", "module_dropout"]
+            ),
+        )
 
     def suits(self, module: Module) -> bool:
         """Linear, Conv1D, Conv1d and Conv2d."""

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 
 from lightning_peft.core.layer import AdapterLayer, device_for
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import LinearMethod, is_linear, sizes
-from lightning_peft.methods.lycoris import LycorisLayer, is_linear_or_conv, lycoris_problems
+from lightning_peft.methods.lycoris import LycorisLayer, is_linear_or_conv
 
 
 @dataclass(kw_only=True)
@@ -64,7 +64,9 @@ class LoKr(LinearMethod):
         raise_problems(
             "LoKr",
             [
-                *lycoris_problems(self),
+                *range_problems(
+                    self, counts=["r"], positive=["alpha", "learning_rate"], shares=["rank_dropout", "module_dropout"]
+                ),
                 f"decompose_factor must be -1, or 1 or more, but got {factor}" if factor != -1 and factor < 1 else None,
                 f"init_weights must be True or 'lycoris', but got {self.init_weights!r}"
                 if self.init_weights not in (True, "lycoris")

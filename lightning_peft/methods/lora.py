@@ -20,7 +20,7 @@ from lightning_peft.core.adapted import site_of
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import is_conv1d
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems, refuse_unknown
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import target_names
@@ -117,11 +117,7 @@ class LoRA:
         raise_problems(
             "LoRA",
             [
-                f"r must be a whole number of 1 or more, but got {self.r}" if self.r < 1 else None,
-                f"lora_alpha must be above 0, but got {self.lora_alpha}" if self.lora_alpha <= 0 else None,
-                f"lora_dropout must be at least 0 and below 1, but got {self.lora_dropout}"
-                if not 0 <= self.lora_dropout < 1
-                else None,
+                *range_problems(self, counts=["r"], positive=["lora_alpha", "learning_rate"], shares=["lora_dropout"]),
                 *(
                     f"rank_pattern: {k!r} must be a whole number of 1 or more, but is {v}" if v < 1 else None
                     for k, v in self.rank_pattern.items()
@@ -145,7 +141,6 @@ class LoRA:
                 else None,
                 *(token_problem("trainable_token_indices", ids) for _, ids in self._tokens()),
                 f"bias must be one of {biases}, but got {self.bias!r}" if self.bias not in biases else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

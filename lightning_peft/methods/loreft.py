@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.per_forward import PerForward
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.positions import Chosen, FindPositions, parse_positions
@@ -72,12 +72,8 @@ class LoReFT:
         raise_problems(
             "LoReFT",
             [
-                f"r must be 1 or more, but got {self.r}" if self.r < 1 else None,
+                *range_problems(self, counts=["r"], positive=["learning_rate"], shares=["dropout"]),
                 problem,
-                f"dropout must be at least 0 and below 1, but got {self.dropout}"
-                if not 0 <= self.dropout < 1
-                else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,27 +13,6 @@ from torch.nn import functional as F
 from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.methods.linear import is_linear, oriented, sizes
-
-
-class LycorisOptions(Protocol):
-    """The options that both methods have."""
-
-    r: int
-    alpha: float
-    rank_dropout: float
-    module_dropout: float
-    learning_rate: float
-
-
-def lycoris_problems(method: LycorisOptions) -> list[str | None]:
-    """What is wrong with the options that both methods have, a sentence each."""
-    shares = {"rank_dropout": method.rank_dropout, "module_dropout": method.module_dropout}
-    return [
-        f"r must be 1 or more, but got {method.r}" if method.r < 1 else None,
-        f"alpha must be above 0, but got {method.alpha}" if method.alpha <= 0 else None,
-        *(f"{n} must be at least 0 and below 1, but got {p}" if not 0 <= p < 1 else None for n, p in shares.items()),
-        f"learning_rate must be above 0, but got {method.learning_rate}" if method.learning_rate <= 0 else None,
-    ]
 
 
 def is_linear_or_conv(module: Module) -> bool:

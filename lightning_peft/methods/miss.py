@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, near_divisors, oriented, sizes, weight_of
 
@@ -58,18 +58,13 @@ class MiSS(LinearMethod):
         raise_problems(
             "MiSS",
             [
-                f"r must be 1 or more, but got {self.r}" if self.r < 1 else None,
-                f"mini_r must be 1 or more, but got {self.mini_r}" if self.mini_r < 1 else None,
-                f"miss_dropout must be at least 0 and below 1, but got {self.miss_dropout}"
-                if not 0 <= self.miss_dropout < 1
-                else None,
+                *range_problems(self, counts=["r", "mini_r"], positive=["learning_rate"], shares=["miss_dropout"]),
                 f"init_weights must be one of {_INITS}, but got {self.init_weights!r}"
                 if self.init_weights not in _INITS
                 else None,
                 "miss_dropout has no place with init_weights='bat', whose change is not applied to the input"
                 if self.init_weights == "bat" and self.miss_dropout
                 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_peft.core.layer import AdapterLayer, device_for
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import LinearMethod, near_divisors, oriented, sizes, weight_of
 
@@ -57,6 +57,7 @@ class OFT(LinearMethod):
         raise_problems(
             "OFT",
             [
+                *range_problems(self, positive=["learning_rate"]),
                 f"one of r and oft_block_size must be 1 or more and the other 0, but got r={self.r} and "
                 f"oft_block_size={self.oft_block_size}"
                 if min(self.r, self.oft_block_size) != 0 or max(self.r, self.oft_block_size) < 1
@@ -64,7 +65,6 @@ class OFT(LinearMethod):
                 f"num_cayley_neumann_terms must be 2 or more, but got {self.num_cayley_neumann_terms}"
                 if self.num_cayley_neumann_terms < 2
                 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

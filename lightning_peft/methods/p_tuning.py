@@ -13,10 +13,10 @@ from torch.nn import LSTM, Embedding, Linear, Module, Parameter, ReLU, Sequentia
 
 from lightning_peft.core.layer import device_for
 from lightning_peft.core.method import Method, Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems, refuse_unknown
 from lightning_peft.methods.prompt_tuning import PromptTuning
-from lightning_peft.methods.virtual_tokens import VirtualEmbedding, place_virtual_tokens
+from lightning_peft.methods.virtual_tokens import VirtualEmbedding, number_problem, place_virtual_tokens
 
 _ENCODERS = ("LSTM", "MLP")
 _DESCRIBED = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
@@ -55,29 +55,23 @@ class PTuning:
 
     def __post_init__(self) -> None:
         check_types(self)
-        kind, hidden = self.encoder_reparameterization_type, self.encoder_hidden_size
+        kind = self.encoder_reparameterization_type
         raise_problems(
             "PTuning",
             [
-                f"num_virtual_tokens must be 1 to 1000, but got {self.num_virtual_tokens}"
-                if not 1 <= self.num_virtual_tokens <= 1000
-                else None,
+                *range_problems(
+                    self,
+                    counts=["encoder_hidden_size", "encoder_num_layers"],
+                    positive=["learning_rate"],
+                    shares=["encoder_dropout"],
+                ),
+                number_problem(self.num_virtual_tokens),
                 f"encoder_reparameterization_type {kind!r} is unknown{nearest(kind, _ENCODERS)}"
                 if kind not in _ENCODERS
-                else None,
-                f"encoder_hidden_size must be 1 or more, but got {hidden}"
-                if hidden is not None and hidden < 1
-                else None,
-                f"encoder_num_layers must be 1 or more, but got {self.encoder_num_layers}"
-                if self.encoder_num_layers < 1
-                else None,
-                f"encoder_dropout must be at least 0 and below 1, but got {self.encoder_dropout}"
-                if not 0 <= self.encoder_dropout < 1
                 else None,
                 "encoder_dropout is between the layers of an LSTM, and there are none"
                 if self.encoder_dropout and (kind != "LSTM" or self.encoder_num_layers == 1)
                 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import device_for
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems, refuse_unknown
 from lightning_peft.methods.attention_prefix import (
     AttentionStack,
@@ -26,6 +26,7 @@ from lightning_peft.methods.attention_prefix import (
     find_attention,
     position_layers,
 )
+from lightning_peft.methods.virtual_tokens import number_problem
 
 _DESCRIBED = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules", "init_weights")
 _NETWORK = ("embedding", "hidden_weight", "hidden_bias", "output_weight", "output_bias")
@@ -66,14 +67,11 @@ class PrefixTuning:
         raise_problems(
             "PrefixTuning",
             [
-                f"num_virtual_tokens must be 1 to 1000, but got {self.num_virtual_tokens}"
-                if not 1 <= self.num_virtual_tokens <= 1000
-                else None,
-                f"encoder_hidden_size must be 1 or more, but got {width}" if width is not None and width < 1 else None,
+                *range_problems(self, counts=["encoder_hidden_size"], positive=["learning_rate"]),
+                number_problem(self.num_virtual_tokens),
                 "encoder_hidden_size is the width of a network that only prefix_projection=True has"
                 if width is not None and not self.prefix_projection
                 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

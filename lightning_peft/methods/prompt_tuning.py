@@ -12,9 +12,9 @@ from torch.nn import Embedding, Module, Parameter
 
 from lightning_peft.core.layer import device_for
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems, refuse_unknown
-from lightning_peft.methods.virtual_tokens import VirtualEmbedding, place_virtual_tokens
+from lightning_peft.methods.virtual_tokens import VirtualEmbedding, number_problem, place_virtual_tokens
 
 _INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
@@ -52,14 +52,12 @@ class PromptTuning:
         raise_problems(
             "PromptTuning",
             [
-                f"num_virtual_tokens must be 1 to 1000, but got {self.num_virtual_tokens}"
-                if not 1 <= self.num_virtual_tokens <= 1000
-                else None,
+                *range_problems(self, positive=["learning_rate"]),
+                number_problem(self.num_virtual_tokens),
                 f"prompt_tuning_init {kind!r} is unknown{nearest(kind, _INITS)}" if kind not in _INITS else None,
                 "prompt_tuning_init='TEXT' needs prompt_tuning_init_text"
                 if kind == "TEXT" and not self.prompt_tuning_init_text
                 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, SharedTensors, above_rank, kaiming_uniform, sizes
 
@@ -60,13 +60,10 @@ class RandLoRA(LinearMethod):
         raise_problems(
             "RandLoRA",
             [
-                f"r must be 1 or more, but got {self.r}" if self.r < 1 else None,
-                f"randlora_alpha must be above 0, but got {self.randlora_alpha}" if self.randlora_alpha <= 0 else None,
-                f"randlora_dropout must be at least 0 and below 1, but got {self.randlora_dropout}"
-                if not 0 <= self.randlora_dropout < 1
-                else None,
+                *range_problems(
+                    self, counts=["r"], positive=["randlora_alpha", "learning_rate"], shares=["randlora_dropout"]
+                ),
                 "sparse and very_sparse exclude each other" if self.sparse and self.very_sparse else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

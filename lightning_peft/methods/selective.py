@@ -24,7 +24,7 @@ from lightning_peft.core.matching import (
 )
 from lightning_peft.core.method import Placement
 from lightning_peft.core.new_heads import new_parameters
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree
 
@@ -73,14 +73,12 @@ class Selective:
         raise_problems(
             "Selective",
             [
+                *range_problems(self, counts=["last_layers"], positive=["learning_rate"]),
                 *(
                     f"parameter_types has {kind!r}{nearest(kind, _KINDS)}"
                     for kind in self.parameter_types or []
                     if kind not in _KINDS
                 ),
-                f"last_layers must be 1 or more, but got {self.last_layers}"
-                if self.last_layers is not None and self.last_layers < 1
-                else None,
                 "layers_to_transform and last_layers exclude each other" if both else None,
                 "layers_to_transform is empty; name at least one layer, or leave it out to take all"
                 if self.layers_to_transform == []
@@ -88,7 +86,6 @@ class Selective:
                 f"unfreeze_until must be above 0 and at most 1, but got {self.unfreeze_until}"
                 if self.unfreeze_until is not None and not 0 < self.unfreeze_until <= 1
                 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.adapted import site_of
 from lightning_peft.core.layer import AdapterLayer, device_for
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, sizes, weight_of
@@ -70,12 +70,10 @@ class SparseTuning(LinearMethod):
         raise_problems(
             "SparseTuning",
             [
-                f"r must be 1 or more, but got {self.r}" if self.r < 1 else None,
+                *range_problems(self, counts=["r", "mask_batches"], positive=["learning_rate"]),
                 f"mask_type {self.mask_type!r} is unknown{nearest(self.mask_type, _MASKS)}"
                 if self.mask_type not in _MASKS
                 else None,
-                f"mask_batches must be 1 or more, but got {self.mask_batches}" if self.mask_batches < 1 else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

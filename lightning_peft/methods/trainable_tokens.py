@@ -21,7 +21,7 @@ from lightning_peft.core.adapted import innermost
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems, refuse_unknown
 from lightning_peft.methods.reader import find_reader, input_embedding
 
@@ -67,8 +67,8 @@ class TrainableTokens:
         raise_problems(
             "TrainableTokens",
             [
+                *range_problems(self, positive=["learning_rate"]),
                 token_problem("token_indices", self.token_indices),
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
             ],
         )
 

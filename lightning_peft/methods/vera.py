@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.method import Placement
-from lightning_peft.core.options import check_types
+from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, SharedTensors, kaiming_uniform, sizes
 
@@ -51,16 +51,7 @@ class VeRA(LinearMethod):
 
     def __post_init__(self) -> None:
         check_types(self)
-        raise_problems(
-            "VeRA",
-            [
-                f"r must be 1 or more, but got {self.r}" if self.r < 1 else None,
-                f"vera_dropout must be at least 0 and below 1, but got {self.vera_dropout}"
-                if not 0 <= self.vera_dropout < 1
-                else None,
-                f"learning_rate must be above 0, but got {self.learning_rate}" if self.learning_rate <= 0 else None,
-            ],
-        )
+        raise_problems("VeRA", range_problems(self, counts=["r"], positive=["learning_rate"], shares=["vera_dropout"]))
 
     def layer(self, name: str, module: Module) -> AdapterLayer:
         """The layer for one module."""

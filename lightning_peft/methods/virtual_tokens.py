@@ -88,6 +88,15 @@ def first_position(model: Module) -> int:
     return 0 if padding is None else padding + 1
 
 
+def number_problem(n: int) -> str | None:
+    """What is wrong with a number of virtual tokens, or None.
+
+    Args:
+        n: the option ``num_virtual_tokens``.
+    """
+    return None if 1 <= n <= 1000 else f"num_virtual_tokens must be 1 to 1000, but got {n}"
+
+
 def require_room(n: int, text: int, room: int | None) -> None:
     """Refuses a text that does not fit the model's positions together with the virtual tokens.
 

@@ -276,7 +276,7 @@ def test_entries_of_dictionaries_and_options_of_swept_methods_are_given_like_any
     [
         (["method=hf_peft", "method.config.rr=8"], "LORA has no option 'rr'; did you mean 'r'"),
         (["method=hf_peft", "method.config.peft_type=HRR"], "is none of the installed peft's; did you mean 'HRA'"),
-        (["method.r=0"], "r must be a whole number of 1 or more, but got 0"),
+        (["method.r=0"], "r must be 1 or more, but got 0"),
         (["method.lora_dropout=-0.5"], "lora_dropout must be at least 0"),
         (["model=hf", "model.name_or_path=no/model"], "is no local folder and could not be fetched from the hub"),
         (["data=hub", "data.source=no/data"], "could not be fetched"),

@@ -62,6 +62,23 @@ def test_every_method_looks_at_types_before_values(name):
         replace(METHODS[name], learning_rate="fast")
 
 
+COUNTS = ("r", "target_r", "adapter_len", "phm_dim", "mini_r", "mask_batches", "encoder_num_layers")
+POSITIVE = ("learning_rate", "lora_alpha", "randlora_alpha", "alpha", "reduction_factor", "temperature")
+SHARES = ("dropout", "lora_dropout", "vera_dropout", "randlora_dropout", "miss_dropout", "rank_dropout")
+RANGES = [(COUNTS, 0, "1 or more"), (POSITIVE, 0, "above 0"), (SHARES, 1.0, "at least 0 and below 1")]
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_a_number_outside_its_range_is_named_with_the_others(name):
+    method = METHODS[name]
+    given = [(o, v, said) for names, v, said in RANGES for o in names if hasattr(method, o)]
+    given = [g for g in given if (name, g[0]) != ("OFT", "r")]  # where 0 is a choice
+    with pytest.raises(ValueError, match=f"^{name}") as raised:
+        replace(method, **{option: value for option, value, _ in given})
+    for option, value, said in given:
+        assert f"{option} must be {said}, but got {value}" in str(raised.value)
+
+
 def test_a_whole_number_is_a_number():
     assert LoRA(lora_alpha=8, learning_rate=1).lora_alpha == 8
 
