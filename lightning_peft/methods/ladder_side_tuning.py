@@ -29,14 +29,13 @@ from torch.nn import Module, Parameter, init
 from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
-from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
+from lightning_peft.core.matching import class_of, is_within, match_modules
 from lightning_peft.core.method import Placement
 from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.blocks import hidden_size
+from lightning_peft.methods.reader import Layers, find_layers
 
-# how BERT- and RoBERTa-, Llama-, GPT-2- and T5-like models call the layers of their stacks
-_LAYER = re.compile(r"(?:.*\.)?(?:layer|layers|h|block)\.\d+")
 _STATES = "_ladder_side_states"
 _EXPANSION = 4  # inner width of a transformer's feed-forward
 
@@ -45,8 +44,8 @@ _EXPANSION = 4  # inner width of a transformer's feed-forward
 class LadderSideTuning:
     r"""A narrow residual network beside the stack of layers; the backbone runs without autograd.
 
-    The layers of BERT-, RoBERTa-, GPT-2-, Llama- and T5-like models and of torch's encoder are found; for others name
-    them. In encoder-decoders the ladder stands beside the decoder: what it adds to an encoder could reach the loss
+    The layers of transformers' models are found, and of models that have one list of modules; for others name them. In
+    encoder-decoders the ladder stands beside the decoder: what it adds to an encoder could reach the loss
     only through the decoder's layers, which pass no gradient.
 
     Args:
@@ -92,45 +91,34 @@ class LadderSideTuning:
             ValueError: if the layers are not known or not of one stack and one width, or if ``modules_to_save`` names
                 something inside them.
         """
-        stack = self._stack(model)
+        stack, width = self._stack(model)
         self._refuse_saved_inside(model, stack)
         chosen = set(stack)
         if self.layers_to_transform is not None:
             chosen &= set(match_modules(model, stack, layers=self.layers_to_transform, option="layer_modules"))
-        widths = {n: hidden_size("LadderSideTuning", model, n) for n in stack}
-        if len(set(widths.values())) > 1:
-            raise ValueError(
-                f"LadderSideTuning needs layers of one width, but got {widths}; name such in layer_modules"
-            )
-        ladder = _Ladder(self, widths[stack[0]])
+        ladder = _Ladder(self, width)
         layers: dict[str, AdapterLayer] = {}
         for n in stack:
             ends = {"first": n == stack[0], "last": n == stack[-1]}
             layers[n] = _Rung(ladder, device_for(model.get_submodule(n)), n in chosen, **ends)
         return Placement(layers)
 
-    def _stack(self, model: Module) -> list[str]:
-        """The names of the layers, in their order."""
-        if self.layer_modules is not None:
-            names = match_modules(model, self.layer_modules, option="layer_modules")
-        else:
-            found = [n for n in base_modules(model) if _LAYER.fullmatch(n)]
-            names = [n for n in found if not is_within(n, [f for f in found if f != n])]
-            decoder = _decoder_of(model)
-            if decoder is not None:
-                names = [n for n in names if n.startswith(decoder)]
-        if not names:
-            raise ValueError(
-                f"LadderSideTuning does not know the layers of {class_of(model).__name__}; name them in "
-                r"layer_modules, for instance layer_modules=r'blocks\.\d+'"
-            )
-        parents = sorted({n.rpartition(".")[0] for n in names})
+    def _stack(self, model: Module) -> Layers:
+        """The layers in their order; those that the user names have to be of one stack and one width."""
+        layers = find_layers("LadderSideTuning", model, self.layer_modules, decoder=True)
+        parents = sorted({n.rpartition(".")[0] for n in layers.names})
         if len(parents) > 1:
             raise ValueError(
                 f"LadderSideTuning stands beside one stack of layers, but {class_of(model).__name__} has {parents}; "
                 rf"name the layers of one, such as layer_modules=r'{re.escape(parents[-1])}\.\d+'"
             )
-        return names
+        if self.layer_modules is not None:
+            widths = {n: hidden_size("LadderSideTuning", model, n) for n in layers.names}
+            if len(set(widths.values())) > 1:
+                raise ValueError(
+                    f"LadderSideTuning needs layers of one width, but got {widths}; name such in layer_modules"
+                )
+        return layers
 
     def _refuse_saved_inside(self, model: Module, stack: list[str]) -> None:
         if not self.modules_to_save:
@@ -141,18 +129,6 @@ class LadderSideTuning:
                     f"LadderSideTuning: modules_to_save names {saved!r}, but the backbone's layers ({stack[0]} to "
                     f"{stack[-1]}) run without autograd, so nothing in them trains; name modules outside them"
                 )
-
-
-def _decoder_of(model: Module) -> str | None:
-    """What the names inside the decoder of an encoder-decoder begin with, or None in other models."""
-    modules = base_modules(model)
-    names = {id(m): n for n, m in modules.items()}
-    for module in modules.values():
-        whole: Any = module
-        if getattr(getattr(whole, "config", None), "is_encoder_decoder", False) and hasattr(whole, "get_decoder"):
-            name = names[id(whole.get_decoder())]
-            return f"{name}." if name else ""
-    return None
 
 
 class _Ladder:

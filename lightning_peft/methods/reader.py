@@ -75,18 +75,24 @@ def input_embedding(module: Any) -> Embedding | None:
 
 
 def find_layers(
-    method: str, model: Module, named: Sequence[str] | str | None, numbers: int | Sequence[int] | None = None
+    method: str,
+    model: Module,
+    named: Sequence[str] | str | None,
+    numbers: int | Sequence[int] | None = None,
+    *,
+    decoder: bool = False,
 ) -> Layers:
     """The layers that the text goes through: those that the user names, or a model's stack of them.
 
     A transformers model says in its configuration how many there are, so the outermost list of that many modules is
-    the stack; in an encoder-decoder it is the encoder's.
+    the stack; a model without a configuration has one list of modules.
 
     Args:
         method: its name, for errors.
         model: the root.
         named: the option ``layer_modules``: patterns for a model whose stack is not found.
         numbers: only the layers of these numbers.
+        decoder: which stack of an encoder-decoder: the decoder's, else the encoder's.
 
     Raises:
         ValueError: if no stack is found, or a pattern or a number matches nothing.
@@ -94,36 +100,47 @@ def find_layers(
     if named is not None:
         names = match_modules(model, named, layers=numbers, option="layer_modules")
         return Layers(names, hidden_size(method, model, names[0]))
-    modules = base_modules(model)
-    name: str
-    part: Any
-    name, part = next(((n, m) for n, m in modules.items() if _count(m) is not None), ("", model))
-    if getattr(getattr(part, "config", None), "is_encoder_decoder", False):
-        name, part = next((n, m) for n, m in modules.items() if m is part.get_encoder())
-    inside = {n: m for n, m in modules.items() if not name or is_within(n, [name])}
-    stacks: list[str] = []
-    for place, module in inside.items():
-        if isinstance(module, ModuleList) and len(module) == _count(part) and not is_within(place, stacks):
-            stacks.append(place)
+    name, part = _part_with_layers(model, decoder)
+    count = _count(part, decoder=decoder)
+    inside = {n: m for n, m in base_modules(model).items() if not name or is_within(n, [name])}
+    lists = {n: len(m) for n, m in inside.items() if isinstance(m, ModuleList) and len(m)}
+    stacks: dict[str, int] = {}
+    for place, length in lists.items():
+        if count in (None, length) and not is_within(place, stacks):
+            stacks[place] = length
     if len(stacks) != 1:
-        what = f"several stacks of layers, {stacks}," if stacks else "no stack of layers"
+        what = f"several stacks of layers, {list(stacks)}," if stacks else "no stack of layers"
         raise ValueError(
             f"{method} finds {what} in {class_of(model).__name__}; name the layers in layer_modules, for instance "
             r"layer_modules='.*layers\.\d+'"
         )
-    names = [f"{stacks[0]}.{i}" for i in range(_count(part) or 0)]
+    names = [f"{stack}.{i}" for stack, length in stacks.items() for i in range(length)]
     if numbers is not None:
         names = match_modules(model, names, layers=numbers, option="layer_modules")
-    return Layers(names, int(_text_config(part).hidden_size))
+    width = hidden_size(method, model, names[0]) if count is None else int(_text_config(part).hidden_size)
+    return Layers(names, width)
 
 
-def _count(module: Module) -> int | None:
+def _part_with_layers(model: Module, decoder: bool) -> tuple[str, Any]:
+    """The outermost module that says how many layers it has, or its half in an encoder-decoder; else the root."""
+    modules = base_modules(model)
+    name: str
+    part: Any
+    name, part = next(((n, m) for n, m in modules.items() if _count(m) is not None), ("", model))
+    if not getattr(getattr(part, "config", None), "is_encoder_decoder", False):
+        return name, part
+    half = part.get_decoder() if decoder else part.get_encoder()
+    return next((n, m) for n, m in modules.items() if m is half)
+
+
+def _count(module: Module, *, decoder: bool = False) -> int | None:
     """How many layers a model says that it has."""
-    count = getattr(_text_config(module), "num_hidden_layers", None)
+    count = getattr(_text_config(module, decoder=decoder), "num_hidden_layers", None)
     return count if isinstance(count, int) else None
 
 
-def _text_config(module: Any) -> Any:
+def _text_config(module: Any, *, decoder: bool = False) -> Any:
     """A model's configuration, or that of the language model in it where it sees or hears too."""
     config: Any = getattr(module, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    # told of the decoder it gives its number of layers, which may be another than the encoder's
+    return config.get_text_config(decoder=decoder or None) if hasattr(config, "get_text_config") else config

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForSequenceClassification
 
 from lightning_peft import Adapter, LadderSideTuning, LoRA, activate, adapt
 
@@ -300,6 +300,16 @@ def test_the_layers_of_an_unknown_model_can_be_named(perturb):
     assert all(p.grad is not None for p in adapter.parameters())
 
 
+def test_a_stack_is_found_by_what_the_model_says_of_itself_under_any_name():
+    adapter = adapt(Blocks(), LadderSideTuning())
+    assert list(adapter.tree.layers_by_module) == ["blocks.0", "blocks.1", "blocks.2"]
+    sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 50}
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 16}
+    bart = BartForConditionalGeneration(BartConfig(encoder_layers=1, decoder_layers=3, **sizes))
+    adapter = adapt(bart, LadderSideTuning())
+    assert list(adapter.tree.layers_by_module) == [f"model.decoder.layers.{i}" for i in range(3)]
+
+
 def test_a_hidden_state_that_was_replaced_on_the_way_is_an_error():
     model = Blocks(skip=True)
     adapt(model, LadderSideTuning(layer_modules=r"blocks\.\d+"))
@@ -312,7 +322,7 @@ def test_a_hidden_state_that_was_replaced_on_the_way_is_an_error():
 @pytest.mark.parametrize(
     ("options", "name", "message"),
     [
-        ({}, "convnet", r"does not know the layers of ConvNet; name them in layer_modules, for instance"),
+        ({}, "convnet", "finds no stack of layers in ConvNet; name the layers in layer_modules, for instance"),
         ({"layers_to_transform": [7]}, "bert", r"no module in layer \[7\]; the matched modules lie in layers 0 to 1"),
         ({"layer_modules": ["blok"]}, "bert", "layer_modules: 'blok' matches no module"),
         (
