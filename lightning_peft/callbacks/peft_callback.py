@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_only
+from torch.nn import Module
 from typing_extensions import override
 
 from lightning_peft.analysis.plan import plan_within
@@ -22,6 +23,7 @@ from lightning_peft.callbacks.adaptation import (
 )
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
+from lightning_peft.callbacks.rebuilding import adapted_parts, carry_over, refuse_rebuilt_parts
 from lightning_peft.callbacks.steps import after_step, before_step, check_schedule, prepare
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.method import Method, require_method
@@ -40,6 +42,7 @@ class Pending:
         name: the adapter's name.
         replaced: what was arranged before, until this is carried out.
         done: whether it was carried out.
+        parts: the modules that it was carried out on, by their names below the submodule.
     """
 
     method: Method
@@ -47,14 +50,33 @@ class Pending:
     name: str
     replaced: Pending | None = None
     done: bool = False
+    parts: dict[str, Module] = field(default_factory=dict)
 
     def is_over(self, module: LightningModule) -> bool:
         """Whether it was carried out and the adapters have been removed since, or merged for good."""
-        return self.done and adapters_of(module.get_submodule(self.path)) is None
+        if not self.done:
+            return False
+        root = module.get_submodule(self.path)
+        removed = not self._was_rebuilt(root) or not adapted_parts(self.parts[""], self.name)
+        return removed and adapters_of(root) is None
 
-    def carry_out(self, module: LightningModule) -> Adapter:
-        """Adapts the module, or finds that it is."""
-        return adapt_lightning_module(module, self.method, self.path, self.name)
+    def _was_rebuilt(self, root: Module) -> bool:
+        return bool(self.parts) and self.parts[""] is not root
+
+    def note_parts(self, module: LightningModule) -> None:
+        """Remembers what is adapted now."""
+        root = dict(module.named_modules()).get(self.path)
+        self.parts = {} if root is None else adapted_parts(root, self.name)
+
+    def carry_out(self, module: LightningModule) -> None:
+        """Adapts the module, or finds that it is; a submodule built anew gets what the one before had become."""
+        adapter = adapt_lightning_module(module, self.method, self.path, self.name)
+        if not self._was_rebuilt(adapter.model):
+            refuse_rebuilt_parts(adapter.model, self.parts)
+        elif adapted_parts(self.parts[""], self.name):
+            carry_over(self.parts[""], adapter.model, self.name)
+        self.note_parts(module)
+        self.replaced, self.done = None, True
 
 
 class PeftCallback(Callback):
@@ -105,7 +127,17 @@ class PeftCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Arranges that the module is adapted right after its ``setup`` and ``configure_model``."""
+        """Arranges that the module is adapted right after its ``setup`` and ``configure_model``.
+
+        Raises:
+            ValueError: if the Trainer has another PeftCallback, or the module is adapted otherwise.
+        """
+        others = [c for c in trainer.callbacks if isinstance(c, PeftCallback) and c is not self]  # type: ignore[attr-defined]
+        if others:
+            raise ValueError(
+                f"a Trainer takes one PeftCallback, but got {self!r} and {others[0]!r}; put other adapters into the "
+                "module with adapt() before the training"
+            )
         await_modules(pl_module, Pending(self.method, self.model, self.name))
 
     def adapter(self, pl_module: LightningModule) -> Adapter:
@@ -173,6 +205,7 @@ def await_modules(module: LightningModule, pending: Pending) -> None:
         )
     existing_adapter(module, pending.method, pending.path, pending.name)
     pending.replaced = before
+    pending.note_parts(module)
     module.__dict__[_PENDING] = pending
     # Lightning looks into a partial and sees the hook as overridden; through functools.wraps it would see the original.
     # A bound method would be pickled as the attribute of that name, which is the class's while a module is rebuilt.
@@ -206,7 +239,6 @@ def configure_model(self: LightningModule) -> None:
     except Exception:
         _call_off(self, pending)
         raise
-    pending.replaced, pending.done = None, True
 
 
 def on_train_start(self: LightningModule) -> None:

@@ -284,6 +284,55 @@ def test_a_copied_or_pickled_module_goes_on_with_its_adapter_and_small_checkpoin
     assert torch.equal(net.backbone(x), before)
 
 
+class Rebuilt(Net):
+    """Its ``setup`` builds the layers at every call."""
+
+    def setup(self, stage: str) -> None:
+        for name in [n for n in ("backbone", "head") if hasattr(self, n)]:
+            delattr(self, name)
+        self.make()
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), Selective(parameter_types=["bias"])])
+@pytest.mark.parametrize("again", [True, False])
+def test_a_submodule_that_setup_builds_anew_keeps_its_adapter(method, again, loader, trainer):
+    net, callback = Rebuilt(), PeftCallback(method, model="backbone")
+    trainer(callback).fit(net, loader)
+    before, x = net.backbone, torch.randn(3, 6)
+    trainer(*([callback] if again else [])).test(net, loader, verbose=False)
+    assert net.backbone is not before
+    assert torch.equal(net.backbone(x), before(x))
+    assert not torch.equal(net.backbone(x), Net().backbone(x))
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2, target_modules=["backbone.0"]), Selective(parameter_types=["bias"])])
+@pytest.mark.parametrize("again", [True, False])
+def test_an_adapter_that_parts_built_anew_would_lose_is_an_error(method, again, loader, trainer):
+    net, callback = Rebuilt(), PeftCallback(method)
+    trainer(callback).fit(net, loader)
+    with pytest.raises(RuntimeError, match=r"'backbone.0' has been built anew, so the adapter .* is gone; build it"):
+        trainer(*([callback] if again else [])).test(net, loader, verbose=False)
+
+
+def test_a_submodule_that_setup_builds_with_other_weights_is_an_error(loader, trainer):
+    class Random(Rebuilt):
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            nn.init.constant_(self.backbone[0].bias, 0.1 if stage == "fit" else 0.2)
+
+    net, callback = Random(), PeftCallback(LoRA(r=2), model="backbone")
+    trainer(callback).fit(net, loader)
+    with pytest.raises(RuntimeError, match="adapted submodule has been built anew, with other weights than those"):
+        trainer(callback).test(net, loader, verbose=False)
+
+
+@pytest.mark.parametrize("other", [LoRA(r=2), LoRA(r=4)])
+def test_a_trainer_takes_one_callback(other, loader, trainer):
+    first = PeftCallback(LoRA(r=2), model="backbone")
+    with pytest.raises(ValueError, match=r"takes one PeftCallback, but got PeftCallback\(LoRA\(r=.*with adapt\(\)"):
+        trainer(first, PeftCallback(other, model="backbone")).fit(Net(), loader)
+
+
 def test_a_prompt_goes_to_the_one_language_model_or_the_candidates_are_listed(trainer, loader):
     class Two(Net):
         def make(self):
