@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.adapters import require_adapters
-from lightning_peft.core.inject import base_tensors, eject, inject
+from lightning_peft.core.in_place import base_tensors
+from lightning_peft.core.inject import eject, inject
 from lightning_peft.core.matching import is_within
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_peft.analysis.sizes import size
 from lightning_peft.core.adapters import adapters_of, tree_of
-from lightning_peft.core.inject import base_tensors
+from lightning_peft.core.in_place import base_tensors
 from lightning_peft.core.matching import base_modules, class_of, is_conv1d, is_within, output_heads
 from lightning_peft.core.tree import AdapterTree
 

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 
 from lightning_peft.callbacks.randomness import random_state
 from lightning_peft.core.adapters import adapters_of
-from lightning_peft.core.inject import keep_float32
+from lightning_peft.core.in_place import keep_float32
 from lightning_peft.core.method import Method
 from lightning_peft.core.partial_state import PartialState
 from lightning_peft.core.problems import nearest

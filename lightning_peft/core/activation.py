@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch.nn import Module
 
 from lightning_peft.core.adapters import Adapters, require_adapters
-from lightning_peft.core.inject import base_tensors
+from lightning_peft.core.in_place import base_tensors
 from lightning_peft.core.routing import Routing
 from lightning_peft.core.rows import Rows
 from lightning_peft.core.statistics import freeze_statistics

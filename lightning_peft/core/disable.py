@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapters import Adapters, adapters_of
-from lightning_peft.core.inject import base_tensors, kept_originals
+from lightning_peft.core.in_place import base_tensors, kept_originals
 from lightning_peft.core.merge import unmerged
 from lightning_peft.core.routing import Routing
 

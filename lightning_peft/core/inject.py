@@ -6,17 +6,16 @@ import copy
 import re
 from collections.abc import Sequence
 
-import torch
 from torch.nn import Module, MultiheadAttention, TransformerEncoder, TransformerEncoderLayer
 
-from lightning_peft.core.adapted import Site, attach, detach, site_of
+from lightning_peft.core.adapted import attach, detach, site_of
 from lightning_peft.core.adapters import Adapters, adapters_of, refuse_in_use, tree_of
 from lightning_peft.core.fingerprint import parameter_digests
+from lightning_peft.core.in_place import base_parameters, base_tensors, kept_originals, set_in_place
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules, reads_directly
 from lightning_peft.core.method import Bounded, Method, Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
-from lightning_peft.core.routing import Switch
 from lightning_peft.core.saved_module import SavedModule
 from lightning_peft.core.statistics import freeze_statistics, moving_statistics
 from lightning_peft.core.tree import AdapterTree, Record
@@ -102,7 +101,7 @@ def eject(model: Module, name: str) -> None:
         if site is not None:
             site.layers.pop(name, None)
     in_place = adapters.in_place
-    _set_in_place(model, adapters, in_place)
+    set_in_place(model, adapters, in_place)
     for key, parameter in base_parameters(model).items():
         if not len(adapters):
             parameter.requires_grad_(adapters.requires_grad_before.get(key, True))
@@ -117,37 +116,6 @@ def eject(model: Module, name: str) -> None:
                 training[key] = model.training
             detach(module)
             module.training = training[key]
-
-
-def kept_originals(tree: AdapterTree, call: str) -> dict[str, torch.Tensor]:
-    """The starting values of what an adapter trains in place.
-
-    Args:
-        tree: the adapter.
-        call: what asks for them, for the error.
-
-    Raises:
-        RuntimeError: if the method was told to keep none.
-    """
-    if tree.record.originals is None:
-        raise RuntimeError(
-            f"{call}: {type(tree.record.method).__name__} trains the base in place and was told not to keep the "
-            "originals (keep_originals=False), so the base cannot be given back; load it anew, or adapt with "
-            "keep_originals=True"
-        )
-    return tree.record.originals
-
-
-def base_tensors(model: Module) -> dict[str, torch.Tensor]:
-    """The base's parameters and buffers by name, adapters left out.
-
-    Args:
-        model: the root of an adapted model.
-    """
-    adapters = adapters_of(model)
-    inside = set() if adapters is None else {id(b) for b in adapters.buffers()}
-    buffers = {n: b for n, b in model.named_buffers() if id(b) not in inside}
-    return {**base_parameters(model), **buffers}
 
 
 def _checked_adapters(model: Module, name: str) -> Adapters | None:
@@ -169,17 +137,6 @@ def _checked_adapters(model: Module, name: str) -> Adapters | None:
     if adapters is not None and name in adapters:
         raise ValueError(f"there is already an adapter {name!r}; its names are {sorted(adapters)}")
     return adapters
-
-
-def base_parameters(model: Module) -> dict[str, torch.nn.Parameter]:
-    """The base's parameters by name, adapters left out; one that has several names by the first.
-
-    Args:
-        model: the root, adapted or not.
-    """
-    adapters = adapters_of(model)
-    inside = set() if adapters is None else {id(p) for p in adapters.parameters()}
-    return {n: p for n, p in model.named_parameters() if id(p) not in inside}
 
 
 def _copies(model: Module, method: Method, placement: Placement, new: list[str]) -> tuple[list[str], list[str]]:
@@ -255,59 +212,10 @@ def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) ->
         # what another adapter trains in place may have been told to rest
         if key in tree.record.in_place or key not in in_place:
             parameter.requires_grad_(key in in_place)
-    _set_in_place(model, adapters, in_place)
+    set_in_place(model, adapters, in_place)
     freeze_statistics(model, adapters)
     _leave_fused_path(model, adapters)
     adapters.switch.active = (name,)
-
-
-def _set_in_place(model: Module, adapters: Adapters, names: set[str]) -> None:
-    """Tells each module which of its parameters train in place: they become float32 and stay it."""
-    owners: dict[str, list[str]] = {}
-    trained = {id(p) for n, p in base_parameters(model).items() if n in names}
-    attention = [n for n, m in base_modules(model).items() if isinstance(m, MultiheadAttention)]
-    for owner, module in base_modules(model).items():
-        for key, parameter in module._parameters.items():
-            if id(parameter) in trained:
-                parent = owner.rpartition(".")[0]
-                inside = parent in attention and owner != parent
-                place, key_there = (parent, f"{owner.rpartition('.')[2]}.{key}") if inside else (owner, key)
-                owners.setdefault(place, []).append(key_there)
-    for owner, module in base_modules(model).items():
-        site = site_of(module)
-        if owner in owners:
-            site = attach(module, adapters.switch)
-            site.base.in_place = tuple(owners[owner])
-            _make_float32(module, site)
-        elif site is not None:
-            site.base.in_place = ()
-            site.base.cast_to = None
-        if site is not None and site.idle:
-            detach(module)
-
-
-def keep_float32(model: Module, outside: Module) -> None:
-    """Makes what trains outside an adapted submodule float32 too, whatever the model is cast to later.
-
-    Args:
-        model: the whole model.
-        outside: the adapted submodule, which has seen to its own parameters.
-    """
-    inside = {id(m) for m in outside.modules()}
-    for module in list(model.modules()):
-        names = tuple(n for n, p in module._parameters.items() if p is not None and p.requires_grad)
-        if names and id(module) not in inside:
-            site = attach(module, Switch())
-            site.base.in_place = names
-            _make_float32(module, site)
-
-
-def _make_float32(module: Module, site: Site) -> None:
-    for key in site.base.in_place:
-        parameter = module.get_parameter(key)
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            site.base.cast_to = parameter.dtype
-            parameter.data = parameter.data.float()
 
 
 def _leave_fused_path(model: Module, adapters: Adapters) -> None:

@@ -12,7 +12,8 @@ from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapters import Adapters, refuse_in_use, require_adapters
 from lightning_peft.core.fingerprint import renew_digests
-from lightning_peft.core.inject import base_parameters, eject
+from lightning_peft.core.in_place import base_parameters
+from lightning_peft.core.inject import eject
 from lightning_peft.core.matching import base_modules, is_within
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.core.view import with_tensors

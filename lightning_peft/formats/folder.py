@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.adapters import tree_of
-from lightning_peft.core.inject import base_tensors
+from lightning_peft.core.in_place import base_tensors
 from lightning_peft.core.matching import base_modules, matches
 from lightning_peft.core.method import Method, PeftFormat, PeftRepacked
 from lightning_peft.core.statistics import moving_statistics

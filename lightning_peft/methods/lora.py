@@ -32,7 +32,7 @@ from lightning_peft.methods.lora_experts import (
     peft_place,
     refuse_ranks,
 )
-from lightning_peft.methods.lora_init import doubled, halved, is_apart, known_start
+from lightning_peft.methods.lora_init import doubled, halved, is_apart, start_problems
 from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, layer_for
 from lightning_peft.methods.lora_targets import (
     biases_to_train,
@@ -126,18 +126,9 @@ class LoRA:
                     f"alpha_pattern: {k!r} must be above 0, but is {v!r}" if v <= 0 else None
                     for k, v in self.alpha_pattern.items()
                 ),
-                f"init_lora_weights must be one of {_STARTS}, but got {self.init_lora_weights!r}"
-                if not known_start(self.init_lora_weights)
-                else None,
-                "init_lora_weights='orthogonal' needs even ranks"
-                if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values()))
-                else None,
+                *start_problems(self.init_lora_weights, [self.r, *self.rank_pattern.values()], fixed=self.lora_fa),
                 "lora_bias=True and bias other than 'none' would train two biases for one"
                 if self.lora_bias and self.bias != "none"
-                else None,
-                "lora_fa=True leaves A as it starts, so A must be drawn or taken from data: init_lora_weights True, "
-                "'gaussian' or 'eva'"
-                if self.lora_fa and is_apart(self.init_lora_weights)
                 else None,
                 *(token_problem("trainable_token_indices", ids) for _, ids in self._tokens()),
                 f"bias must be one of {biases}, but got {self.bias!r}" if self.bias not in biases else None,
@@ -316,6 +307,3 @@ class LoRA:
         # where the factors started says nothing of an adapter that is trained
         options = {n: config[n] for n in names if config.get(n) is not None and n != "init_lora_weights"}
         return cls(**options)
-
-
-_STARTS = "True, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_<iterations>', 'eva'"

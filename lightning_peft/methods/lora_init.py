@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +12,28 @@ CHANGING = ("orthogonal", "olora", "pissa")
 """Starts at which the product of the factors is not zero, or is so only up to rounding."""
 
 
-def known_start(name: object) -> bool:
-    """Whether LoRA can start so."""
-    return name is True or name in ("gaussian", "eva") or is_apart(name)
+_STARTS = "True, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_<iterations>', 'eva'"
+
+
+def start_problems(start: object, ranks: Sequence[int], *, fixed: bool) -> list[str]:
+    """What is wrong with where LoRA's factors are to start, a sentence each.
+
+    Args:
+        start: the option ``init_lora_weights``.
+        ranks: all that occur.
+        fixed: whether A stays as it starts (``lora_fa``).
+    """
+    problems = []
+    if not (start is True or start in ("gaussian", "eva") or is_apart(start)):
+        problems.append(f"init_lora_weights must be one of {_STARTS}, but got {start!r}")
+    if start == "orthogonal" and any(r % 2 for r in ranks):
+        problems.append("init_lora_weights='orthogonal' needs even ranks")
+    if fixed and is_apart(start):
+        problems.append(
+            "lora_fa=True leaves A as it starts, so A must be drawn or taken from data: init_lora_weights True, "
+            "'gaussian' or 'eva'"
+        )
+    return problems
 
 
 def is_apart(name: object) -> bool:

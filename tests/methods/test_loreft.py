@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from transformers import LlamaForTokenClassification
 
 from lightning_peft import LoReFT, PeftModule, adapt
-from lightning_peft.core.inject import base_tensors
+from lightning_peft.core.in_place import base_tensors
 from lightning_peft.core.per_forward import labels_of_batch
 from lightning_peft.methods.loreft import orthonormal_rows
 from lightning_peft.methods.positions import parse_positions
