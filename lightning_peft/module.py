@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn import Module
-from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
 from lightning_peft.analysis.report import print_plan
@@ -33,6 +31,7 @@ from lightning_peft.handle import Adapter
 from lightning_peft.methods.config import method_from_config, method_to_config
 from lightning_peft.tasks import Task, task_from_config
 from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.evaluation import EvaluatedModule
 from lightning_peft.tasks.optimization import (
     OPTIMIZER,
     SCHEDULER,
@@ -43,7 +42,7 @@ from lightning_peft.tasks.optimization import (
 from lightning_peft.tasks.token_mean import TokenMean
 
 
-class PeftModule(LightningModule):
+class PeftModule(EvaluatedModule):
     """Fine-tunes a Hugging Face model: builds it, adapts it, trains, evaluates and predicts.
 
     Losses are normalised by the number of units (examples, or supervised tokens) of the whole optimizer step,
@@ -86,8 +85,6 @@ class PeftModule(LightningModule):
         self.base = None if isinstance(model, Module) else BaseModel.of(model)
         self._tokenizer: Any = None
         self.mean = TokenMean()
-        self.val_loss = MeanMetric()
-        self.metrics: MetricCollection | None = None
         self._checked = False
         self._save_plain_hparams()
 
@@ -140,24 +137,11 @@ class PeftModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        self._refuse_long_texts()
-
-    def _refuse_long_texts(self) -> None:
-        """Virtual tokens plus text must fit the model's positions: said here, not in the first step."""
+        # virtual tokens plus text must fit the model's positions: said here, not in the first step
         data = getattr(self._trainer, "datamodule", None)
         length, virtual = getattr(data, "max_length", None), getattr(self.method, "num_virtual_tokens", 0)
-        if length is None or not virtual or self.base is None:
-            return
-        limit = self.base.positions()
-        if limit is not None and length + virtual > limit:
-            fewer = f"method.num_virtual_tokens={limit - length}"
-            # a text of a few tokens says nothing: then it is the prompt that is too long
-            shorter = f"data.max_length={limit - virtual}" if limit - virtual >= MIN_LENGTH else None
-            ways = [way for way in (shorter, fewer if limit > length else None) if way is not None]
-            raise ValueError(
-                f"{virtual} virtual tokens and max_length={length} of text exceed the model's {limit} positions; set "
-                + (f"{' or '.join(ways)} or less" if ways else "both lower")
-            )
+        if length is not None and virtual and self.base is not None:
+            self.base.refuse_long_texts(length, virtual, MIN_LENGTH)
 
     def forward(self, **inputs: Any) -> Any:
         """Runs the adapted model; what it takes and gives is the Hugging Face model's."""
@@ -191,51 +175,6 @@ class PeftModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         after_step(self.trainer, self.adapter, self.trainer.global_step + 1)
-
-    @override
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    @override
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def _evaluate(self, batch: dict[str, Any]) -> None:
-        outputs = self._outputs(batch)
-        total, count = self.task.loss(outputs, batch)
-        self.val_loss.update(total / count.clamp_min(1), weight=count)
-        assert self.metrics is not None
-        self.task.update(self.metrics, outputs, batch)
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._reset_metrics()
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._reset_metrics()
-
-    def _reset_metrics(self) -> None:
-        """Before an evaluation, not after it: what is made in inference mode cannot be updated outside of it."""
-        assert self.metrics is not None
-        self.val_loss.reset()
-        self.metrics.reset()
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
-        assert self.metrics is not None
-        loss = self.val_loss.compute()
-        values = {"loss": loss, **self.metrics.compute()}
-        if self.task.peft_task_type == "CAUSAL_LM":
-            values["perplexity"] = torch.exp(loss)
-        self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, prog_bar=True)
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:

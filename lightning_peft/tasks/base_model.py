@@ -119,6 +119,29 @@ class BaseModel:
         limit: int | None = getattr(config, "max_position_embeddings", None)
         return limit
 
+    def refuse_long_texts(self, length: int, virtual: int, shortest: int) -> None:
+        """Refuses virtual tokens and texts that together exceed the model's positions.
+
+        Args:
+            length: how many tokens the longest text may have.
+            virtual: the number of virtual tokens.
+            shortest: how few tokens a text may be cut to.
+
+        Raises:
+            ValueError: if they do, with what to set.
+        """
+        limit = self.positions()
+        if limit is None or length + virtual <= limit:
+            return
+        fewer = f"method.num_virtual_tokens={limit - length}"
+        # a text of a few tokens says nothing: then it is the prompt that is too long
+        shorter = f"data.max_length={limit - virtual}" if limit - virtual >= shortest else None
+        ways = [way for way in (shorter, fewer if limit > length else None) if way is not None]
+        raise ValueError(
+            f"{virtual} virtual tokens and max_length={length} of text exceed the model's {limit} positions; set "
+            + (f"{' or '.join(ways)} or less" if ways else "both lower")
+        )
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the tokenizer.
 
