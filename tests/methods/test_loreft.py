@@ -350,3 +350,12 @@ def test_positions_are_read_as_the_paper_writes_them():
     assert parse_positions("f3") == (3, 0)
     assert parse_positions("l2") == (0, 2)
     assert parse_positions("all") is None
+
+
+def test_the_layers_of_a_model_without_a_configuration_are_its_one_list_of_modules(build, call, perturb):
+    model = build("encoder")
+    base = call(model, "encoder")
+    adapter = adapt(model, LoReFT(r=2, positions="all"))
+    assert list(adapter.tree.layers_by_module) == ["encoder.layers.0", "encoder.layers.1"]
+    perturb(adapter)
+    assert not torch.equal(call(model, "encoder"), base)
