@@ -97,6 +97,46 @@ def test_a_tuner_of_peft_trains_evaluates_and_merges_like_any_method(tmp_path, w
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["csv", "tensorboard", "wandb", "mlflow"])
+def test_a_run_is_logged_where_it_was_asked_for(tmp_path, words, kind):
+    offline = ["logger.wandb.offline=true"] if kind == "wandb" else []
+    run(*words, f"logger={kind}", *offline, "trainer.log_every_n_steps=1", "hydra.run.dir=run", cwd=tmp_path)
+    assert LOGGED[kind](tmp_path / "run") >= METRICS
+
+
+METRICS = {"train/loss", "val/loss", "val/accuracy", "lr", "train/tokens_per_second"}
+
+
+def _in_csv(folder):
+    return set((folder / "logs" / "metrics.csv").read_text().splitlines()[0].split(","))
+
+
+def _in_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "logs"))
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
+def _in_wandb(folder):
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return {name for name in METRICS if name.encode() in path.read_bytes()}
+
+
+def _in_mlflow(folder):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "lightning-peft")
+    (logged,) = client.search_runs([experiment.experiment_id])
+    return set(logged.data.metrics)
+
+
+LOGGED = {"csv": _in_csv, "tensorboard": _in_tensorboard, "wandb": _in_wandb, "mlflow": _in_mlflow}
+
+
+@pytest.mark.slow
 def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path, words):
     run(*words, "-m", "method=bitfit,prompt_tuning", "trainer.max_epochs=1", "hydra.sweep.dir=sweep", cwd=tmp_path)
     for number, method in (("0", "Selective"), ("1", "PromptTuning")):
