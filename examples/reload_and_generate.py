@@ -36,7 +36,7 @@ def main() -> None:
     L.seed_everything(0, verbose=False)
     folder = Path(tempfile.mkdtemp())
     model = options.model or tiny_llama(folder / "base")
-    module = PeftModule(model, LoRA(r=8), "causal_lm")
+    module = PeftModule(model, LoRA(r=8), "sft")
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, default_root_dir=folder, limit_val_batches=4)
     trainer.fit(module, TextDataModule("docstrings", limit=options.limit))
 

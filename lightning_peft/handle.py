@@ -225,11 +225,12 @@ class Adapter:
         unload_merged(self.model, self.name)
         return self.model
 
-    def save(self, path: str | Path, **info: Any) -> Path:
+    def save(self, path: str | Path, tokenizer: Any = None, **info: Any) -> Path:
         """Writes the adapter into a folder, in Hugging Face PEFT's format where that knows the method.
 
         Args:
             path: a folder that holds no adapter yet; it is made if it does not exist.
+            tokenizer: a tokenizer to write beside it, with its chat template.
             **info: plain values for the folder's manifest, such as ``labels``.
 
         Returns:
@@ -239,7 +240,7 @@ class Adapter:
             FileExistsError: if the folder already holds an adapter or a model, or a file is in its place.
         """
         self._require()
-        return save_folder(self.model, self.name, Path(path), info)
+        return save_folder(self.model, self.name, Path(path), info, tokenizer)
 
     def save_for(self, consumer: str, path: str | Path, *, max_lora_rank: int = DEFAULT_MAX_LORA_RANK) -> Path:
         """Writes the adapter as a server of language models reads it: a plain LoRA of one rank and one strength.

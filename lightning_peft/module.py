@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -25,7 +26,7 @@ from lightning_peft.callbacks.randomness import resume_random_state, resume_with
 from lightning_peft.callbacks.steps import after_step, before_step, check_schedule, prepare
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.per_forward import labels_of_batch
-from lightning_peft.data.module import MIN_LENGTH
+from lightning_peft.data.module import MIN_LENGTH, TextDataModule
 from lightning_peft.formats.folder import load_into, read_folder
 from lightning_peft.handle import Adapter
 from lightning_peft.methods.config import method_from_config, method_to_config
@@ -39,6 +40,7 @@ from lightning_peft.tasks.optimization import (
     make_optimizer,
     make_schedule,
 )
+from lightning_peft.tasks.task import Templated, Writing
 from lightning_peft.tasks.token_mean import TokenMean
 
 
@@ -107,12 +109,13 @@ class PeftModule(EvaluatedModule):
         if self._tokenizer is None:
             named = [str(getattr(m, "name_or_path", "")) for m in self._given]
             spec = self.base or BaseModel(named[0])
-            self._tokenizer = spec.load_tokenizer()
+            self.tokenizer = spec.load_tokenizer()
         return self._tokenizer
 
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
-        self._tokenizer = value
+        # a copy: the one that was given may be in use elsewhere
+        self._tokenizer = self.task.tokenizer_for(copy.copy(value)) if isinstance(self.task, Templated) else value
 
     @property
     def adapter(self) -> Adapter:
@@ -137,11 +140,13 @@ class PeftModule(EvaluatedModule):
 
     @override
     def setup(self, stage: str) -> None:
-        # virtual tokens plus text must fit the model's positions: said here, not in the first step
+        # text and virtual tokens must fit the model's positions and vocabulary: said here, not in the first step
         data = getattr(self._trainer, "datamodule", None)
         length, virtual = getattr(data, "max_length", None), getattr(self.method, "num_virtual_tokens", 0)
         if length is not None and virtual and self.base is not None:
             self.base.refuse_long_texts(length, virtual, MIN_LENGTH)
+        if isinstance(data, TextDataModule) and self.base is not None:
+            self.base.refuse_unknown_tokens(data.highest_token())
 
     def forward(self, **inputs: Any) -> Any:
         """Runs the adapted model; what it takes and gives is the Hugging Face model's."""
@@ -152,6 +157,13 @@ class PeftModule(EvaluatedModule):
         # the model does not get the labels, but a method may want to know where the prompt ends
         with labels_of_batch.passing(batch.get("labels")):
             return self.task.outputs(self, batch)
+
+    @override
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        super()._evaluate(batch)
+        if isinstance(self.task, Writing):
+            assert self.metrics is not None
+            self.task.score_written(self.metrics, self.model, batch, self.tokenizer, **self.generation)
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -267,7 +279,9 @@ class PeftModule(EvaluatedModule):
         info: dict[str, Any] = {"task": self.task.to_config(), "generation": self.generation}
         if self.base is not None:
             info["model"] = self.base.to_config()
-        return self.adapter.save(path, **info)
+        # whoever loads the adapter writes conversations as it learnt them
+        beside = self.tokenizer if isinstance(self.task, Templated) else None
+        return self.adapter.save(path, tokenizer=beside, **info)
 
     @classmethod
     def from_adapter(cls, path: str | Path, model: str | dict[str, Any] | Module | None = None) -> Self:
@@ -291,6 +305,8 @@ class PeftModule(EvaluatedModule):
                 "yourself and call load_adapter(model, path)"
             )
         module = cls(base, saved.method, saved.info["task"], generation=saved.info.get("generation"))
+        if saved.tokenizer is not None:
+            module.tokenizer = BaseModel(str(saved.path), tokenizer=str(saved.tokenizer)).load_tokenizer()
         module.configure_model()
         assert module.model is not None
         load_into(module.model, "default", saved)

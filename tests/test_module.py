@@ -126,7 +126,7 @@ def test_a_new_head_trains_and_is_saved_without_being_asked_for(bert_folder, tex
 def test_gradient_accumulation_does_not_change_the_result(llama_folder, pairs, trainer, accumulated):
     """Whatever the micro-batches: the gradient is that of the mean over the step's supervised tokens."""
     L.seed_everything(0, verbose=False)
-    module = PeftModule(str(llama_folder), LoRA(r=2), "causal_lm", {"name": "SGD", "lr": 1.0}, {"name": "constant"})
+    module = PeftModule(str(llama_folder), LoRA(r=2), "sft", {"name": "SGD", "lr": 1.0}, {"name": "constant"})
     data = TextDataModule(train_files=pairs, batch_size=12 // accumulated, max_length=24, validation_fraction=0.25)
     data.connect(module.task, module.tokenizer)
     data.setup("fit")
@@ -143,7 +143,7 @@ def test_gradient_accumulation_does_not_change_the_result(llama_folder, pairs, t
     start = {n: t.clone() for n, t in module.adapter.state_dict().items()}
     trainer(max_epochs=1, accumulate_grad_batches=accumulated, limit_val_batches=0).fit(module, data)
 
-    reference = PeftModule(str(llama_folder), LoRA(r=2), "causal_lm")
+    reference = PeftModule(str(llama_folder), LoRA(r=2), "sft")
     reference.configure_model()
     reference.adapter.tree.load_state_dict(start)
     reference.train()
@@ -158,7 +158,7 @@ def test_gradient_accumulation_does_not_change_the_result(llama_folder, pairs, t
 def test_causal_language_modelling_learns_and_writes(llama_folder, pairs, trainer):
     L.seed_everything(0, verbose=False)
     method = LoRA(r=8, modules_to_save=["lm_head"])
-    module = PeftModule(str(llama_folder), method, "causal_lm", {"lr": 5e-3}, generation={"max_new_tokens": 4})
+    module = PeftModule(str(llama_folder), method, "sft", {"lr": 5e-3}, generation={"max_new_tokens": 4})
     data = _data(pairs, validation_files=pairs)
     t = trainer(max_epochs=12)
     before = t.validate(module, data, verbose=False)[0]
@@ -172,7 +172,7 @@ def test_causal_language_modelling_learns_and_writes(llama_folder, pairs, traine
 
 
 def test_an_encoder_made_causal_writes_too(bert_folder, pairs, trainer):
-    module = PeftModule(str(bert_folder), LoRA(r=2), "causal_lm", generation={"max_new_tokens": 2})
+    module = PeftModule(str(bert_folder), LoRA(r=2), "sft", generation={"max_new_tokens": 2})
     trainer(max_epochs=1).fit(module, _data(pairs))
     assert module.model.config.is_decoder
     assert any(n.startswith("cls.predictions") for n in module.adapter.tree.record.new)

@@ -18,7 +18,7 @@ from lightning_peft import LoRA, PeftModule, TextDataModule
 if __name__ == "__main__":
     model, files, devices, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     L.seed_everything(0, verbose=False)
-    module = PeftModule(model, LoRA(r=2), "causal_lm", {"name": "SGD", "lr": 0.5}, {"name": "constant"})
+    module = PeftModule(model, LoRA(r=2), "sft", {"name": "SGD", "lr": 0.5}, {"name": "constant"})
     data = TextDataModule(train_files=files, validation_files=files, batch_size=8 // devices, max_length=24)
     strategy = "ddp" if devices > 1 else "auto"
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)

@@ -58,6 +58,11 @@ class SavedAdapter:
     foreign: bool
     prepared: bool
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer that was saved beside the adapter, or None."""
+        return self.path if (self.path / "tokenizer_config.json").is_file() else None
+
     def method_for(self, model: Module) -> Method:
         """The method with what it saved in full named, so that a base without new heads gets them too."""
         method: Any = self.method
@@ -97,7 +102,7 @@ def refuse_occupied(path: Path) -> None:
     refuse_model(path)
 
 
-def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> Path:
+def save_folder(model: Module, name: str, path: Path, info: dict[str, Any], tokenizer: Any = None) -> Path:
     """Writes an adapter; the folder appears as a whole or not at all.
 
     Args:
@@ -105,6 +110,7 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
         name: the adapter's name.
         path: the folder.
         info: plain values for the manifest.
+        tokenizer: a tokenizer to write beside it.
 
     Returns:
         The folder.
@@ -130,6 +136,8 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any]) -> P
         write_tensors(scratch, tensors)
         if has_peft_format(tree.record.method):
             write_json(scratch / PEFT_CONFIG, adapter_config(model, tree.record, base))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
         write_json(scratch / MANIFEST, manifest)
     return path
 

@@ -2,7 +2,8 @@
 
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.registry import task_from_config
+from lightning_peft.tasks.sft import SupervisedFineTuning
 from lightning_peft.tasks.task import Task
 from lightning_peft.tasks.text_classification import TextClassification
 
-__all__ = ["CausalLM", "Task", "TextClassification", "task_from_config"]
+__all__ = ["CausalLM", "SupervisedFineTuning", "Task", "TextClassification", "task_from_config"]

@@ -110,14 +110,16 @@ class BaseModel:
         Raises:
             OSError: if the name is neither a folder nor can be fetched, or the folder lacks what is needed.
         """
+        limit: int | None = getattr(self._config(), "max_position_embeddings", None)
+        return limit
+
+    def _config(self) -> Any:
         import transformers
 
         _refuse_without(self.name_or_path, _CONFIG)
         with _helpful(self.name_or_path):
             source, local = _resolve(self.name_or_path)
-            config = transformers.AutoConfig.from_pretrained(source, revision=self.revision, local_files_only=local)
-        limit: int | None = getattr(config, "max_position_embeddings", None)
-        return limit
+            return transformers.AutoConfig.from_pretrained(source, revision=self.revision, local_files_only=local)
 
     def refuse_long_texts(self, length: int, virtual: int, shortest: int) -> None:
         """Refuses virtual tokens and texts that together exceed the model's positions.
@@ -141,6 +143,22 @@ class BaseModel:
             f"{virtual} virtual tokens and max_length={length} of text exceed the model's {limit} positions; set "
             + (f"{' or '.join(ways)} or less" if ways else "both lower")
         )
+
+    def refuse_unknown_tokens(self, highest: int) -> None:
+        """Refuses token ids that the model has no embedding for, which a GPU answers with an error that names nothing.
+
+        Args:
+            highest: the highest id of the texts.
+
+        Raises:
+            ValueError: if the model's vocabulary is smaller.
+        """
+        known: int | None = getattr(self._config().get_text_config(), "vocab_size", None)
+        if known is not None and highest >= known:
+            raise ValueError(
+                f"the texts have the token id {highest}, but the vocabulary of {self.name_or_path} has {known}: "
+                "tokenizer and model do not belong together; give model.tokenizer=..., or enlarge the embeddings"
+            )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the tokenizer.

@@ -1,128 +1,123 @@
-"""Writing a completion to a prompt; the loss counts on the completion only."""
+"""Language modelling of plain text, in blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.tasks.columns import Columns
-from lightning_peft.tasks.padding import pad, pad_inputs, pad_token, without_labels
-
-_IGNORED = -100
+from lightning_peft.tasks.language_model import (
+    IGNORED,
+    NextToken,
+    before_text,
+    counted,
+    end_of_text,
+    without_beginning,
+    write,
+)
+from lightning_peft.tasks.padding import pad, pad_inputs
 
 
 @dataclass
-class CausalLM:
-    """Language modelling of prompt and completion, supervised on the completion and its end.
+class CausalLM(NextToken):
+    """Learns to continue texts: they are joined, each with its end-of-text token, and cut into blocks.
 
-    Text that is too long loses the prompt's beginning first, so that a quarter of the window or the whole
-    completion stays, then the completion's end.
+    A block's first token is the last one of the block before, so that every token of every text is predicted exactly
+    once, from what stands before it in its block; the last block may be short. Validation and test run in the same
+    blocks. A model may look across the end of a text into the one before, as in pretraining.
     """
 
-    auto_class: ClassVar[str] = "AutoModelForCausalLM"
-    peft_task_type: ClassVar[str] = "CAUSAL_LM"
-    monitor: ClassVar[str] = "val/loss"
-    mode: ClassVar[str] = "min"
-    columns: ClassVar[tuple[Columns, ...]] = (Columns(("prompt",), ("completion",)),)
-    whole_texts: ClassVar[bool] = False
+    columns: ClassVar[tuple[Columns, ...]] = (Columns(("text",)),)
+    whole_texts: ClassVar[bool] = True
 
     def to_config(self) -> dict[str, Any]:
         """The task's name as plain values."""
         return {"name": "causal_lm"}
 
-    def model_kwargs(self) -> dict[str, Any]:
-        """Nothing: a language model's head has the vocabulary's size."""
-        return {}
-
-    def learn_from(self, rows: list[dict[str, Any]]) -> None:
-        """Nothing: the task knows all that it needs."""
-
     def encode(
         self, rows: list[dict[str, Any]], tokenizer: Any, max_length: int, *, training: bool
     ) -> list[dict[str, Any]]:
-        """Token ids, and labels that are -100 on the prompt.
+        """Token ids of whole texts with the bytes that each token stands for, or of the prompts to continue.
 
         Raises:
-            ValueError: if a row has an empty completion.
+            ValueError: if a text is empty.
         """
-        return [self._encode(row, tokenizer, max_length, training) for row in rows]
-
-    def _encode(self, row: dict[str, Any], tokenizer: Any, max_length: int, training: bool) -> dict[str, Any]:
-        start = _start(tokenizer)
-        prompt = tokenizer(str(row["prompt"]), add_special_tokens=False)["input_ids"]
+        texts = [str(row["text"]) for row in rows]
+        if not all(text.strip() for text in texts):
+            raise ValueError(f"has no text: {next(t for t in texts if not t.strip())!r}")
+        start, end = before_text(tokenizer), end_of_text(tokenizer)
+        options = {"add_special_tokens": False, "verbose": False}
         if not training:
-            room = max_length - len(start)
-            return {"input_ids": start + prompt[-room:]}
-        completion = tokenizer(str(row["completion"] or ""), add_special_tokens=False)["input_ids"]
-        if not completion:
-            raise ValueError(f"has no supervised token: its completion is {row['completion']!r}")
-        completion = completion + _end(tokenizer)
-        kept = min(len(completion), max(1, max_length // 4))
-        prompt = prompt[-max(0, max_length - len(start) - kept) :] if len(start) + kept < max_length else []
-        completion = completion[: max_length - len(start) - len(prompt)]
-        before = start + prompt
-        return {"input_ids": before + completion, "labels": [_IGNORED] * len(before) + completion}
+            prompts = tokenizer(texts, **options)["input_ids"]
+            return [{"input_ids": without_beginning(start + ids, tokenizer, max_length)} for ids in prompts]
+        found = tokenizer(texts, return_offsets_mapping=tokenizer.is_fast, **options)
+        offsets = found.get("offset_mapping") or [None] * len(texts)
+        return [
+            {
+                "input_ids": start + ids + end,
+                "bytes": [0] * len(start) + _bytes(text, len(ids), where) + [0] * len(end),
+            }
+            for text, ids, where in zip(texts, found["input_ids"], offsets, strict=True)
+        ]
+
+    def join(self, features: Iterable[dict[str, Any]], tokenizer: Any, max_length: int) -> Iterator[dict[str, Any]]:
+        """Blocks of all texts in their order; ``bytes`` is how many of them the block's predicted tokens stand for."""
+        # the first text is preceded by what precedes every other
+        ids: list[int] = [] if before_text(tokenizer) else end_of_text(tokenizer)
+        counts = [0] * len(ids)
+        for feature in features:
+            ids += feature["input_ids"]
+            counts += feature["bytes"]
+            while len(ids) > max_length:
+                yield {"input_ids": ids[:max_length], "bytes": sum(counts[1:max_length])}
+                ids, counts = ids[max_length - 1 :], counts[max_length - 1 :]
+        if len(ids) > 1:
+            yield {"input_ids": ids, "bytes": sum(counts[1:])}
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any, *, training: bool) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels``: ``(batch, tokens)``; prompts alone are padded on the left."""
+        """``input_ids``, ``attention_mask``, ``labels``: ``(batch, tokens)``; ``bytes``: ``(batch,)``.
+
+        Prompts alone are padded on the left.
+        """
         batch = pad_inputs(features, tokenizer, left=not training)
         if training:
-            batch["labels"] = pad([f["labels"] for f in features], _IGNORED)
+            batch["labels"] = pad([f["input_ids"] for f in features], IGNORED)
+            batch["bytes"] = torch.tensor([int(f["bytes"]) for f in features])
         return batch
 
-    def outputs(self, model: Any, batch: dict[str, Any]) -> Any:
-        """What the model says to a batch; the loss is taken outside of it, so that it can be summed."""
-        return model(**without_labels(batch))
-
-    def loss(self, outputs: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy and the number of supervised tokens; logits are ``(batch, tokens, vocabulary)``."""
-        logits, labels = _supervised(outputs.logits, batch["labels"])
-        total = F.cross_entropy(logits.float(), labels, reduction="sum")
-        return total, torch.tensor(labels.numel(), device=labels.device)
-
     def metrics(self) -> MetricCollection:
-        """The share of supervised tokens that the model would have written itself."""
-        return MetricCollection({"token_accuracy": MeanMetric()})
+        """The share of tokens that the model would have written itself, and how many bytes a token stands for."""
+        return MetricCollection({"token_accuracy": MeanMetric(), "bytes_per_token": MeanMetric()}, compute_groups=False)
 
     def update(self, metrics: MetricCollection, outputs: Any, batch: dict[str, Any]) -> None:
         """Adds a batch to the metrics."""
-        logits, labels = _supervised(outputs.logits, batch["labels"])
-        metrics.update((logits.argmax(-1) == labels).float())
+        super().update(metrics, outputs, batch)
+        tokens = counted(outputs.logits, batch["labels"])[1].numel()
+        metrics["bytes_per_token"].update(batch["bytes"].sum() / max(tokens, 1), weight=tokens)
 
-    @torch.no_grad()
     def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
-        """The completion that the model writes to each prompt; greedy, 64 tokens at most, unless told otherwise."""
-        options = {"max_new_tokens": 64, "do_sample": False, **generation}
-        end = _end(tokenizer)
-        options.setdefault("eos_token_id", end[0] if end else None)
-        options.setdefault("pad_token_id", pad_token(tokenizer))
-        inputs = without_labels(batch)
-        written = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        return [{"completion": t} for t in tokenizer.batch_decode(written, skip_special_tokens=True)]
+        """How the model continues each text; greedy, 64 tokens at most, unless told otherwise."""
+        return [{"continuation": t} for t in write(model, batch, tokenizer, end_of_text(tokenizer), **generation)]
 
 
-def _supervised(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and labels where a token is predicted that counts: ``(supervised, vocabulary)``, ``(supervised,)``."""
-    ahead = labels[:, 1:]
-    where = ahead != _IGNORED
-    return logits[:, :-1][where], ahead[where]
+def _bytes(text: str, tokens: int, offsets: list[tuple[int, int]] | None) -> list[int]:
+    """How many bytes of UTF-8 each token stands for; together they are the text's.
 
-
-def _start(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text: nothing, a beginning of text, or BERT's ``[CLS]``."""
-    empty = tokenizer("")["input_ids"]
-    first = (tokenizer.bos_token_id, tokenizer.cls_token_id)
-    return [t for t in empty[:1] if t in first]
-
-
-def _end(tokenizer: Any) -> list[int]:
-    """The token that ends a completion; BERT-like tokenizers have ``[SEP]`` for it."""
-    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if token is not None:
-            return [int(token)]
-    return []
+    What a tokenizer leaves out, such as spaces, belongs to the token behind it, or to the last one. Of several tokens
+    in one character the first has it all. Tokenizers that do not tell their places share the text out evenly.
+    """
+    if tokens == 0:
+        return []
+    if offsets is None:
+        ends = np.arange(1, tokens + 1) * len(text) // tokens
+    else:
+        ends = np.maximum.accumulate(np.array(offsets)[:, 1])
+    ends[-1] = len(text)
+    upto = np.concatenate([[0], np.cumsum([len(c.encode(errors="surrogatepass")) for c in text])])
+    return [int(n) for n in np.diff(upto[ends], prepend=0)]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
-from lightning_peft.tasks.task import Task
+from lightning_peft.tasks.task import InOtherUnits, Task
 
 
 class EvaluatedModule(LightningModule):
@@ -70,6 +69,6 @@ class EvaluatedModule(LightningModule):
         assert self.metrics is not None
         loss = self.val_loss.compute()
         values = {"loss": loss, **self.metrics.compute()}
-        if self.task.peft_task_type == "CAUSAL_LM":
-            values["perplexity"] = torch.exp(loss)
+        if isinstance(self.task, InOtherUnits):
+            values |= self.task.from_loss(loss, values)
         self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, prog_bar=True)

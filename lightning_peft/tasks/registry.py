@@ -7,10 +7,15 @@ from typing import Any
 
 from lightning_peft.core.problems import nearest
 from lightning_peft.tasks.causal_lm import CausalLM
+from lightning_peft.tasks.sft import SupervisedFineTuning
 from lightning_peft.tasks.task import Task
 from lightning_peft.tasks.text_classification import TextClassification
 
-_TASKS: dict[str, Any] = {"text_classification": TextClassification, "causal_lm": CausalLM}
+_TASKS: dict[str, Any] = {
+    "text_classification": TextClassification,
+    "causal_lm": CausalLM,
+    "sft": SupervisedFineTuning,
+}
 
 
 def task_from_config(config: str | dict[str, Any]) -> Task:

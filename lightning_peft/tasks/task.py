@@ -83,3 +83,32 @@ class Joining(Protocol):
     def join(self, features: Iterable[dict[str, Any]], tokenizer: Any, max_length: int) -> Iterator[dict[str, Any]]:
         """Features to train on, out of those of the rows."""
         ...
+
+
+@runtime_checkable
+class InOtherUnits(Protocol):
+    """A task whose mean loss is also said in other units, such as perplexity."""
+
+    def from_loss(self, loss: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """More metrics, out of the mean loss and the metrics that there are."""
+        ...
+
+
+@runtime_checkable
+class Writing(Protocol):
+    """A task whose evaluation may also judge what the model writes."""
+
+    def score_written(
+        self, metrics: MetricCollection, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any
+    ) -> None:
+        """Lets the model write and adds how that compares with what was expected."""
+        ...
+
+
+@runtime_checkable
+class Templated(Protocol):
+    """A task that says how conversations look; its tokenizer is saved with the adapter."""
+
+    def tokenizer_for(self, tokenizer: Any) -> Any:
+        """The tokenizer with the form that the task gives to conversations."""
+        ...

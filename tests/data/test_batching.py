@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lightning_peft import CausalLM, TextClassification, TextDataModule
+from lightning_peft import SupervisedFineTuning, TextClassification, TextDataModule
 from lightning_peft.data.batching import LengthGroupedBatches
 
 
@@ -139,6 +139,6 @@ def test_an_unknown_label_and_an_empty_completion_name_their_row(tmp_path, token
     (tmp_path / "pairs.csv").write_text("prompt,completion\na,b\nc,\nd,e\nf,g\n")
     files = str(tmp_path / "pairs.csv")
     data = TextDataModule(train_files=files, validation_files=files)
-    data.connect(CausalLM(), tokenizer)
+    data.connect(SupervisedFineTuning(), tokenizer)
     with pytest.raises(ValueError, match=r"pairs\.csv, line 3 has no supervised token"):
         data.setup("fit")

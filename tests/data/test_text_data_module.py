@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lightning_peft import CausalLM, LoRA, PeftModule, TextClassification, TextDataModule
+from lightning_peft import LoRA, PeftModule, SupervisedFineTuning, TextClassification, TextDataModule
 from lightning_peft.data import encoding
 
 
@@ -60,10 +60,10 @@ def test_rows_that_cannot_be_used_are_left_out_on_demand_and_counted(tmp_path, m
     path.write_text("".join(json.dumps(r) + "\n" for r in rows) + "{broken\n")
     options = {"train_files": path, "validation_files": path}
     with pytest.raises(ValueError, match=r"pairs\.jsonl, line 21 is no JSON.*data\.on_error=skip leaves such rows out"):
-        module(CausalLM(), **options)
+        module(SupervisedFineTuning(), **options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        data = module(CausalLM(), **options, on_error="skip")
+        data = module(SupervisedFineTuning(), **options, on_error="skip")
     text = "\n".join(str(w.message) for w in said)
     assert "2 of 20 rows cannot be used" in text
     assert "line 4 has no supervised token" in text

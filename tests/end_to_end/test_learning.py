@@ -30,7 +30,7 @@ def data():
 def test_a_few_steps_with_the_defaults_lower_the_loss_on_held_out_text(name, data, tmp_path):
     config = OmegaConf.to_container(OmegaConf.load(METHODS / f"{name}.yaml"))
     L.seed_everything(1)
-    module = PeftModule(EMBEDDED, method_from_config({**config, **GIVEN.get(name, {})}), "causal_lm")
+    module = PeftModule(EMBEDDED, method_from_config({**config, **GIVEN.get(name, {})}), "sft")
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
