@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +25,7 @@ from lightning_peft.formats.reading import read_checkpoint
 from lightning_peft.formats.serving import consumer_of
 from lightning_peft.formats.writing import write_json, written_file
 from lightning_peft.module import PeftModule
+from lightning_peft.tasks import task_from_config
 
 if TYPE_CHECKING:
     from lightning_peft.data.module import TextDataModule
@@ -32,6 +35,7 @@ def train(config: DictConfig) -> float | None:
     """Trains, keeps the best checkpoint, exports the adapter; returns the monitored metric for a sweeper."""
     target = Path(config.run_dir) / "adapter"
     refuse_occupied(target)
+    monitor_as_the_task_says(config)
     _keep_config(config)
     epochs = config.trainer.get("max_epochs")
     if epochs is not None and epochs != -1 and epochs < 1:
@@ -58,10 +62,10 @@ def train(config: DictConfig) -> float | None:
     if best is not None:
         module = PeftModule.load_from_checkpoint(best, map_location="cpu", weights_only=True)
     folder = module.save_adapter(target)
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    metrics = _numbers(trainer.callback_metrics)
     reached = getattr(trainer.checkpoint_callback, "best_model_score", None)
     score = metrics.get(config.monitor) if reached is None else float(reached)
-    write_json(Path(config.run_dir) / "metrics.json", {**metrics, f"best/{config.monitor}": score})
+    write_json(Path(config.run_dir) / "metrics.json", _defined({**metrics, f"best/{config.monitor}": score}))
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     print_training(config.monitor, score, best, module, folder, list(words))
     return score
@@ -74,8 +78,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     module, data, trainer = _ready(config)
     run = trainer.validate if config.split == "validation" else trainer.test
     (metrics,) = run(module, data, verbose=False)
-    found = {k: float(v) for k, v in metrics.items()}
-    write_json(Path(config.run_dir) / "metrics.json", found)
+    found = _numbers(metrics)
+    write_json(Path(config.run_dir) / "metrics.json", _defined(found))
     print_metrics(found)
     return found
 
@@ -144,6 +148,36 @@ def _ready(config: DictConfig) -> tuple[PeftModule, TextDataModule, L.Trainer]:
     module = load(config.adapter)
     data: TextDataModule = instantiate(config.data, _convert_="all")
     return module, data, _trainer(config)
+
+
+def monitor_as_the_task_says(config: DictConfig) -> None:
+    """Fills in the metric by which checkpoints are chosen, where the user leaves it to the task.
+
+    Args:
+        config: of a training; changed in place.
+
+    Raises:
+        ValueError: if another metric than the task's is given without its mode.
+    """
+    options = OmegaConf.to_container(config.task, resolve=True)
+    task = task_from_config(cast(dict[str, Any], options))
+    if config.monitor is None:
+        config.monitor = task.monitor
+    if config.mode is None:
+        if config.monitor not in (task.monitor, "val/loss"):
+            raise ValueError(f"monitor={config.monitor} goes with mode=max or mode=min; the task's is {task.monitor}")
+        config.mode = task.mode if config.monitor == task.monitor else "min"
+    if config.mode not in ("max", "min"):
+        raise ValueError(f"mode must be max or min, but got {config.mode!r}")
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _defined(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """JSON knows no NaN, which a metric has where the data leaves it undefined."""
+    return {name: None if value is None or not math.isfinite(value) else value for name, value in metrics.items()}
 
 
 def _method(config: DictConfig) -> Method:

@@ -43,13 +43,18 @@ def pad(rows: Sequence[Any], value: int, *, left: bool = False) -> Tensor:
 
 
 def pad_inputs(features: list[dict[str, Any]], tokenizer: Any, *, left: bool = False) -> dict[str, Tensor]:
-    """Input ids and their mask, padded to the longest row.
+    """Input ids and their mask, padded to the longest row, and the ids' types where they tell anything.
 
     Args:
-        features: rows with ``input_ids``.
+        features: rows with ``input_ids``, and perhaps ``token_type_ids``.
         tokenizer: the tokenizer, for its padding token.
         left: pad before the rows.
     """
     ids = [f["input_ids"] for f in features]
     mask = [np.ones(len(row), dtype=np.int64) for row in ids]
-    return {"input_ids": pad(ids, pad_token(tokenizer), left=left), "attention_mask": pad(mask, 0, left=left)}
+    batch = {"input_ids": pad(ids, pad_token(tokenizer), left=left), "attention_mask": pad(mask, 0, left=left)}
+    types = [f["token_type_ids"] for f in features if "token_type_ids" in f]
+    # zeros are what a model takes by itself, and one beside a tokenizer of another kind may not know the name
+    if types and any(np.any(row) for row in types):
+        batch["token_type_ids"] = pad(types, tokenizer.pad_token_type_id, left=left)
+    return batch

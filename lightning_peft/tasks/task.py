@@ -17,17 +17,24 @@ class Task(Protocol):
     Attributes:
         auto_class: transformers' auto-model class with the right head.
         peft_task_type: Hugging Face PEFT's name for the task.
-        monitor: the metric by which checkpoints are chosen, and ``mode``, whether more or less of it is better.
         columns: the shapes that the data may have.
         whole_texts: whether a plain text file is one row; otherwise each of its lines is one.
     """
 
     auto_class: ClassVar[str]
     peft_task_type: ClassVar[str]
-    monitor: ClassVar[str]
-    mode: ClassVar[str]
     columns: ClassVar[tuple[Columns, ...]]
     whole_texts: ClassVar[bool]
+
+    @property
+    def monitor(self) -> str:
+        """The metric by which checkpoints are chosen."""
+        ...
+
+    @property
+    def mode(self) -> str:
+        """Whether more (``"max"``) or less (``"min"``) of what is monitored is better."""
+        ...
 
     def to_config(self) -> dict[str, Any]:
         """The task's name and options as plain values."""

@@ -60,7 +60,7 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
     rows = [json.loads(line) for line in (tmp_path / "from_checkpoint.jsonl").read_text().splitlines()]
     assert rows == [json.loads(line) for line in (tmp_path / "from_folder.jsonl").read_text().splitlines()]
     assert len(rows) == 24
-    assert set(rows[0]) == {"id", "text", "label", "score"}
+    assert set(rows[0]) == {"id", "text", "label", "score", "probabilities"}
     refused = run(*predict, best, "output=from_folder.jsonl", cwd=tmp_path, check=False)
     assert refused.returncode == 2
     assert "from_folder.jsonl exists" in refused.stderr
