@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods import *  # noqa: F403 - a new method is one name there and none here
     from lightning_peft.methods.lora_plus import lora_plus_groups
     from lightning_peft.module import PeftModule
-    from lightning_peft.tasks import CausalLM, SupervisedFineTuning, TextClassification
+    from lightning_peft.tasks import CausalLM, Seq2Seq, SupervisedFineTuning, TextClassification
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ _HOMES = {
     "CausalLM": "tasks",
     "PeftCallback": "callbacks.peft_callback",
     "PeftModule": "module",
+    "Seq2Seq": "tasks",
     "SupervisedFineTuning": "tasks",
     "TextClassification": "tasks",
     "TextDataModule": "data",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         "CausalLM",
         "PeftCallback",
         "PeftModule",
+        "Seq2Seq",
         "SupervisedFineTuning",
         "TextClassification",
         "TextDataModule",

@@ -40,7 +40,7 @@ from lightning_peft.tasks.optimization import (
     make_optimizer,
     make_schedule,
 )
-from lightning_peft.tasks.task import Templated, Writing
+from lightning_peft.tasks.task import Templated
 from lightning_peft.tasks.token_mean import TokenMean
 
 
@@ -82,7 +82,7 @@ class PeftModule(EvaluatedModule):
         self.scheduler = {**SCHEDULER, **(scheduler or {})}
         self.generation = dict(generation or {})
         check_optimization(self.optimizer, self.scheduler)
-        self.model: Module | None = None
+        self.model = None
         self._given = (model,) if isinstance(model, Module) else ()
         self.base = None if isinstance(model, Module) else BaseModel.of(model)
         self._tokenizer: Any = None
@@ -156,14 +156,7 @@ class PeftModule(EvaluatedModule):
     def _outputs(self, batch: dict[str, Any]) -> Any:
         # the model does not get the labels, but a method may want to know where the prompt ends
         with labels_of_batch.passing(batch.get("labels")):
-            return self.task.outputs(self, batch)
-
-    @override
-    def _evaluate(self, batch: dict[str, Any]) -> None:
-        super()._evaluate(batch)
-        if isinstance(self.task, Writing):
-            assert self.metrics is not None
-            self.task.score_written(self.metrics, self.model, batch, self.tokenizer, **self.generation)
+            return self.task.outputs(self.model, batch)
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -19,6 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("docstrings_with_peft_module.py", ["--epochs", "1", "--limit", "64"], "from the exported folder"),
         ("fabric.py", [], "of the base's parameters, loaded from adapter/"),
         ("lightning_cli.py", ["fit", "--config", EXAMPLES / "lightning_cli.yaml"], "backbone.*  LoRA, 2 x, 2,048"),
+        ("sequence_to_sequence.py", ["--epochs", "1"], "exact_match"),
         ("reload_and_generate.py", ["--limit", "32"], "def close"),
     ],
 )

@@ -2,8 +2,9 @@
 
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.registry import task_from_config
+from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sft import SupervisedFineTuning
 from lightning_peft.tasks.task import Task
 from lightning_peft.tasks.text_classification import TextClassification
 
-__all__ = ["CausalLM", "SupervisedFineTuning", "Task", "TextClassification", "task_from_config"]
+__all__ = ["CausalLM", "Seq2Seq", "SupervisedFineTuning", "Task", "TextClassification", "task_from_config"]

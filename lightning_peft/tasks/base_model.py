@@ -82,6 +82,7 @@ class BaseModel:
 
         Raises:
             OSError: if the name is neither a folder nor can be fetched, or the folder lacks what is needed.
+            ValueError: if transformers has no such head for the model.
         """
         import torch
         import transformers
@@ -96,6 +97,7 @@ class BaseModel:
                 # An encoder such as BERT writes text only if its attention is made causal
                 options.setdefault("is_decoder", True)
             auto = getattr(transformers, task.auto_class)
+            _refuse_kind(self.name_or_path, config, auto)
             model = auto.from_pretrained(source, dtype=torch.float32, **where, **options)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = _pad_token(self.load_tokenizer())
@@ -174,6 +176,18 @@ class BaseModel:
         with _helpful(name), _quiet():
             source, local = _resolve(name)
             return transformers.AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
+
+
+def _refuse_kind(name: str, config: Any, auto: Any) -> None:
+    """Refuses a model without the task's head, for which transformers lists every class that has one."""
+    known = auto._model_mapping
+    if type(config) in known or hasattr(config, "auto_map"):
+        return
+    kinds = [k.model_type for k in known if k.model_type in ("bert", "llama", "t5", "bart", "vit")]
+    raise ValueError(
+        f"{name!r} is a model of the kind {config.model_type!r}, for which transformers has no {auto.__name__}; the "
+        f"task needs one that has, such as {' or '.join(sorted(kinds))}"
+    )
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

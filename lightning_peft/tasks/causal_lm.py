@@ -13,7 +13,6 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.tasks.columns import Columns
 from lightning_peft.tasks.language_model import (
-    IGNORED,
     NextToken,
     before_text,
     counted,
@@ -21,7 +20,7 @@ from lightning_peft.tasks.language_model import (
     without_beginning,
     write,
 )
-from lightning_peft.tasks.padding import pad, pad_inputs
+from lightning_peft.tasks.padding import IGNORED, pad, pad_inputs
 
 
 @dataclass

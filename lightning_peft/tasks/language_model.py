@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from lightning_peft.tasks.padding import pad_token, without_labels
-
-IGNORED = -100
-"""The label of a token that does not count."""
+from lightning_peft.tasks.padding import IGNORED, pad_token, without_labels
 
 
 class NextToken:

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""The label of a token that is not supervised."""
+
 
 def pad_token(tokenizer: Any) -> int:
     """The id to pad with: the tokenizer's, or its end of text where it has none, or 0."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_peft.core.problems import nearest
 from lightning_peft.tasks.causal_lm import CausalLM
+from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sft import SupervisedFineTuning
 from lightning_peft.tasks.task import Task
 from lightning_peft.tasks.text_classification import TextClassification
@@ -14,6 +15,7 @@ from lightning_peft.tasks.text_classification import TextClassification
 _TASKS: dict[str, Any] = {
     "text_classification": TextClassification,
     "causal_lm": CausalLM,
+    "seq2seq": Seq2Seq,
     "sft": SupervisedFineTuning,
 }
 

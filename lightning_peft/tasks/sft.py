@@ -13,14 +13,13 @@ from lightning_peft.tasks.chat import Chat, template_text
 from lightning_peft.tasks.columns import Columns
 from lightning_peft.tasks.instructions import conversation_of, plain_pair_of
 from lightning_peft.tasks.language_model import (
-    IGNORED,
     NextToken,
     before_text,
     end_of_text,
     without_beginning,
     write,
 )
-from lightning_peft.tasks.padding import pad, pad_inputs
+from lightning_peft.tasks.padding import IGNORED, pad, pad_inputs
 
 
 @dataclass
