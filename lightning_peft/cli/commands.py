@@ -16,9 +16,12 @@ from hydra.utils import instantiate
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_peft.analysis.data_page import NUMBERS, write_data_page
+from lightning_peft.analysis.data_report import print_data
 from lightning_peft.callbacks.epoch_lines import EpochLines
-from lightning_peft.cli.report import print_exported, print_metrics, print_training
+from lightning_peft.cli.report import print_exported, print_metrics, print_training, short
 from lightning_peft.core.method import Method
+from lightning_peft.data.summary import summarise
 from lightning_peft.formats.folder import refuse_occupied
 from lightning_peft.formats.merged import save_merged
 from lightning_peft.formats.reading import read_checkpoint
@@ -26,6 +29,7 @@ from lightning_peft.formats.serving import consumer_of
 from lightning_peft.formats.writing import write_json, written_file
 from lightning_peft.module import PeftModule
 from lightning_peft.tasks import task_from_config
+from lightning_peft.tasks.base_model import BaseModel
 
 if TYPE_CHECKING:
     from lightning_peft.data.module import TextDataModule
@@ -69,6 +73,22 @@ def train(config: DictConfig) -> float | None:
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     print_training(config.monitor, score, best, module, folder, list(words))
     return score
+
+
+def show_data(config: DictConfig) -> Path:
+    """Shows what a model would see of the data, and writes it as a page, without loading the model."""
+    _keep_config(config)
+    options = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(options, dict)
+    data: TextDataModule = instantiate(config.data, _convert_="all")
+    data.connect(task_from_config(options["task"]), BaseModel.of(options["model"]).load_tokenizer())
+    for stage in ("fit", "test") if config.data.test_files else ("fit",):
+        data.setup(stage)
+    summary = summarise(data, examples=config.examples, sample=config.sample)
+    print_data(summary)
+    page = write_data_page(summary, config.run_dir)
+    print(f"\nwith plots           {short(page)}\nas numbers           {short(page.with_name(NUMBERS))}")
+    return page
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -194,7 +214,8 @@ def _trainer(config: DictConfig) -> L.Trainer:
     # which devices there are and what else one could install is no news to somebody who asked for a run
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     watched = sys.stdout.isatty()
-    callbacks = [instantiate(c, _convert_="all") for c in (config.get("callbacks") or {}).values()]
+    chosen = [c for c in (config.get("callbacks") or {}).values() if c is not None]
+    callbacks = [instantiate(c, _convert_="all") for c in chosen]
     if not watched:
         callbacks.append(EpochLines())
     loggers = [instantiate(c, _convert_="all") for c in (config.get("logger") or {}).values()]

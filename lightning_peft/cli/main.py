@@ -26,7 +26,7 @@ _WITH_A_VALUE = (
 
 
 def main() -> None:
-    """Runs ``lightning-peft [train|eval|predict|export] group=choice option=value ...``."""
+    """Runs ``lightning-peft [train|data|eval|predict|export] group=choice option=value ...``."""
     import hydra
 
     from lightning_peft.cli import commands
@@ -35,6 +35,7 @@ def main() -> None:
 
     known: dict[str, Callable[[DictConfig], Any]] = {
         "train": commands.train,
+        "data": commands.show_data,
         "eval": commands.evaluate,
         "predict": commands.predict,
         "export": commands.export,

@@ -35,7 +35,7 @@ def print_training(
         words: the words of the command line that made this run.
     """
     plan = module.adapter.plan
-    shown_best, shown_folder = _short(best), _short(folder)
+    shown_best, shown_folder = short(best), short(folder)
     print()
     if score is not None:
         print(f"{_spoken(monitor)}  {score:.4f}")
@@ -51,7 +51,7 @@ def print_training(
     same_columns = [w for w in data if w.startswith(("data.columns", "data.max_length"))]
     same_setting = [w for w in words if _group(w) not in _OF_ONE_METHOD]
     new_data = ["data.predict_files=new.jsonl", *same_columns] if data else []
-    print(f"configuration        {_short(folder.parent / 'config.yaml')}")
+    print(f"configuration        {short(folder.parent / 'config.yaml')}")
     print("\nNext:")
     _print_command("eval", f"adapter={shown_folder}", *data)
     _print_command("predict", f"adapter={shown_folder}", "output=predictions.jsonl", *new_data)
@@ -120,7 +120,12 @@ def _spoken(monitor: str) -> str:
     return f"{stages.get(stage, stage)} {metric}".ljust(19)
 
 
-def _short(path: Path | None) -> str:
+def short(path: Path | None) -> str:
+    """A path as one would type it here.
+
+    Args:
+        path: the path; None gives nothing.
+    """
     if path is None:
         return ""
     try:

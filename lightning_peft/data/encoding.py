@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import transformers
 
-from lightning_peft.data.files import Example
+from lightning_peft.data.emptiness import refuse_empty
+from lightning_peft.data.files import Example, Row
 from lightning_peft.data.problems import RowProblems
 from lightning_peft.formats.writing import written_file
 from lightning_peft.tasks.task import Joining
@@ -30,7 +30,7 @@ LENGTH = "length"
 """The feature by which rows of similar length are found: that of the longest list of a row."""
 
 _CHUNK = 1000
-_FORM = 1  # of the files; another number makes those of before unknown
+_FORM = 2  # of the files and what is refused; another number makes those of before unknown
 
 
 class Encoder:
@@ -49,6 +49,11 @@ class Encoder:
         self.max_length = max_length
         self.training = training
 
+    @property
+    def joins(self) -> bool:
+        """Whether features are made of several rows."""
+        return self.training and isinstance(self.task, Joining)
+
     def stream(self, examples: Iterable[Example], problems: RowProblems, num_proc: int = 1) -> Iterator[dict[str, Any]]:
         """Features one after the other.
 
@@ -63,27 +68,32 @@ class Encoder:
         with ProcessPoolExecutor(num_proc, context) if many else nullcontext() as pool:
             done = map(self.chunk, chunks) if pool is None else pool.map(self.chunk, chunks)
             features: Iterator[dict[str, Any]] = (f for found, wrong in done for f in _noting(found, wrong, problems))
-            if self.training and isinstance(self.task, Joining):
+            if self.joins:
+                assert isinstance(self.task, Joining)
                 features = self.task.join(features, self.tokenizer, self.max_length)
             for feature in features:
                 yield {**feature, LENGTH: max((len(v) for v in feature.values() if isinstance(v, list)), default=1)}
 
-    def chunk(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[str]]:
-        """Features of some examples, and a sentence on each that cannot be used."""
+    def chunk(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+        """Features of some examples, and the place of each that cannot be used with a sentence on it."""
         rows = [example.row or {} for example in examples]
-        encode = functools.partial(
-            self.task.encode, tokenizer=self.tokenizer, max_length=self.max_length, training=self.training
-        )
         try:
-            return encode(rows), []
+            return self._encode(rows), []
         except ValueError:  # one at a time, to know which
             found, wrong = [], []
             for row, example in zip(rows, examples, strict=True):
                 try:
-                    found += encode([row])
+                    found += self._encode([row])
                 except ValueError as error:
-                    wrong.append(f"{example.place} {error}")
+                    wrong.append((example.place, str(error)))
             return found, wrong
+
+    def _encode(self, rows: list[Row]) -> list[dict[str, Any]]:
+        features = self.task.encode(rows, self.tokenizer, self.max_length, training=self.training)
+        if not self.joins:  # an empty line of a running text is none to complain of
+            for feature in features:
+                refuse_empty(feature, self.tokenizer, self.max_length, training=self.training)
+        return features
 
     def key(self, examples: Sequence[Example]) -> str:
         """A hash of all that the features depend on."""
@@ -101,9 +111,9 @@ def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
         yield chunk
 
 
-def _noting(found: list[dict[str, Any]], wrong: list[str], problems: RowProblems) -> list[dict[str, Any]]:
-    for sentence in wrong:
-        problems.add(sentence)
+def _noting(found: list[dict[str, Any]], wrong: list[tuple[str, str]], problems: RowProblems) -> list[dict[str, Any]]:
+    for place, sentence in wrong:
+        problems.add(place, f" {sentence}")
     return found
 
 

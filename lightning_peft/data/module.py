@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -162,6 +163,11 @@ class TextDataModule(LightningDataModule):
             raise RuntimeError("the data knows no task yet; call connect(task, tokenizer), or let a Trainer run setup")
         return self._task
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; None before `setup` or `connect`."""
+        return self._tokenizer
+
     @override
     def setup(self, stage: str) -> None:
         """Reads and tokenizes what the stage needs; everything wrong with the data is said here.
@@ -207,7 +213,7 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"the data {self.source!r} has no train split")
         known = train  # before the split and the limit: a rare label may be in none of the rows that they leave
         if validation is None:
-            train, validation = split_off(train, self.validation_fraction, self._inputs(), self.split_seed)
+            train, validation = split_off(train, self.validation_fraction, self.inputs, self.split_seed)
         self.task.learn_from([example.row or {} for example in known])
         test = self._all("test") or validation
         self._examples |= {
@@ -224,7 +230,7 @@ class TextDataModule(LightningDataModule):
         self.task.learn_from([example.row or {} for example in validation])
         self._examples |= {"validation": validation, "test": self._all("test") or validation}
         if next(self._streamed(RowProblems(skip=True)), None) is None:
-            raise ValueError(f"data (train, {self._origin('train')}): holds no example")
+            raise ValueError(f"data (train, {self.origin('train')}): holds no example")
 
     def _streamed(self, problems: RowProblems) -> Iterator[dict[str, Any]]:
         """The training features from the first on."""
@@ -234,10 +240,17 @@ class TextDataModule(LightningDataModule):
         rows = named(examples, self.columns, self.task.columns, problems, training=True)
         return Encoder(self.task, self._tokenizer, self.max_length, training=True).stream(rows, problems)
 
-    def _inputs(self) -> list[str]:
+    @property
+    def inputs(self) -> list[str]:
+        """The columns that the model sees, whatever shape the rows have."""
         return list(dict.fromkeys(c for s in self.task.columns for c in (*s.inputs, *s.optional)))
 
-    def _origin(self, split: str) -> Any:
+    def origin(self, split: str) -> Any:
+        """The files, or the source, that a split comes from.
+
+        Args:
+            split: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        """
         return self.files.get(split) or (self.files["train"] if split != "predict" else None) or self.source
 
     def _source(self, split: str) -> Iterator[Example] | None:
@@ -254,7 +267,7 @@ class TextDataModule(LightningDataModule):
             return None
         problems = RowProblems(skip=self.on_error == "skip")
         found = list(named(examples, self.columns, self.task.columns, problems, training=training))
-        what = f"data ({split}, {self._origin(split)})"
+        what = f"data ({split}, {self.origin(split)})"
         problems.settle(what, len(found))
         if not found:
             raise ValueError(f"{what}: holds no example")
@@ -263,8 +276,10 @@ class TextDataModule(LightningDataModule):
     def _encode(self, split: str, *, training: bool) -> Any:
         problems = RowProblems(skip=self.on_error == "skip")
         encoder = Encoder(self.task, self._tokenizer, self.max_length, training=training)
-        features = kept_on_disk(encoder, self._examples[split], problems, self.cache_dir, self.num_proc)
-        problems.settle(f"data ({split}, {self._origin(split)})", len(features))
+        examples = self._examples[split]
+        features = kept_on_disk(encoder, examples, problems, self.cache_dir, self.num_proc)
+        self._examples[split] = [e for e in examples if e.place not in problems.places]  # one for each row of features
+        problems.settle(f"data ({split}, {self.origin(split)})", len(features))
         return features
 
     @override
@@ -324,3 +339,37 @@ class TextDataModule(LightningDataModule):
             split: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
         """
         return [example.row or {} for example in self._examples[split]]
+
+    def examples(self, split: str) -> list[Example]:
+        """The rows of a split with their places.
+
+        Args:
+            split: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        """
+        return self._examples[split]
+
+    def features(self, split: str) -> Any:
+        """The token ids and labels of a split, a `datasets.Dataset`, row for row unless the task joins rows.
+
+        Args:
+            split: one that `setup` has encoded.
+        """
+        return self._features[split]
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that `setup` has encoded."""
+        return list(self._features)
+
+    def beginning(self, rows: int) -> tuple[list[Example], list[dict[str, Any]]]:
+        """The first rows of a streamed training split that can be used, and their features.
+
+        Args:
+            rows: how many.
+        """
+        problems = RowProblems(skip=True)
+        stream = named(self._source("train") or (), self.columns, self.task.columns, problems, training=True)
+        examples = list(islice(stream, rows))
+        encoder = Encoder(self.task, self._tokenizer, self.max_length, training=True)
+        features = list(encoder.stream(examples, problems))
+        return [e for e in examples if e.place not in problems.places], features

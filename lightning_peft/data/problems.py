@@ -18,16 +18,19 @@ class RowProblems:
         self.skip = skip
         self.count = 0
         self.first: list[str] = []
+        self.places: set[str] = set()
 
-    def add(self, sentence: str) -> None:
+    def add(self, place: str, problem: str) -> None:
         """Takes note of a row.
 
         Args:
-            sentence: its place and what is wrong.
+            place: where it stands.
+            problem: what is wrong, as it goes on behind the place.
         """
         self.count += 1
+        self.places.add(place)
         if len(self.first) < _SHOWN:
-            self.first.append(sentence)
+            self.first.append(f"{place}{problem}")
 
     def settle(self, what: str, rows: int) -> None:
         """Says what was found, once all rows were seen.
@@ -51,4 +54,4 @@ class RowProblems:
         if rows == 0:
             raise ValueError(f"{said}; no row is left")
         warnings.warn(f"{said}; left out", stacklevel=2)
-        self.count, self.first = 0, []
+        self.count, self.first, self.places = 0, [], set()

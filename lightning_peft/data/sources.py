@@ -89,12 +89,12 @@ def named(
     for example in examples:
         row = example.row
         if row is None:
-            problems.add(f"{example.place}{example.problem}")
+            problems.add(example.place, example.problem)
             continue
         lacking = {s: [c for c in s.required(training=training) if row.get(columns.get(c, c)) is None] for s in shapes}
         shape = min(shapes, key=lambda s: len(lacking[s]))
         if lacking[shape]:
-            problems.add(f"{example.place} {_lacks(row, lacking[shape][0], columns, shapes)}")
+            problems.add(example.place, f" {_lacks(row, lacking[shape][0], columns, shapes)}")
             continue
         kept = {c: row[columns.get(c, c)] for c in shape.all() if row.get(columns.get(c, c)) is not None}
         if ID in row:

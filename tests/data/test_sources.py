@@ -49,14 +49,14 @@ def test_a_missing_column_is_named_with_the_nearest(row, said):
 def test_the_first_problems_are_shown_and_all_are_counted():
     problems = RowProblems(skip=False)
     for i in range(9):
-        problems.add(f"line {i} is odd")
+        problems.add(f"line {i}", " is odd")
     with pytest.raises(ValueError, match=r"9 of 29 rows cannot be used: line 0 is odd; .*line 4 is odd; and 4 more \("):
         problems.settle("data", 20)
     problems = RowProblems(skip=True)
-    problems.add("line 3 is odd")
+    problems.add("line 3", " is odd")
     with pytest.warns(UserWarning, match="data: line 3 is odd; left out"):
         problems.settle("data", 20)
-    problems.add("line 3 is odd")
+    problems.add("line 3", " is odd")
     with pytest.raises(ValueError, match="no row is left"):
         problems.settle("data", 0)
 

@@ -160,3 +160,59 @@ def test_what_has_no_meaning_is_said_before_anything_is_read(files, module, opti
 def test_options_out_of_their_range_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         TextDataModule(**options)
+
+
+class _NothingLearnt(CausalLM):
+    """Learns of the rows that say so."""
+
+    def to_config(self):
+        return {"name": "nothing_learnt"}
+
+    def encode(self, rows, tokenizer, max_length, *, training):
+        features = super().encode(rows, tokenizer, max_length, training=training)
+        for row, feature in zip(rows, features, strict=True):
+            if row["completion"] == "mute":
+                feature["labels"] = [-100] * len(feature["labels"])
+        return features
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "said"),
+    [
+        (
+            TextClassification(labels=["a", "b"]),
+            {"text": "  ", "label": "a"},
+            "line 2 is empty: no token is left of it",
+        ),
+        (
+            _NothingLearnt(),
+            {"prompt": "red", "completion": "mute"},
+            "line 2 has no supervised token within max_length=64",
+        ),
+        (
+            TextClassification(labels=["a", "b"]),
+            {"text": "red", "label": "B"},
+            "line 2 has the label 'B', which training",
+        ),
+    ],
+)
+def test_a_row_with_nothing_to_read_or_to_learn_is_named_or_left_out(tmp_path, module, task, row, said):
+    good = {"text": "red", "label": "a", "prompt": "red", "completion": "blue"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (good, row, good)))
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, {said}"):
+        module(task, train_files=path, validation_files=path)
+    with pytest.warns(UserWarning, match=rf"{said}.*left out"):
+        data = module(task, train_files=path, validation_files=path, on_error="skip")
+    assert len(data.rows("train")) == len(data.features("train")) == 2
+
+
+def test_predictions_stand_beside_the_rows_that_were_kept(tmp_path, tokenizer_folder):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"prompt": "red"}\n{"prompt": 3, "completion": 1}\n{"text": "blue"}\n{"prompt": "green"}\n')
+    data = TextDataModule(predict_files=path, source=None, on_error="skip", cache_dir=tmp_path / "kept")
+    data.connect(CausalLM(), AutoTokenizer.from_pretrained(tokenizer_folder))
+    with pytest.warns(UserWarning, match="line 3 has no column 'prompt'"):
+        data.setup("predict")
+    assert [str(r["prompt"]) for r in data.rows("predict")] == ["red", "3", "green"]
+    assert len(data.features("predict")) == 3

@@ -1,0 +1,204 @@
+"""What a model will see of its data, in numbers and in a few examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+_BINS = 12
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How numbers are spread: lengths in tokens, or the targets of a regression.
+
+    Attributes:
+        smallest: the smallest.
+        median: the one in the middle.
+        high: that which 95% do not exceed.
+        largest: the largest.
+        edges: the borders of the bins, one more than there are bins.
+        counts: how many lie in each bin.
+    """
+
+    smallest: float
+    median: float
+    high: float
+    largest: float
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, numbers: Any) -> Spread:
+        """The spread of one number or more.
+
+        Args:
+            numbers: ``(rows,)``; whole numbers get bins of whole widths.
+        """
+        found = np.asarray(numbers)
+        smallest, largest = found.min(), found.max()
+        if np.issubdtype(found.dtype, np.integer):
+            width = max(1, -(-(int(largest) - int(smallest) + 1) // _BINS))
+            # the last bin ends with the largest: where rows are cut, it is full
+            edges = np.array([int(smallest), *np.arange(int(largest) + 1, int(smallest), -width)[::-1]])
+        else:
+            edges = np.linspace(smallest, largest, _BINS + 1) if largest > smallest else np.array([smallest, largest])
+        counts, _ = np.histogram(found, edges)
+        middle, high = np.quantile(found, [0.5, 0.95], method="inverted_cdf")
+        borders, bins = tuple(edges.tolist()), tuple(counts.tolist())
+        return cls(smallest.item(), middle.item(), high.item(), largest.item(), borders, bins)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What ``max_length`` takes away, against the same rows encoded without it.
+
+    Attributes:
+        looked_at: rows that were compared.
+        rows: of them, those that lost tokens.
+        tokens: tokens of these rows without the cut.
+        tokens_lost: of them, those that the model does not see.
+        supervised: supervised tokens without the cut; 0 where no token is supervised.
+        supervised_lost: of them, those that are not learnt.
+    """
+
+    looked_at: int
+    rows: int
+    tokens: int
+    tokens_lost: int
+    supervised: int
+    supervised_lost: int
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One split.
+
+    Attributes:
+        examples: what the model is given of it one by one: rows, or the blocks that a task makes of them.
+        rows: rows that were read; of a stream those that were looked at.
+        streamed: whether there may be more rows than were looked at.
+        tokens: of all these examples.
+        supervised: tokens on which the loss counts; None where it counts on whole examples.
+        lengths: tokens in an example, for each of its sequences by name.
+        cut: what is cut off; None where rows are joined instead of cut.
+        labels: how often each label occurs, the most frequent first; None where there are no labels.
+        numbers: the targets of a regression.
+        duplicates: rows that equal an earlier one of the split.
+        same_inputs: rows whose inputs, not all of the row, equal those of an earlier one.
+        in_training: rows that are in the training split too.
+        inputs_in_training: rows whose inputs, not all of the row, are in the training split too.
+    """
+
+    examples: int
+    rows: int
+    streamed: bool
+    tokens: int
+    supervised: int | None
+    lengths: dict[str, Spread]
+    cut: Cut | None
+    labels: dict[str, int] | None
+    numbers: Spread | None
+    duplicates: int
+    same_inputs: int
+    in_training: int
+    inputs_in_training: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of decoded tokens.
+
+    Attributes:
+        text: what they say.
+        supervised: whether the loss counts on them.
+        tag: the token's class, where tokens are sorted into classes.
+    """
+
+    text: str
+    supervised: bool
+    tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example as the model sees it.
+
+    Attributes:
+        split: where it is from.
+        place: file and line.
+        sequences: its sequences of tokens by name, each in pieces.
+        tokens: how many tokens it has.
+        supervised: on how many of them the loss counts; None where it counts on the example.
+        whole: how many tokens it would have if it were not cut; None where rows are joined.
+        targets: what is learnt besides tokens, such as a label.
+    """
+
+    split: str
+    place: str
+    sequences: dict[str, tuple[Piece, ...]]
+    tokens: int
+    supervised: int | None
+    whole: int | None
+    targets: dict[str, str]
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a model will see of its data.
+
+    Attributes:
+        task: the task's name.
+        origin: where the data comes from.
+        tokenizer: its class and how many tokens it knows.
+        max_length: tokens that a row is cut to.
+        splits: each by its name, training first.
+        examples: some of the training examples.
+        notes: sentences on what a person might not expect.
+    """
+
+    task: str
+    origin: str
+    tokenizer: str
+    max_length: int
+    splits: dict[str, SplitSummary]
+    examples: tuple[Shown, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def heading(self) -> str:
+        """One line: what the numbers are about."""
+        return f"{self.task}: {self.origin}, cut to {self.max_length} tokens"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self)
+
+
+def percent(part: float, whole: float) -> str:
+    """A share in percent, ``"12.3%"``; never 0.0% of something or 100.0% of less than all.
+
+    Args:
+        part: how many.
+        whole: of how many.
+    """
+    share = 100 * part / whole if whole else 0.0
+    if part and share < 0.1:
+        return "<0.1%"
+    if part < whole and share > 99.9:
+        return ">99.9%"
+    return f"{share:.1f}%"
+
+
+def listed(names: Sequence[str], shown: int = 5) -> str:
+    """The first few names, and how many more there are.
+
+    Args:
+        names: all of them.
+        shown: how many to name.
+    """
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(repr, names[:shown])) + more

@@ -1,0 +1,96 @@
+"""Drawings that stand in a page of either brightness: SVG whose text has the page's colour."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_peft.analysis.data_summary import Spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_INK = "#010203"  # becomes the page's own
+_COLOURS = ("#3b82c4", "#e08a2e", "#4fa36b")  # of middling brightness: seen on white and on black
+
+
+def histogram_svg(spreads: Mapping[str, Spread], axis: str, limit: int | None = None) -> str:
+    """A histogram for each split, below one another.
+
+    Args:
+        spreads: split to numbers.
+        axis: what the numbers are.
+        limit: where they are cut; drawn as a line if one of them is.
+    """
+    import numpy as np
+
+    with _style():
+        figure = _figure(6.4, 0.5 + 1.15 * len(spreads))
+        axes = figure.subplots(len(spreads), 1, sharex=True, squeeze=False)[:, 0]
+        for place, colour, (name, spread) in zip(axes, _COLOURS, spreads.items(), strict=False):
+            edges = np.array(spread.edges if len(spread.edges) > 1 else [spread.edges[0], spread.edges[0] + 1])
+            place.bar(edges[:-1], spread.counts, np.diff(edges) * 0.94, align="edge", color=colour)
+            place.axvline(spread.median, color=_INK, linewidth=1)
+            place.set_ylabel(name)
+            if limit is not None and spread.largest >= limit:
+                place.axvline(limit + 1, color=_INK, linewidth=1, linestyle=":")
+        axes[-1].set_xlabel(f"{axis} (line: median)")
+        return _svg(figure)
+
+
+def bars_svg(names: Sequence[str], shares: Mapping[str, Sequence[float]]) -> str:
+    """A horizontal bar for each name and split.
+
+    Args:
+        names: from top to bottom.
+        shares: split to a share for each name.
+    """
+    import numpy as np
+
+    with _style():
+        figure = _figure(6.4, 0.7 + 0.16 * len(names) * (1 + 0.6 * len(shares)))
+        place = figure.subplots()
+        height, rows = 0.8 / len(shares), np.arange(len(names))
+        for number, (colour, (split, values)) in enumerate(zip(_COLOURS, shares.items(), strict=False)):
+            where = rows - 0.4 + height * (number + 0.5)
+            place.barh(where, [100 * v for v in values], height * 0.9, color=colour, label=split)
+        place.set_yticks(rows, [n if len(n) <= 30 else f"{n[:28]}..." for n in names])
+        place.invert_yaxis()
+        place.margins(y=0.01)
+        place.set_xlabel("% of rows")
+        place.legend(frameon=False, labelcolor=_INK)
+        return _svg(figure)
+
+
+def _style() -> Any:
+    import matplotlib as mpl
+
+    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    return mpl.rc_context(
+        {
+            **dict.fromkeys(inks, _INK),
+            "svg.fonttype": "none",  # letters, in the page's font
+            "svg.hashsalt": "lightning_peft",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            # a label such as "$x$" is no formula
+            "text.parse_math": False,
+        }
+    )
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = file.getvalue()
+    drawn = drawn[drawn.index("<svg") :].replace(_INK, "currentColor")
+    return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", drawn)

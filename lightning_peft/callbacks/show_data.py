@@ -1,0 +1,39 @@
+"""What the model will see, shown before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_peft.analysis.data_page import write_data_page
+from lightning_peft.analysis.data_report import print_data
+from lightning_peft.data.module import TextDataModule
+from lightning_peft.data.summary import summarise
+
+
+class ShowData(Callback):
+    """Prints a summary of a `TextDataModule` before it is trained on, and writes it as ``data.html`` and ``data.json``.
+
+    Args:
+        folder: where to write; None writes nothing.
+        examples: how many training rows to show.
+        sample: rows that are encoded once more, to know what the cut to ``max_length`` loses; None takes all.
+    """
+
+    def __init__(self, folder: str | Path | None = None, examples: int = 2, sample: int | None = 1000) -> None:
+        self.folder = folder
+        self.examples = examples
+        self.sample = sample
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if not trainer.is_global_zero or not isinstance(data, TextDataModule):
+            return
+        summary = summarise(data, examples=self.examples, sample=self.sample)
+        print_data(summary)
+        print()
+        if self.folder is not None:
+            write_data_page(summary, self.folder)
