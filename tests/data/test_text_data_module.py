@@ -162,7 +162,7 @@ def test_options_out_of_their_range_are_refused(options, said):
         TextDataModule(**options)
 
 
-class _NothingLearnt(CausalLM):
+class _NothingLearnt(SupervisedFineTuning):
     """Learns of the rows that say so."""
 
     def to_config(self):
@@ -211,7 +211,7 @@ def test_predictions_stand_beside_the_rows_that_were_kept(tmp_path, tokenizer_fo
     path = tmp_path / "texts.jsonl"
     path.write_text('{"prompt": "red"}\n{"prompt": 3, "completion": 1}\n{"text": "blue"}\n{"prompt": "green"}\n')
     data = TextDataModule(predict_files=path, source=None, on_error="skip", cache_dir=tmp_path / "kept")
-    data.connect(CausalLM(), AutoTokenizer.from_pretrained(tokenizer_folder))
+    data.connect(SupervisedFineTuning(), AutoTokenizer.from_pretrained(tokenizer_folder))
     with pytest.warns(UserWarning, match="line 3 has no column 'prompt'"):
         data.setup("predict")
     assert [str(r["prompt"]) for r in data.rows("predict")] == ["red", "3", "green"]

@@ -49,6 +49,8 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
     assert (kept["method"]["r"], kept["data"]["seed"], kept["trainer"]["default_root_dir"]) == (2, 0, str(folder))
     assert "val/accuracy" in json.loads((folder / "metrics.json").read_text())
     assert "val/loss" in (folder / "logs" / "metrics.csv").read_text()
+    assert said.index("also in train") < said.index("LoRA"), "the data is shown before the plan"
+    assert (folder / "data.html").is_file()
     assert (folder / "adapter" / "adapter_config.json").exists()
 
     best = "adapter=run/checkpoints/best.ckpt"
@@ -80,6 +82,22 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
         scores = model(**tokenizer([r["text"] for r in rows], padding=True, return_tensors="pt")).logits.softmax(-1)
     torch.testing.assert_close(scores.max(-1).values, torch.tensor([r["score"] for r in rows]), rtol=1e-4, atol=1e-5)
     assert [model.config.id2label[i] for i in scores.argmax(-1).tolist()] == [r["label"] for r in rows]
+
+
+@pytest.mark.slow
+def test_the_data_can_be_looked_at_without_training(tmp_path, words):
+    data = [w for w in words if not w.startswith("trainer")]
+    said = run("data", *data, "examples=3", "hydra.run.dir=looked", cwd=tmp_path).stdout
+    assert "examples" in said
+    assert said.count("\ntrain ") == 3
+    assert "looked/data.html" in said
+    numbers = json.loads((tmp_path / "looked" / "data.json").read_text())
+    assert sum(split["rows"] for split in numbers["splits"].values()) == 24
+    assert (tmp_path / "looked" / "data.html").is_file()
+    (tmp_path / "texts.jsonl").write_text('{"sentence": "red", "label": 1}\n{"sentence": "", "label": 0}\n')
+    failed = run("data", *data, cwd=tmp_path, check=False)
+    assert failed.returncode == 2
+    assert "texts.jsonl, line 2 is empty" in failed.stderr
 
 
 @pytest.mark.slow
