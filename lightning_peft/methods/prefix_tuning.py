@@ -46,7 +46,7 @@ class PrefixTuning:
             as the paper does: steadier, at many times the parameters; a file for others holds P alone.
         encoder_hidden_size: width of that network; None takes ``heads * head_dim``.
         modules_to_save: modules that train in full, as copies that the adapter owns.
-        learning_rate: suits AdamW without the projection; a network wants smaller steps, 1e-3 in the preset.
+        learning_rate: suits AdamW without the projection; a network wants smaller steps the wider it is, 5e-3 at 64.
 
     Raises:
         ValueError: if a number is out of its range, or a width is given without a network.
