@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from lightning_peft.methods import *  # noqa: F403 - a new method is one name there and none here
     from lightning_peft.methods.lora_plus import lora_plus_groups
     from lightning_peft.module import PeftModule
-    from lightning_peft.tasks import CausalLM, Seq2Seq, SupervisedFineTuning, TextClassification
+    from lightning_peft.tasks import (
+        CausalLM,
+        Seq2Seq,
+        SupervisedFineTuning,
+        TextClassification,
+        TokenClassification,
+    )
 
 __version__ = "0.1.0"
 
@@ -31,6 +37,7 @@ _HOMES = {
     "SupervisedFineTuning": "tasks",
     "TextClassification": "tasks",
     "TextDataModule": "data",
+    "TokenClassification": "tasks",
     "activate": "core.activation",
     "active_adapters": "core.activation",
     "adapt": "handle",
@@ -51,6 +58,7 @@ if TYPE_CHECKING:
         "SupervisedFineTuning",
         "TextClassification",
         "TextDataModule",
+        "TokenClassification",
         "activate",
         "active_adapters",
         "adapt",

@@ -22,7 +22,7 @@ class EpochLines(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or trainer.state.fn != "fit":
             return
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1}
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1 and k.count("/") < 2}
         shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
         passed = time.perf_counter() - self._began
         print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {passed:.0f} s  {shown}", flush=True)

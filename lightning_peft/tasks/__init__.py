@@ -6,5 +6,14 @@ from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sft import SupervisedFineTuning
 from lightning_peft.tasks.task import Task
 from lightning_peft.tasks.text_classification import TextClassification
+from lightning_peft.tasks.token_classification import TokenClassification
 
-__all__ = ["CausalLM", "Seq2Seq", "SupervisedFineTuning", "Task", "TextClassification", "task_from_config"]
+__all__ = [
+    "CausalLM",
+    "Seq2Seq",
+    "SupervisedFineTuning",
+    "Task",
+    "TextClassification",
+    "TokenClassification",
+    "task_from_config",
+]

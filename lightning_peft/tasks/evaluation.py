@@ -77,4 +77,5 @@ class EvaluatedModule(LightningModule):
         values = {"loss": loss, **self.metrics.compute()}
         if isinstance(self.task, InOtherUnits):
             values |= self.task.from_loss(loss, values)
-        self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, prog_bar=True)
+        for name, value in values.items():  # what concerns one class only, such as PER/f1, is too much for a bar
+            self.log(f"{stage}/{name}", value, prog_bar="/" not in name)

@@ -11,12 +11,14 @@ from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sft import SupervisedFineTuning
 from lightning_peft.tasks.task import Task
 from lightning_peft.tasks.text_classification import TextClassification
+from lightning_peft.tasks.token_classification import TokenClassification
 
 _TASKS: dict[str, Any] = {
     "text_classification": TextClassification,
+    "token_classification": TokenClassification,
     "causal_lm": CausalLM,
-    "seq2seq": Seq2Seq,
     "sft": SupervisedFineTuning,
+    "seq2seq": Seq2Seq,
 }
 
 
