@@ -78,13 +78,13 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
     Raises:
         ValueError: if it is something else.
     """
-    if value is None or value == "":
+    if value in (None, "", "[]", []):
         return None
     tools = _list(value, "tools")
     if not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"has a tool that is no object: {_short(next(t for t in tools if not isinstance(t, dict)))}")
     wrapped = [_without_none(tool) for tool in tools]
-    return [t if "function" in t else {"type": "function", "function": t} for t in wrapped] or None
+    return [t if "function" in t else {"type": "function", "function": t} for t in wrapped]
 
 
 def _message(given: Any, where: str) -> Message:
