@@ -48,7 +48,7 @@ def print_training(
     print(f"exported adapter     {shown_folder}")
     print(f"  its size           {size(_bytes(folder))} (the full model's weights: {size(4 * plan.total)})")
     data = [w for w in words if _group(w) == "data"]
-    same_columns = [w for w in data if w.startswith(("data.columns", "data.max_length"))]
+    same_columns = [w for w in data if w.lstrip("+").startswith(("data.columns", "data.max_length"))]
     same_setting = [w for w in words if _group(w) not in _OF_ONE_METHOD]
     new_data = ["data.predict_files=new.jsonl", *same_columns] if data else []
     print(f"configuration        {short(folder.parent / 'config.yaml')}")
