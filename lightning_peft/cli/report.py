@@ -35,6 +35,7 @@ def print_training(
         words: the words of the command line that made this run.
     """
     plan = module.adapter.plan
+    words = [word.removeprefix("++") for word in words]  # which the command adds by itself where Hydra wants it
     shown_best, shown_folder = short(best), short(folder)
     print()
     if score is not None:

@@ -69,6 +69,18 @@ def test_text_classification_of_each_kind(run, tmp_path, bert_folder, kind, labe
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["problem_type"] == kind
 
 
+@pytest.mark.slow
+def test_token_classification(run, tmp_path, bert_folder):
+    rows = [{"tokens": ["Ada", "saw", COLOURS[i % 3]], "tags": ["B-PER", "O", "B-COL"]} for i in range(24)]
+    words = [f"model.name_or_path={bert_folder}", "task=token_classification"]
+    metrics, lines = _train_and_ask(run, tmp_path, words, rows, ["tokens"])
+    assert set(lines[0]) == {"id", "tokens", "tags", "scores", "entities"}
+    assert {"val/f1", "val/COL/recall"} <= metrics.keys()
+    assert len(lines[0]["tags"]) == 3
+    labels = json.loads((tmp_path / "merged" / "config.json").read_text())["label2id"]
+    assert labels == {"O": 0, "B-COL": 1, "B-PER": 2}
+
+
 def test_the_monitored_metric_is_the_tasks_unless_another_is_given_with_its_mode():
     from hydra import compose, initialize_config_module
 
@@ -83,6 +95,7 @@ def test_the_monitored_metric_is_the_tasks_unless_another_is_given_with_its_mode
     assert monitored() == ("val/accuracy", "max")
     assert monitored("task.problem_type=regression") == ("val/mse", "min")
     assert monitored("task=causal_lm") == ("val/loss", "min")
+    assert monitored("task=token_classification") == ("val/f1", "max")
     assert monitored("monitor=val/loss") == ("val/loss", "min")
     assert monitored("monitor=val/mcc", "mode=max") == ("val/mcc", "max")
     with pytest.raises(ValueError, match="monitor=val/mcc goes with mode=max or mode=min; the task's is val/accuracy"):

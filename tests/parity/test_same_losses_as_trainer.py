@@ -22,6 +22,22 @@ LABELS = {
     "several numbers": [[len(text) / 10, i / 24] for i, text in enumerate(TEXTS)],
 }
 TYPES = {"single": "single_label_classification", "multi": "multi_label_classification"}
+TASKS = {
+    **{
+        kind: (
+            {"name": "text_classification", "problem_type": TYPES.get(kind, "regression")},
+            [{"text": text, "label": label} for text, label in zip(TEXTS, labels, strict=True)],
+        )
+        for kind, labels in LABELS.items()
+    },
+    "tags": (
+        {"name": "token_classification"},
+        [
+            {"tokens": text.split(), "tags": ["O" if w in WORDS[3:] else f"B-{w}" for w in text.split()]}
+            for text in TEXTS
+        ],
+    ),
+}
 RATE = 0.1
 
 
@@ -60,12 +76,11 @@ def losses_of_trainer(model, batches, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("kind", TASKS)
 def test_a_head_is_trained_with_the_losses_of_trainer(kind, bert_folder, trainer, tmp_path):
-    rows = [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS[kind], strict=True)]
+    task, rows = TASKS[kind]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {"name": "text_classification", "problem_type": TYPES.get(kind, "regression")}
     spec = {
         "name_or_path": str(bert_folder),
         "config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -78,7 +93,7 @@ def test_a_head_is_trained_with_the_losses_of_trainer(kind, bert_folder, trainer
     data.connect(module.task, module.tokenizer)
     data.setup("fit")
     loader = torch.utils.data.DataLoader(data._features["train"], 5, collate_fn=data._collate(training=True))
-    batches = list(loader)
+    batches = [{name: batch[name] for name in ("input_ids", "attention_mask", "labels")} for batch in loader]
     assert len({len(batch["input_ids"]) for batch in batches}) == 2, "the last is shorter"
     data.train_dataloader = lambda: loader
     module.configure_model()
