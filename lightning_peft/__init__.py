@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.lora_plus import lora_plus_groups
     from lightning_peft.module import PeftModule
     from lightning_peft.tasks import (
+        DPO,
         CausalLM,
         Seq2Seq,
         SupervisedFineTuning,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "handle",
     "CausalLM": "tasks",
+    "DPO": "tasks",
     "PeftCallback": "callbacks.peft_callback",
     "PeftModule": "module",
     "Seq2Seq": "tasks",
@@ -50,6 +52,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     __all__ = [
+        "DPO",
         "Adapter",
         "CausalLM",
         "PeftCallback",

@@ -41,7 +41,7 @@ from lightning_peft.tasks.optimization import (
     make_optimizer,
     make_schedule,
 )
-from lightning_peft.tasks.task import Templated
+from lightning_peft.tasks.task import Checking, Templated, Writing
 from lightning_peft.tasks.token_mean import TokenMean
 
 
@@ -83,7 +83,7 @@ class PeftModule(EvaluatedModule):
         self.scheduler = {**SCHEDULER, **(scheduler or {})}
         self.generation = dict(generation or {})
         check_optimization(self.optimizer, self.scheduler)
-        self.model = None
+        self.model: Module | None = None
         self._given = (model,) if isinstance(model, Module) else ()
         self.base = None if isinstance(model, Module) else BaseModel.of(model)
         self._tokenizer: Any = None
@@ -163,6 +163,13 @@ class PeftModule(EvaluatedModule):
             return self.task.outputs(self.model, batch)
 
     @override
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        super()._evaluate(batch)
+        if isinstance(self.task, Writing):
+            assert self.metrics is not None
+            self.task.score_written(self.metrics, self.model, batch, self.tokenizer, **self.generation)
+
+    @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         total, count = self.task.loss(self._outputs(batch), batch)
         shown = total.detach() / count.clamp_min(1)
@@ -198,6 +205,8 @@ class PeftModule(EvaluatedModule):
     @override
     def on_fit_start(self) -> None:
         self._checked = False
+        if isinstance(self.task, Checking):
+            self.task.check_model(self.model)
         rank_zero_only(print_plan)(self.adapter.plan)
 
     @override

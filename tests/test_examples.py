@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("fabric.py", [], "of the base's parameters, loaded from adapter/"),
         ("lightning_cli.py", ["fit", "--config", EXAMPLES / "lightning_cli.yaml"], "backbone.*  LoRA, 2 x, 2,048"),
         ("sequence_to_sequence.py", ["--epochs", "1"], "exact_match"),
+        ("preference_pairs.py", ["--epochs", "1", "--limit", "32"], "held-out accuracy"),
         ("reload_and_generate.py", ["--limit", "32"], "def close"),
         ("tag_signatures.py", ["--epochs", "1", "--limit", "48"], "F1 of entities"),
     ],

@@ -5,23 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch.nn import Module
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
-from lightning_peft.tasks.task import InOtherUnits, Task, Writing
+from lightning_peft.tasks.task import InOtherUnits, Task
 
 
 class EvaluatedModule(LightningModule):
     """Logs the loss and the task's metrics of validation and test, the loss as the mean over all units.
 
-    A subclass sets ``task``, ``tokenizer`` and ``generation``, and ``metrics`` when it builds its ``model``.
+    A subclass sets ``task``, and ``metrics`` when it builds its model.
     """
 
     task: Task
-    model: Module | None
-    tokenizer: Any
-    generation: dict[str, Any]
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,8 +42,6 @@ class EvaluatedModule(LightningModule):
         self.val_loss.update(total / count.clamp_min(1), weight=count)
         assert self.metrics is not None
         self.task.update(self.metrics, outputs, batch)
-        if isinstance(self.task, Writing):
-            self.task.score_written(self.metrics, self.model, batch, self.tokenizer, **self.generation)
 
     @override
     def on_validation_epoch_start(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_peft.core.problems import nearest
 from lightning_peft.tasks.causal_lm import CausalLM
+from lightning_peft.tasks.dpo import DPO
 from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sft import SupervisedFineTuning
 from lightning_peft.tasks.task import Task
@@ -19,6 +20,7 @@ _TASKS: dict[str, Any] = {
     "causal_lm": CausalLM,
     "sft": SupervisedFineTuning,
     "seq2seq": Seq2Seq,
+    "dpo": DPO,
 }
 
 

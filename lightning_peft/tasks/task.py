@@ -119,3 +119,16 @@ class Templated(Protocol):
     def tokenizer_for(self, tokenizer: Any) -> Any:
         """The tokenizer with the form that the task gives to conversations."""
         ...
+
+
+@runtime_checkable
+class Checking(Protocol):
+    """A task that cannot be trained with every adapted model."""
+
+    def check_model(self, model: Any) -> None:
+        """Refuses a model before any time is spent.
+
+        Raises:
+            ValueError: if the task cannot be trained with it.
+        """
+        ...
