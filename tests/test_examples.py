@@ -23,6 +23,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("preference_pairs.py", ["--epochs", "1", "--limit", "32"], "held-out accuracy"),
         ("reload_and_generate.py", ["--limit", "32"], "def close"),
         ("tag_signatures.py", ["--epochs", "1", "--limit", "48"], "F1 of entities"),
+        ("chat.py", ["--epochs", "1"], "chat_template.jinja"),
     ],
 )
 def test_the_example_runs(script, words, said, tmp_path):

@@ -121,6 +121,7 @@ def test_texts_are_continued_from_their_end(tokenizer):
     assert set(batch) == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.slow
 def test_a_model_learns_a_text_well_below_the_frequencies_of_its_tokens(llama_folder, tmp_path, trainer):
     """The baseline is the best that a model could do which does not look at what stands before."""
     L.seed_everything(0, verbose=False)
