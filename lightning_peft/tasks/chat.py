@@ -74,12 +74,12 @@ class Chat:
         template: a Jinja template.
 
     Raises:
-        ValueError: if the tokenizer tells no places, or the template ends no turn with a token.
+        RuntimeError: if the tokenizer tells no places, or the template ends no turn with a token.
     """
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         if not tokenizer.is_fast:
-            raise ValueError(f"needs a fast tokenizer for conversations, but got {type(tokenizer).__name__}")
+            raise RuntimeError(f"conversations need a fast tokenizer, but this is a {type(tokenizer).__name__}")
         self.tokenizer = tokenizer
         self.template = template
         self.is_marked = _MARKS.search(template) is not None
@@ -161,10 +161,10 @@ class Chat:
         found = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         ends = [i for i in found if i in self.tokenizer.added_tokens_decoder]
         if not ends:
-            raise ValueError(
-                f"cannot be ended: behind an answer the chat template writes {after!r}, which is no single token of "
-                "this tokenizer, so that a model would not learn to stop; take another template, such as "
-                "task.chat_template=zephyr, or add the token"
+            raise RuntimeError(
+                f"the chat template writes {after!r} behind an answer, which is no single token of this tokenizer, so "
+                "that a model would not learn to stop; take another template, such as task.chat_template=zephyr, or "
+                "add the token"
             )
         end = self.tokenizer.convert_ids_to_tokens(ends[0])
         surplus = len(prompt) - _shared(prompt, before)

@@ -86,6 +86,7 @@ class SupervisedFineTuning(NextToken):
 
         Raises:
             ValueError: if a row has no answer to learn from, or is no conversation that the chat template takes.
+            RuntimeError: if there is no chat template for conversations, or none that can be learnt from.
         """
         has_template = self.chat_template is not None or bool(tokenizer.chat_template)
         chats: dict[bool, Chat | None] = {}
@@ -100,8 +101,8 @@ class SupervisedFineTuning(NextToken):
                 chats[bool(tools)] = self._chat(tokenizer, tools)
             chat = chats[bool(tools)]
             if chat is None:
-                raise ValueError(
-                    "is a conversation, but the tokenizer has no chat template; name one with "
+                raise RuntimeError(
+                    "the data has conversations, but the tokenizer has no chat template; name one with "
                     "task.chat_template=zephyr, chatml or a .jinja file"
                 )
             features.append(_answers(chat, messages, tools, first, max_length, training))

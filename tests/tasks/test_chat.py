@@ -410,7 +410,7 @@ def test_tools_that_the_template_does_not_write_are_refused():
 
 
 def test_a_template_whose_end_is_no_token_is_refused():
-    with pytest.raises(ValueError, match=r"chat template writes '<\|im_end\|>\\n', which is no single"):
+    with pytest.raises(RuntimeError, match=r"writes '<\|im_end\|>\\n' behind an answer, which is no single token"):
         Chat(tokenizer_of("zephyr"), template_text("chatml"))
 
 
@@ -423,3 +423,11 @@ def test_a_template_is_named_or_a_file_or_jinja(tmp_path):
         SupervisedFineTuning("chatlm")
     with pytest.raises(FileNotFoundError, match=r"no file .*your\.jinja"):
         SupervisedFineTuning(str(tmp_path / "your.jinja"))
+
+
+def test_conversations_need_a_tokenizer_that_tells_places():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(RuntimeError, match="conversations need a fast tokenizer, but this is a Slow"):
+        Chat(Slow(), template_text("zephyr"))
