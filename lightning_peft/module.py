@@ -144,13 +144,11 @@ class PeftModule(EvaluatedModule):
 
     @override
     def setup(self, stage: str) -> None:
-        # text and virtual tokens must fit the model's positions and vocabulary: said here, not in the first step
+        # text and virtual tokens must fit the model's positions: said here, not in the first step
         data = getattr(self._trainer, "datamodule", None)
         length, virtual = getattr(data, "max_length", None), getattr(self.method, "num_virtual_tokens", 0)
         if length is not None and virtual and self.base is not None:
             self.base.refuse_long_texts(length, virtual, MIN_LENGTH)
-        if isinstance(data, TextDataModule) and self.base is not None:
-            self.base.refuse_unknown_tokens(data.highest_token())
 
     def forward(self, **inputs: Any) -> Any:
         """Runs the adapted model; what it takes and gives is the Hugging Face model's."""

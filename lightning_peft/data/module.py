@@ -323,15 +323,6 @@ class TextDataModule(LightningDataModule):
     def _collate(self, *, training: bool) -> Any:
         return functools.partial(self.task.collate, tokenizer=self._tokenizer, training=training)
 
-    def highest_token(self) -> int:
-        """The highest token id of what `setup` tokenized, or -1; what is streamed is not looked at."""
-        import pyarrow.compute as pc
-
-        tables = [features.data.table for features in self._features.values()]
-        columns = [table[name] for table in tables for name in table.column_names if name.endswith("input_ids")]
-        highest = (pc.max(chunk.flatten()).as_py() for column in columns for chunk in column.chunks)
-        return max((h for h in highest if h is not None), default=-1)
-
     def rows(self, split: str) -> list[Row]:
         """The rows of a split as they were read, under the task's names.
 

@@ -37,7 +37,7 @@ def split_off(
         validation += groups.pop(order.pop())
     train = [example for key, example in zip(keys, examples, strict=True) if key in groups]
     if not train or not validation:
-        columns = " and ".join(repr(c) for c in inputs)
+        columns = " and ".join(repr(c) for c in inputs if any(c in (e.row or {}) for e in examples))
         what = "1 row is" if len(examples) == 1 else f"{len(examples)} rows that all have the same {columns} are"
         raise ValueError(
             f"{what} too few to split into training and validation: rows with equal inputs stay on one side; give "

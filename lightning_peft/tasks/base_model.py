@@ -146,22 +146,6 @@ class BaseModel:
             + (f"{' or '.join(ways)} or less" if ways else "both lower")
         )
 
-    def refuse_unknown_tokens(self, highest: int) -> None:
-        """Refuses token ids that the model has no embedding for, which a GPU answers with an error that names nothing.
-
-        Args:
-            highest: the highest id of the texts.
-
-        Raises:
-            ValueError: if the model's vocabulary is smaller.
-        """
-        known: int | None = getattr(self._config().get_text_config(), "vocab_size", None)
-        if known is not None and highest >= known:
-            raise ValueError(
-                f"the texts have the token id {highest}, but the vocabulary of {self.name_or_path} has {known}: "
-                "tokenizer and model do not belong together; give model.tokenizer=..., or enlarge the embeddings"
-            )
-
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the tokenizer.
 

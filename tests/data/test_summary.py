@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lightning_peft import CausalLM, TextClassification, TextDataModule
+from lightning_peft import SupervisedFineTuning, TextClassification, TextDataModule
 from lightning_peft.data.summary import summarise
+
+pytestmark = pytest.mark.filterwarnings("ignore:no training row has the label")
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_lengths_labels_and_the_cut_are_counted_over_all_rows(summary):
 
 def test_supervised_tokens_that_the_cut_loses_are_counted_exactly(summary):
     pairs = [{"prompt": "blue " * p, "completion": "red " * c} for p, c in ((1, 2), (20, 2), (2, 30))]
-    found = summary(CausalLM(), pairs, pairs[:1])
+    found = summary(SupervisedFineTuning(), pairs, pairs[:1])
     train = found.splits["train"]
     # [CLS] before the prompt and [SEP] after the completion; the second row loses of its prompt alone
     assert train.supervised == 3 + 3 + 9
@@ -75,7 +77,7 @@ def test_duplicates_leaks_and_labels_that_training_lacks_are_found(summary):
 
 def test_an_example_is_shown_with_what_is_learnt_apart(summary):
     rows = [{"prompt": "say blue :", "completion": "red green"}]
-    (shown,) = summary(CausalLM(), rows, rows, examples=5).examples
+    (shown,) = summary(SupervisedFineTuning(), rows, rows, examples=5).examples
     pieces = shown.sequences["input"]
     assert [(p.text.strip(), p.supervised) for p in pieces] == [("[CLS] say blue :", False), ("red green [SEP]", True)]
     assert (shown.tokens, shown.supervised, shown.whole) == (7, 3, 7)
@@ -103,12 +105,12 @@ def test_of_a_stream_its_beginning_is_looked_at(summary):
 @pytest.mark.filterwarnings("ignore:.*left out")
 def test_rows_that_are_left_out_do_not_shift_the_others(summary):
     pairs = [{"prompt": f"say {i}", "completion": "" if i == 1 else f"red {i}"} for i in range(4)]
-    found = summary(CausalLM(), pairs, pairs, examples=3, on_error="skip")
+    found = summary(SupervisedFineTuning(), pairs, pairs, examples=3, on_error="skip")
     assert [s.place.rpartition(" ")[2] for s in found.examples] == ["1", "3", "4"]
     assert ["red 2" in s.sequences["input"][1].text for s in found.examples] == [False, True, False]
 
 
-class _Tagging(CausalLM):
+class _Tagging(SupervisedFineTuning):
     """Every second token has a class; its number is stored at its place."""
 
     def to_config(self):
@@ -122,7 +124,7 @@ class _Tagging(CausalLM):
         return [{"input_ids": i, "labels": [-100, *[n % 2 for n in range(len(i) - 2)], -100]} for i in ids]
 
 
-class _Translating(CausalLM):
+class _Translating(SupervisedFineTuning):
     """Source and target are sequences of their own."""
 
     def to_config(self):

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 from lightning_peft import LoRA, PeftModule, SupervisedFineTuning, TextClassification, TextDataModule
 from lightning_peft.data import encoding
 
+pytestmark = pytest.mark.filterwarnings("ignore:no training row has the label")
+
 
 @pytest.fixture
 def files(tmp_path):

@@ -220,7 +220,7 @@ def test_a_tokenizer_of_another_model_is_refused_before_training(chat_folder, to
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "weather", "completion": " sunny"}\n' * 2)
     model = {"name_or_path": str(chat_folder), "tokenizer": tokenizer_folder}
     data = TextDataModule(train_files=str(tmp_path / "pairs.jsonl"), validation_files=str(tmp_path / "pairs.jsonl"))
-    with pytest.raises(ValueError, match=r"the token id \d+, but the vocabulary of .*chat0 has 310"):
+    with pytest.raises(ValueError, match=r"the token id \d+ .*, but the model's embedding has 310 rows"):
         trainer().fit(PeftModule(model, LoRA(r=2), "sft"), data)
 
 
