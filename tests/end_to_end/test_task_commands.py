@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import yaml
 
 COLOURS = ("red", "green", "blue")
+TASKS = sorted((Path(__file__).parents[2] / "conf" / "task").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -102,3 +104,12 @@ def test_the_monitored_metric_is_the_tasks_unless_another_is_given_with_its_mode
         monitored("monitor=val/mcc")
     with pytest.raises(ValueError, match="mode must be max or min, but got 'most'"):
         monitored("mode=most")
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda p: p.stem)
+def test_a_tasks_yaml_holds_its_options_with_their_defaults(path):
+    from lightning_peft.tasks import task_from_config
+
+    options = yaml.safe_load(path.read_text())
+    assert options == task_from_config(path.stem).to_config()
+    assert list(options) == list(task_from_config(path.stem).to_config()), "in the same order"
