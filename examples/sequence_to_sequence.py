@@ -51,7 +51,7 @@ def main() -> None:
 
     base = options.model or small_t5(folder / "t5")
     method = LoRA(r=8) if options.model else Selective(keep_originals=False)
-    task = Seq2Seq(max_target_length=16, generated_metrics=True)
+    task = Seq2Seq(max_target_length=16, predict_with_generate=True)
     module = PeftModule(base, method, task, {"lr": 3e-3}, generation={"max_new_tokens": 16})
     files = folder / "pairs.jsonl"
     data = TextDataModule(train_files=files, batch_size=16)

@@ -27,15 +27,15 @@ class Seq2Seq:
     Args:
         max_target_length: tokens that a target is cut to, its end token included, from 1 on. None takes the data's
             ``max_length``. Targets are often much shorter than sources, and so are the answers that are generated.
-        generated_metrics: also let the model write its answers in validation and test, and measure them: exact match,
-            BLEU, chrF, ROUGE. Off by default, since writing takes many times as long as reading.
+        predict_with_generate: also let the model write its answers in validation and test, and measure them: exact
+            match, BLEU, chrF, ROUGE. Off by default, since writing takes many times as long as reading.
 
     Raises:
         ValueError: if ``max_target_length`` is out of its range.
     """
 
     max_target_length: int | None = None
-    generated_metrics: bool = False
+    predict_with_generate: bool = False
 
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     peft_task_type: ClassVar[str] = "SEQ_2_SEQ_LM"
@@ -79,7 +79,7 @@ class Seq2Seq:
             labels = tokenizer(text_target=targets, truncation=True, max_length=limit)["input_ids"]
             for feature, ids, target in zip(features, labels, targets, strict=True):
                 feature["labels"] = ids
-                if self.generated_metrics:
+                if self.predict_with_generate:
                     feature[_EXPECTED] = target
         return features
 
@@ -88,7 +88,7 @@ class Seq2Seq:
         batch: dict[str, Any] = pad_inputs(features, tokenizer)
         if training:
             batch["labels"] = pad([f["labels"] for f in features], IGNORED)
-            if self.generated_metrics:
+            if self.predict_with_generate:
                 batch[_EXPECTED] = [str(f[_EXPECTED]) for f in features]
         return batch
 
@@ -113,7 +113,7 @@ class Seq2Seq:
 
     def metrics(self) -> MetricCollection:
         """The share of target tokens that the model would have written itself, and metrics on what it writes."""
-        found = written_metrics() if self.generated_metrics else MetricCollection({})
+        found = written_metrics() if self.predict_with_generate else MetricCollection({})
         found.add_metrics({"token_accuracy": MeanMetric()})
         return found
 
@@ -127,7 +127,7 @@ class Seq2Seq:
         self, metrics: MetricCollection, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any
     ) -> None:
         """Lets the model write a batch's targets, if that was asked for, and adds them to the metrics."""
-        if self.generated_metrics:
+        if self.predict_with_generate:
             said = self.predict(model, batch, tokenizer, **generation)
             update_written(metrics, [row["target"] for row in said], batch[_EXPECTED])
 

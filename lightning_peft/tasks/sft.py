@@ -33,7 +33,7 @@ class SupervisedFineTuning(NextToken):
     Args:
         chat_template: the form of conversations: ``"chatml"``, ``"zephyr"`` or ``"alpaca"``, a ``.jinja`` file, or
             Jinja; after construction it is the template's text. None takes the tokenizer's own.
-        evaluate_generation: whether validation and test also write the last answer of every row and compare it with
+        predict_with_generate: whether validation and test also write the last answer of every row and compare it with
             the expected one (exact match, ROUGE-L). Off by default, since writing takes many times as long.
 
     Raises:
@@ -42,7 +42,7 @@ class SupervisedFineTuning(NextToken):
     """
 
     chat_template: str | None = None
-    evaluate_generation: bool = False
+    predict_with_generate: bool = False
 
     columns: ClassVar[tuple[Columns, ...]] = (
         Columns(("prompt",), ("completion",), ("tools",)),
@@ -61,7 +61,7 @@ class SupervisedFineTuning(NextToken):
         return {
             "name": "sft",
             "chat_template": self.chat_template,
-            "evaluate_generation": self.evaluate_generation,
+            "predict_with_generate": self.predict_with_generate,
         }
 
     def tokenizer_for(self, tokenizer: Any) -> Any:
@@ -117,7 +117,7 @@ class SupervisedFineTuning(NextToken):
 
     def metrics(self) -> MetricCollection:
         """The share of supervised tokens that the model would have written itself, and how its answers compare."""
-        names = ["token_accuracy", *(("exact_match", "rougeL") if self.evaluate_generation else ())]
+        names = ["token_accuracy", *(("exact_match", "rougeL") if self.predict_with_generate else ())]
         return MetricCollection({name: MeanMetric() for name in names}, compute_groups=False)
 
     def score_written(
@@ -132,7 +132,7 @@ class SupervisedFineTuning(NextToken):
             tokenizer: a Hugging Face tokenizer.
             **generation: options of ``generate``.
         """
-        if not self.evaluate_generation:
+        if not self.predict_with_generate:
             return
         from torchmetrics.functional.text import rouge_score
 

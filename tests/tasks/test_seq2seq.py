@@ -165,7 +165,7 @@ def test_the_losses_are_those_of_transformers_trainer(folder, tokenizer, trainer
 @pytest.mark.slow
 def test_it_learns_to_write_what_copying_and_the_untrained_model_do_not(folder, pairs, trainer):
     L.seed_everything(0, verbose=False)
-    task = Seq2Seq(generated_metrics=True)
+    task = Seq2Seq(predict_with_generate=True)
     data = TextDataModule(train_files=pairs, validation_files=pairs, batch_size=8, max_length=16)
     module = PeftModule(str(folder), Selective(keep_originals=False), task, {"lr": 3e-3}, generation={"num_beams": 2})
     t = trainer(max_epochs=12, check_val_every_n_epoch=12)
@@ -186,7 +186,7 @@ def test_it_learns_to_write_what_copying_and_the_untrained_model_do_not(folder, 
 @pytest.mark.parametrize("method", [LoRA(r=2), PromptTuning(3), PrefixTuning(3)], ids=lambda m: type(m).__name__)
 def test_adapters_and_prompts_train_validate_save_and_write(folder, pairs, trainer, tmp_path, method):
     L.seed_everything(0, verbose=False)
-    task = Seq2Seq(max_target_length=8, generated_metrics=True)
+    task = Seq2Seq(max_target_length=8, predict_with_generate=True)
     data = TextDataModule(train_files=pairs, batch_size=16, max_length=16, limit=16, validation_fraction=0.1)
     module = PeftModule(str(folder), method, task)
     t = trainer(max_epochs=1)

@@ -246,7 +246,7 @@ def questions(tmp_path):
 def test_answers_are_learnt_exported_with_their_template_and_written_again(chat_folder, questions, trainer, tmp_path):
     """The baselines: the untrained base, and always the same answer, which is right once in eight."""
     L.seed_everything(0, verbose=False)
-    task = SupervisedFineTuning(chat_template="chatml", evaluate_generation=True)
+    task = SupervisedFineTuning(chat_template="chatml", predict_with_generate=True)
     method = LoRA(r=16, modules_to_save=["lm_head", "embed_tokens"])
     module = PeftModule(str(chat_folder), method, task, {"lr": 1e-2}, generation={"max_new_tokens": 6})
     before = trainer().validate(module, questions, verbose=False)[0]
@@ -281,7 +281,7 @@ def test_written_answers_are_scored_as_by_hand(chatty):
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": a}]}
         for a in ("the cat sat", "a dog", "the end")
     ]
-    task = SupervisedFineTuning(evaluate_generation=True)
+    task = SupervisedFineTuning(predict_with_generate=True)
     batch = task.collate(task.encode(rows, chatty, 64, training=True), chatty, training=True)
     written = ["the cat sat", "a cat", ""]
 
