@@ -65,8 +65,9 @@ class Encoder:
         chunks = _chunks(examples)
         many = num_proc > 1
         context = multiprocessing.get_context("spawn")  # a forked tokenizer deadlocks once it has used its threads
-        with ProcessPoolExecutor(num_proc, context) if many else nullcontext() as pool:
-            done = map(self.chunk, chunks) if pool is None else pool.map(self.chunk, chunks)
+        workers = ProcessPoolExecutor(num_proc, context, _keep, (self,)) if many else nullcontext()
+        with workers as pool:
+            done = map(self.chunk, chunks) if pool is None else pool.map(_chunk_of_kept, chunks)
             features: Iterator[dict[str, Any]] = (f for found, wrong in done for f in _noting(found, wrong, problems))
             if self.joins:
                 assert isinstance(self.task, Joining)
@@ -103,6 +104,18 @@ class Encoder:
         for example in examples:
             found.update(json.dumps(example.row, default=str).encode())
         return found.hexdigest()
+
+
+# Of a worker process: a tokenizer takes longer to send and to build than a chunk to encode, so it goes there once
+_kept: list[Encoder] = []
+
+
+def _keep(encoder: Encoder) -> None:
+    _kept.append(encoder)
+
+
+def _chunk_of_kept(examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    return _kept[0].chunk(examples)
 
 
 def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
