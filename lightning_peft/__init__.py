@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_peft.tasks import (
         DPO,
         CausalLM,
+        Embedding,
         Seq2Seq,
         SupervisedFineTuning,
         TextClassification,
@@ -33,6 +34,7 @@ _HOMES = {
     "Adapter": "handle",
     "CausalLM": "tasks",
     "DPO": "tasks",
+    "Embedding": "tasks",
     "PeftCallback": "callbacks.peft_callback",
     "PeftModule": "module",
     "Seq2Seq": "tasks",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
         "DPO",
         "Adapter",
         "CausalLM",
+        "Embedding",
         "PeftCallback",
         "PeftModule",
         "Seq2Seq",

@@ -21,6 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("lightning_cli.py", ["fit", "--config", EXAMPLES / "lightning_cli.yaml"], "backbone.*  LoRA, 2 x, 2,048"),
         ("sequence_to_sequence.py", ["--epochs", "1"], "exact_match"),
         ("preference_pairs.py", ["--epochs", "1", "--limit", "32"], "held-out accuracy"),
+        ("signatures_find_docstrings.py", ["--limit", "32", "--held-out", "32"], "load_adapter"),
         ("reload_and_generate.py", ["--limit", "32"], "def close"),
         ("tag_signatures.py", ["--epochs", "1", "--limit", "48"], "F1 of entities"),
         ("chat.py", ["--epochs", "1"], "chat_template.jinja"),

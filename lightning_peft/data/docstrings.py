@@ -46,6 +46,19 @@ def completion_examples() -> tuple[list[Example], list[Example]]:
     return _split(pairs)
 
 
+def retrieval_examples() -> tuple[list[Example], list[Example]]:
+    """A function's signature and the first paragraph of its docstring, to be found by one another.
+
+    Returns:
+        Training and validation examples, ``{"anchor": ..., "positive": ...}``, split like the others.
+    """
+    train, validation = (
+        [{"anchor": row["prompt"].strip(), "positive": row["completion"]} for row in part]
+        for part in completion_examples()
+    )
+    return train, validation
+
+
 def examples_with(*columns: str) -> tuple[list[Example], list[Example]]:
     """The embedded data under the columns that a task learns from.
 
@@ -61,6 +74,7 @@ def examples_with(*columns: str) -> tuple[list[Example], list[Example]]:
     made = {
         ("text", "label"): classification_examples,
         ("prompt", "completion"): completion_examples,
+        ("anchor", "positive"): retrieval_examples,
         ("text",): classification_examples,
     }
     if columns not in made:

@@ -2,6 +2,7 @@
 
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.dpo import DPO
+from lightning_peft.tasks.embedding import Embedding
 from lightning_peft.tasks.registry import task_from_config
 from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sft import SupervisedFineTuning
@@ -12,6 +13,7 @@ from lightning_peft.tasks.token_classification import TokenClassification
 __all__ = [
     "DPO",
     "CausalLM",
+    "Embedding",
     "Seq2Seq",
     "SupervisedFineTuning",
     "Task",

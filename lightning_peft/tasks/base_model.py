@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -98,6 +99,9 @@ class BaseModel:
                 options.setdefault("is_decoder", True)
             auto = getattr(transformers, task.auto_class)
             _refuse_kind(self.name_or_path, config, auto)
+            if task.auto_class == "AutoModel" and _has_pooler(auto._model_mapping[type(config)]):
+                # The last hidden states are read before it, so what trains in it would get no gradient
+                options.setdefault("add_pooling_layer", False)
             model = auto.from_pretrained(source, dtype=torch.float32, **where, **options)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = _pad_token(self.load_tokenizer())
@@ -172,6 +176,10 @@ def _refuse_kind(name: str, config: Any, auto: Any) -> None:
         f"{name!r} is a model of the kind {config.model_type!r}, for which transformers has no {auto.__name__}; the "
         f"task needs one that has, such as {' or '.join(sorted(kinds))}"
     )
+
+
+def _has_pooler(kind: Any) -> bool:
+    return isinstance(kind, type) and "add_pooling_layer" in inspect.signature(kind).parameters
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -13,11 +13,13 @@ class Columns:
         inputs: columns that suffice to predict.
         targets: what is learnt, besides.
         optional: inputs that may be there.
+        optional_targets: what may be learnt, where it is there.
     """
 
     inputs: tuple[str, ...]
     targets: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    optional_targets: tuple[str, ...] = ()
 
     def required(self, *, training: bool) -> tuple[str, ...]:
         """The columns that must be there.
@@ -29,4 +31,4 @@ class Columns:
 
     def all(self) -> tuple[str, ...]:
         """Every column of the shape."""
-        return (*self.inputs, *self.optional, *self.targets)
+        return (*self.inputs, *self.optional, *self.targets, *self.optional_targets)

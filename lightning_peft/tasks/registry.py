@@ -8,6 +8,7 @@ from typing import Any
 from lightning_peft.core.problems import nearest
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.dpo import DPO
+from lightning_peft.tasks.embedding import Embedding
 from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sft import SupervisedFineTuning
 from lightning_peft.tasks.task import Task
@@ -21,6 +22,7 @@ _TASKS: dict[str, Any] = {
     "sft": SupervisedFineTuning,
     "seq2seq": Seq2Seq,
     "dpo": DPO,
+    "embedding": Embedding,
 }
 
 

@@ -1,0 +1,69 @@
+"""How well anchors find their positives among all of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+_CUTS = (1, 5, 10)
+_CHUNK = 1024  # anchors that are compared with everything at once
+
+
+class Retrieval(Metric):
+    """``recall_at_1``, ``recall_at_5``, ``recall_at_10`` and ``mrr``, the mean of 1 over the positive's place.
+
+    An anchor's place is counted among the positives of the whole data set. Texts equal to its own positive, and other
+    positives of an equal anchor, are right answers too and do not push it down.
+    """
+
+    full_state_update: bool = False
+    anchors: list[Tensor]
+    positives: list[Tensor]
+    keys: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("anchors", "positives", "keys"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, anchors: Tensor, positives: Tensor, keys: Tensor) -> None:
+        """Adds pairs.
+
+        Args:
+            anchors: vectors of length 1, ``(rows, hidden)``.
+            positives: the same of what each is to find.
+            keys: equal for equal texts, ``(rows, 2)``.
+        """
+        self.anchors.append(anchors)
+        self.positives.append(positives)
+        self.keys.append(keys)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The shares and the mean over all anchors, from 0 to 1."""
+        anchors, positives, keys = (dim_zero_cat(state) for state in (self.anchors, self.positives, self.keys))
+        starts = range(0, len(anchors), _CHUNK)
+        places = torch.cat([_places(i, anchors, positives, keys) for i in starts])
+        found = {f"recall_at_{k}": (places <= k).float().mean() for k in _CUTS}
+        return {**found, "mrr": places.float().reciprocal().mean()}
+
+
+def _places(start: int, anchors: Tensor, positives: Tensor, keys: Tensor) -> Tensor:
+    """The place of each of some anchors' own positives, from 1 on."""
+    some = slice(start, start + _CHUNK)
+    cosines = anchors[some] @ positives.T
+    right = (keys[some].unsqueeze(1) == keys.unsqueeze(0)).any(-1)
+    before = (cosines > (anchors[some] * positives[some]).sum(1, keepdim=True)) & ~right
+    return before.sum(1) + 1
+
+
+def key_of(ids: Iterable[int]) -> int:
+    """A number that is equal for equal token ids, in every process.
+
+    Args:
+        ids: token ids; none at all have a number too.
+    """
+    return hash(tuple(int(i) for i in ids))
