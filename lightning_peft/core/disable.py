@@ -75,8 +75,9 @@ def _swapped(model: Module, adapters: Adapters) -> Iterator[None]:
         trained = {n: tensors[n].data for n, _ in originals}
         adapters.switch.active = ()
         for name, value in originals:
+            here = value.to(tensors[name].device)  # the model may have moved since
             # statistics move in training mode, and what is kept must not move with them
-            tensors[name].data = value if isinstance(tensors[name], Parameter) else value.clone()
+            tensors[name].data = here if isinstance(tensors[name], Parameter) else here.clone()
         try:
             yield
         finally:

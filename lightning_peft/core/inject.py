@@ -93,7 +93,7 @@ def eject(model: Module, name: str) -> None:
     originals = kept_originals(tree, "remove()")
     tensors = base_tensors(model)
     for key, value in originals.items():
-        tensors[key].data = value
+        tensors[key].data = value.to(tensors[key].device)  # the model may have moved since
     adapters.switch.active = tuple(n for n in adapters.switch.active if n != name)
     del adapters[name]
     for module in base_modules(model).values():

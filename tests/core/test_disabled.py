@@ -92,3 +92,13 @@ def test_a_block_that_cannot_begin_leaves_the_next_one_free_to(build, call):
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"disabled\(\): .*keep_originals=False"), adapter.disabled():
             pass
+
+
+def test_what_was_trained_in_place_is_swapped_on_the_device_that_the_model_has_moved_to(build):
+    model = build("bert")
+    adapter = adapt(model, Selective(parameter_types=["bias"]))
+    model.to("meta")
+    with adapter.disabled():
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+    adapter.remove()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
