@@ -52,7 +52,10 @@ class Jobs:
     def _record(self, error: Exception) -> None:
         """Says at once which run failed, and keeps it for the end, where a long sweep's messages are far above."""
         job = HydraConfig.get()
-        words = [w for w in job.overrides.task if w not in self.given] or list(job.overrides.task)
+        # "++" is put before some words where Hydra wants it, not by who typed them
+        typed = [word.removeprefix("++") for word in job.overrides.task]
+        given = {word.removeprefix("++") for word in self.given}
+        words = [word for word in typed if word not in given] or typed
         run = f"run {job.job.num} ({' '.join(words)})" if words else f"run {job.job.num}"
         reason = _reason(error)
         if os.environ.get(_FULL) or not isinstance(error, _MISTAKES):

@@ -23,7 +23,7 @@ def refuse_empty(feature: dict[str, Any], tokenizer: Any, max_length: int, *, tr
     for column, values in feature.items():
         if column.endswith(IDS) and all(token in around for token in values):
             raise ValueError(f"is empty: no token is left of it{_of(column)} but those that begin and end every text")
-        if training and column.endswith(LABELS) and isinstance(values, list) and all(v == IGNORED for v in values):
+        if training and column.endswith(LABELS) and isinstance(values, list) and set(values) == {IGNORED}:
             raise ValueError(f"has no supervised token{_of(column)} within max_length={max_length}")
 
 

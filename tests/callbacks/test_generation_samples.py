@@ -35,7 +35,7 @@ def data(tmp_path):
 def fit(llama_folder, data, trainer):
     """Trains two epochs with dropout; gives the module."""
 
-    def run(*callbacks, method=None, task="causal_lm", **options):
+    def run(*callbacks, method=None, task="sft", **options):
         torch.manual_seed(0)
         module = PeftModule(
             str(llama_folder), method or LoRA(r=2, lora_dropout=0.2), task, generation={"max_new_tokens": 6}

@@ -32,7 +32,7 @@ def test_a_language_models_run_logs_them_and_goes_on_counting_when_resumed(llama
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     def run(epochs, path=None):
-        module = PeftModule(str(llama_folder), LoRA(r=2), "causal_lm", {"lr": 1e-2}, {"name": "constant"})
+        module = PeftModule(str(llama_folder), LoRA(r=2), "sft", {"lr": 1e-2}, {"name": "constant"})
         path_of_rows = tmp_path / "pairs.jsonl"
         data = TextDataModule(train_files=path_of_rows, validation_files=path_of_rows, batch_size=4)
         trainer = L.Trainer(

@@ -273,7 +273,6 @@ def test_language_modelling_from_the_command_line(tmp_path, llama_folder):
         (["-m", "method=lora,prompt_tuning", "method.r=4"], "method=prompt_tuning has no option 'r'; known: learning"),
         (["trainr.max_epochs=2"], "there is no 'trainr'; did you mean 'trainer'?"),
         (["data.colums.text=x"], "there is no 'data.colums'; did you mean 'columns'?"),
-        (["data.columns={txt: x}"], "there is no 'data.columns.txt'; did you mean 'text'?"),
         (["precision=bf16-mixed"], "there is no 'precision'; did you mean 'trainer.precision'?"),
         (["experimnt=docstrings_lm"], "there is no 'experimnt'; did you mean 'experiment'?"),
         (["method=norm", "method.rank_pattern={a: 2}"], "method=norm has no option 'rank_pattern'"),
