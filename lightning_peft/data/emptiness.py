@@ -20,8 +20,10 @@ def refuse_empty(feature: dict[str, Any], tokenizer: Any, max_length: int, *, tr
         ValueError: if the features are empty; the sentence goes on behind the row's place.
     """
     around = _around(tokenizer) if training else frozenset()
+    there = any(values for column, values in feature.items() if column.endswith(IDS))
     for column, values in feature.items():
-        if column.endswith(IDS) and all(token in around for token in values):
+        # no ids at all beside a column with some: a text that a row of this shape does not have
+        if column.endswith(IDS) and (values or not there) and all(token in around for token in values):
             raise ValueError(f"is empty: no token is left of it{_of(column)} but those that begin and end every text")
         if training and column.endswith(LABELS) and isinstance(values, list) and set(values) == {IGNORED}:
             raise ValueError(f"has no supervised token{_of(column)} within max_length={max_length}")
