@@ -17,7 +17,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_peft.data.module import TextDataModule
-from lightning_peft.data.parts import IGNORED, parts_of
+from lightning_peft.data.parts import parts_of
+from lightning_peft.tasks.padding import IGNORED
 from lightning_peft.tasks.task import Joining
 
 SAMPLES = "samples.jsonl"

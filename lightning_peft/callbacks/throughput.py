@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-_IGNORED = -100
+from lightning_peft.tasks.padding import IGNORED
 
 
 class Throughput(Callback):
@@ -75,5 +75,5 @@ def token_counts(batch: Any) -> tuple[Tensor | int, Tensor | int]:
     masks = [v for k, v in tensors.items() if k.endswith("attention_mask")]
     labels = [v for k, v in tensors.items() if k.endswith("labels") and not torch.is_floating_point(v)]
     tokens: Tensor | int = sum((m.sum() for m in masks), start=0)
-    supervised: Tensor | int = sum(((v != _IGNORED).sum() for v in labels), start=0)
+    supervised: Tensor | int = sum(((v != IGNORED).sum() for v in labels), start=0)
     return tokens, supervised

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_peft.data.parts import IDS, IGNORED, LABELS
+from lightning_peft.data.parts import IDS, LABELS
+from lightning_peft.tasks.padding import IGNORED
 
 
 def refuse_empty(feature: dict[str, Any], tokenizer: Any, max_length: int, *, training: bool) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-IGNORED = -100
+from lightning_peft.tasks.padding import IGNORED
+
 IDS = "input_ids"
 LABELS = "labels"
 

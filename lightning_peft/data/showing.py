@@ -8,7 +8,8 @@ from typing import Any
 from lightning_peft.analysis.data_summary import Piece, Shown
 from lightning_peft.data.files import Example
 from lightning_peft.data.module import TextDataModule
-from lightning_peft.data.parts import IGNORED, Part
+from lightning_peft.data.parts import Part
+from lightning_peft.tasks.padding import IGNORED
 
 
 def shown(

@@ -14,10 +14,10 @@ import numpy as np
 from lightning_peft.analysis.data_summary import Cut, DataSummary, SplitSummary, Spread, listed, percent
 from lightning_peft.data.files import Example
 from lightning_peft.data.module import TextDataModule
-from lightning_peft.data.parts import IGNORED, LABELS, Part, parts_of, row_lengths, row_supervised
+from lightning_peft.data.parts import LABELS, Part, parts_of, row_lengths, row_supervised
 from lightning_peft.data.showing import shown
 from lightning_peft.data.splits import inputs_key
-from lightning_peft.tasks.padding import pad_token
+from lightning_peft.tasks.padding import IGNORED, pad_token
 from lightning_peft.tasks.task import Joining
 
 WHOLE = 1_000_000_000

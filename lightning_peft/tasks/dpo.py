@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -15,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.core.disable import disabled
+from lightning_peft.core.mode import evaluating
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.tasks.columns import Columns
 from lightning_peft.tasks.language_model import end_of_text, write
@@ -154,7 +153,7 @@ class DPO:
         if model.training:
             _leave_out_dropout(model)
         # the reference first: what it swaps in the base must not lie between a forward and its backward
-        with torch.no_grad(), _evaluating(model), disabled(model):
+        with torch.no_grad(), evaluating(model), disabled(model):
             reference = self._log_likelihoods(model, batch)
         ratios = self._log_likelihoods(model, batch) - reference
         return LogRatios(*ratios.chunk(2))
@@ -198,18 +197,6 @@ class DPO:
     def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
         """The answer that the model writes to each prompt; greedy, 64 tokens at most, unless told otherwise."""
         return [{"completion": t} for t in write(model, batch, tokenizer, end_of_text(tokenizer), **generation)]
-
-
-@contextmanager
-def _evaluating(model: Module) -> Iterator[None]:
-    """Evaluation mode; on leaving, each module has the mode that it had."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _leave_out_dropout(model: Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from lightning_peft.tasks.padding import IGNORED, pad_token, without_labels
+from lightning_peft.tasks.padding import IGNORED, pad_token
 
 
 class NextToken:
@@ -30,8 +30,7 @@ class NextToken:
 
     def outputs(self, model: Any, batch: dict[str, Any]) -> Any:
         """What the model says to a batch; the loss is taken outside of it, so that it can be summed."""
-        inputs = without_labels(batch)
-        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
     def loss(self, outputs: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and the number of tokens that count; logits are ``(batch, tokens, vocabulary)``."""

@@ -61,12 +61,16 @@ def prompt_of(row: dict[str, Any], tokenizer: Any, max_length: int) -> Ids:
 
 def _texts(row: dict[str, Any], tokenizer: Any) -> tuple[Ids, Ids, Ids]:
     if not isinstance(row["rejected"], str) or not isinstance(row.get("prompt", ""), str):
-        kinds = ", ".join(f"{c} is a {type(row[c]).__name__}" for c in ("prompt", "chosen", "rejected") if c in row)
-        raise ValueError(f"mixes texts and messages: {kinds}")
+        raise _mixed(row)
     if "prompt" not in row:
         raise ValueError("has no column 'prompt', which only conversations can go without")
     prompt = before_text(tokenizer) + _ids(row["prompt"], tokenizer)
     return prompt, _answer(row["chosen"], tokenizer), _answer(row["rejected"], tokenizer)
+
+
+def _mixed(row: dict[str, Any]) -> ValueError:
+    kinds = ", ".join(f"{c} is a {type(row[c]).__name__}" for c in ("prompt", "chosen", "rejected") if c in row)
+    return ValueError(f"mixes texts and messages: {kinds}")
 
 
 def _answer(text: str, tokenizer: Any) -> Ids:
@@ -81,8 +85,7 @@ def _ids(text: str, tokenizer: Any) -> Ids:
 
 def _conversations(row: dict[str, Any], tokenizer: Any) -> tuple[Ids, Ids, Ids]:
     if isinstance(row["rejected"], str) or isinstance(row.get("prompt"), str):
-        kinds = ", ".join(f"{c} is a {type(row[c]).__name__}" for c in ("prompt", "chosen", "rejected") if c in row)
-        raise ValueError(f"mixes texts and messages: {kinds}")
+        raise _mixed(row)
     chosen, rejected = _plain(row["chosen"]), _plain(row["rejected"])
     given = row.get("prompt")
     prompt = _common(chosen, rejected) if given is None else _plain(given)

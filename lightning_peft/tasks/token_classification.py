@@ -15,10 +15,9 @@ from lightning_peft.core.problems import raise_problems
 from lightning_peft.tasks.class_names import ClassNumbers, class_name, in_order, readable
 from lightning_peft.tasks.columns import Columns
 from lightning_peft.tasks.entities import OUTSIDE, EntityScores, entities, mark_entities
-from lightning_peft.tasks.padding import pad, pad_inputs
+from lightning_peft.tasks.padding import IGNORED, pad, pad_inputs
 from lightning_peft.tasks.word_pieces import first_pieces
 
-_IGNORED = -100
 _NO_WORD, _LOST = -2, -1
 _READ = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -130,8 +129,8 @@ class TokenClassification:
         batch = pad_inputs(features, tokenizer)
         batch["starts"] = pad([f["starts"] for f in features], _NO_WORD)
         if training:
-            batch["tags"] = pad([f["tags"] for f in features], _IGNORED)
-            batch["labels"] = torch.full_like(batch["input_ids"], _IGNORED)
+            batch["tags"] = pad([f["tags"] for f in features], IGNORED)
+            batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
             row, word = (batch["starts"] >= 0).nonzero(as_tuple=True)
             batch["labels"][row, batch["starts"][row, word]] = batch["tags"][row, word]
         return batch
@@ -143,8 +142,8 @@ class TokenClassification:
     def loss(self, outputs: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and the number of words; logits are ``(batch, tokens, tags)``."""
         labels = batch["labels"]
-        total = F.cross_entropy(outputs.logits.float().transpose(1, 2), labels, ignore_index=_IGNORED, reduction="sum")
-        return total, (labels != _IGNORED).sum()
+        total = F.cross_entropy(outputs.logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
+        return total, (labels != IGNORED).sum()
 
     def metrics(self) -> MetricCollection:
         """Precision, recall and F1 of entities, overall and of each type, and the share of words that are right."""
@@ -153,7 +152,7 @@ class TokenClassification:
     def update(self, metrics: MetricCollection, outputs: Any, batch: dict[str, Any]) -> None:
         """Adds a batch to the metrics."""
         names = self._names()
-        expected = [[names[tag] for tag in row if tag != _IGNORED] for row in batch["tags"].tolist()]
+        expected = [[names[tag] for tag in row if tag != IGNORED] for row in batch["tags"].tolist()]
         said = [[tag for tag, _ in row] for row in self._said(outputs.logits, batch["starts"])]
         metrics.update(said, expected)
 
