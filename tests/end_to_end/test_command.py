@@ -344,7 +344,7 @@ def test_entries_of_dictionaries_and_options_of_swept_methods_are_given_like_any
         (["trainer.precision=bf16"], "trainer.precision=bf16 could be bf16-mixed (weights in 32 bits) or bf16-true"),
         (["trainer.precision=16"], "trainer.precision=16 could be 16-mixed"),
         (["optimizer.lr=-1"], "optimizer.lr must be above 0, but got -1"),
-        (["data=files", "data.train_files=empty.jsonl"], "row 2 has nothing in the column 'label'"),
+        (["data=files", "data.train_files=empty.jsonl"], "empty.jsonl, line 2 has nothing in the column 'label'"),
         (["ckpt_path=texts.jsonl"], "texts.jsonl (27 bytes) is no checkpoint, or one that is cut short"),
         (["method.target_modules=all_linear"], "did you mean 'all-linear'"),
         (["model=hf", "model.name_or_path=held"], "the folder 'held' has no config.json and no tokenizer"),
