@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_peft.core.problems import nearest
 from lightning_peft.tasks.messages import Message
+from lightning_peft.tasks.padding import IGNORED
 
 _SHIPPED = Path(__file__).parent / "chat_templates"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # private characters, one for each message, that stand in no text which templates look into
 _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD
+# a template writes its own beginning, and how long a text may be is no question of it
+_AS_IT_IS: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
 
 Span = tuple[int, int]
 
@@ -139,6 +144,37 @@ class Chat:
                 after = self._end(text, places[i][1], "tool_calls" in message)
                 spans.append((start, after))
         return text, spans[-len(answers) :]
+
+    def encode(self, messages: list[Message], tools: Any = None, first: int = 0) -> tuple[list[int], list[int]]:
+        """A conversation as token ids, and labels that are -100 on all but the answers.
+
+        Args:
+            messages: the messages.
+            tools: descriptions of tools.
+            first: the messages before this one are prompt.
+
+        Raises:
+            ValueError: as `with_answers`.
+        """
+        text, spans = self.with_answers(messages, tools, first)
+        found = self.tokenizer(text, return_offsets_mapping=True, **_AS_IT_IS)
+        ids, begins = np.array(found["input_ids"]), np.array(found["offset_mapping"])[:, 0]
+        # a token that begins before the answer, such as a header that swallows the space behind it, is the header's
+        counts = np.any([(begins >= start) & (begins < end) for start, end in spans], axis=0)
+        return ids.tolist(), np.where(counts, ids, IGNORED).tolist()
+
+    def encode_prompt(self, messages: list[Message], tools: Any = None) -> list[int]:
+        """A conversation that is to be answered, as token ids.
+
+        Args:
+            messages: the messages.
+            tools: descriptions of tools.
+
+        Raises:
+            ValueError: as `text`.
+        """
+        ids: list[int] = self.tokenizer(self.text(messages, tools, prompt=True), **_AS_IT_IS)["input_ids"]
+        return ids
 
     def _marked(self, messages: list[Message], tools: Any) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template

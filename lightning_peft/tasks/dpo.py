@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -16,7 +17,8 @@ from lightning_peft.core.disable import disabled
 from lightning_peft.core.mode import evaluating
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.tasks.columns import Columns
-from lightning_peft.tasks.language_model import end_of_text, write
+from lightning_peft.tasks.conversing import Conversing
+from lightning_peft.tasks.language_model import write
 from lightning_peft.tasks.padding import IGNORED, pad, pad_inputs
 from lightning_peft.tasks.preferences import pair_of, prompt_of
 
@@ -36,7 +38,7 @@ class LogRatios(NamedTuple):
 
 
 @dataclass
-class DPO:
+class DPO(Conversing):
     r"""Learns from pairs of answers which of two is preferred (arXiv 2305.18290).
 
     $$ \text{loss} = -\log \sigma\big(\beta\,(r_c - r_r)\big), \qquad r = \log \pi(y \mid x) - \log \pi_0(y \mid x) $$
@@ -53,26 +55,31 @@ class DPO:
             over tokens to ``1 / (2 beta)``; ``"hinge"`` (arXiv 2305.10425) is content with a margin of 1.
         label_smoothing: for ``sigmoid``, the share of pairs that are taken to be the wrong way round, from 0 on and
             below 0.5.
+        chat_template: the form of conversations: ``"chatml"``, ``"zephyr"`` or ``"alpaca"``, a ``.jinja`` file, or
+            Jinja; after construction it is the template's text. None takes the tokenizer's own.
 
     Raises:
-        ValueError: if an option is out of its range.
+        ValueError: if an option is out of its range, or the template's name is unknown.
+        FileNotFoundError: if the template's file is not there.
     """
 
     beta: float = 0.1
     loss_type: LossType = "sigmoid"
     label_smoothing: float = 0.0
+    chat_template: str | None = None
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     monitor: ClassVar[str] = "val/loss"
     mode: ClassVar[str] = "min"
     columns: ClassVar[tuple[Columns, ...]] = (
-        Columns(("prompt",), ("chosen", "rejected")),
-        Columns((), ("chosen", "rejected")),
+        Columns(("prompt",), ("chosen", "rejected"), ("tools",)),
+        Columns((), ("chosen", "rejected"), ("tools",)),
     )
     whole_texts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         losses = get_args(LossType)
         raise_problems(
             "DPO",
@@ -120,19 +127,21 @@ class DPO:
 
         Raises:
             ValueError: if a row is no pair of answers to one prompt.
+            RuntimeError: if there is no chat template for conversations, or none that can be learnt from.
         """
+        chat_for = functools.cache(functools.partial(self._chat, tokenizer))
         if not training:
-            return [{"input_ids": prompt_of(row, tokenizer, max_length)} for row in rows]
+            return [{"input_ids": prompt_of(row, tokenizer, chat_for, max_length)} for row in rows]
         features = []
         for row in rows:
-            prompt, chosen, rejected = pair_of(row, tokenizer, max_length)
+            prompt, chosen, rejected = pair_of(row, tokenizer, chat_for, max_length)
             hidden = [IGNORED] * len(prompt)
             features.append(
                 {
-                    "input_ids": prompt + chosen,
-                    "labels": hidden + chosen,
-                    "rejected_input_ids": prompt + rejected,
-                    "rejected_labels": hidden + rejected,
+                    "input_ids": prompt + chosen.ids,
+                    "labels": hidden + chosen.labels,
+                    "rejected_input_ids": prompt + rejected.ids,
+                    "rejected_labels": hidden + rejected.labels,
                 }
             )
         return features
@@ -196,7 +205,7 @@ class DPO:
 
     def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
         """The answer that the model writes to each prompt; greedy, 64 tokens at most, unless told otherwise."""
-        return [{"completion": t} for t in write(model, batch, tokenizer, end_of_text(tokenizer), **generation)]
+        return [{"completion": t} for t in write(model, batch, tokenizer, self._ends(tokenizer), **generation)]
 
 
 def _leave_out_dropout(model: Module) -> None:

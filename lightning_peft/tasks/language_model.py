@@ -88,7 +88,19 @@ def without_beginning(ids: list[int], tokenizer: Any, max_length: int) -> list[i
     """
     first = ids[:1] if ids[:1] and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
     rest = ids[len(first) :]
-    return first + rest[-(max_length - len(first)) :]
+    return first + rest[max(0, len(ids) - max_length) :]
+
+
+def prompt_that_fits(ids: list[int], answer: int, tokenizer: Any, max_length: int) -> list[int]:
+    """A prompt without its beginning, so that the whole answer or a quarter of the window is left for that.
+
+    Args:
+        ids: the prompt.
+        answer: how many tokens the answer has.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: the window.
+    """
+    return without_beginning(ids, tokenizer, max_length - min(answer, max(1, max_length // 4)))
 
 
 @torch.no_grad()

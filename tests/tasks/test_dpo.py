@@ -22,6 +22,7 @@ CHATML = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
+SYSTEM = {"role": "system", "content": "red"}
 USER = {"role": "user", "content": "what is it"}
 
 
@@ -130,8 +131,10 @@ def test_a_text_pair_shares_its_prompt_and_each_answer_has_one_end(tokenizer):
         {"prompt": [USER], "chosen": [_says("a cat")], "rejected": [_says("nothing")]},
         {"chosen": [USER, _says("a cat")], "rejected": [USER, _says("nothing")]},
         {"chosen": [USER | {"name": None}, _says("a cat")], "rejected": [USER, _says("nothing")]},
+        {"prompt": "what is it", "chosen": [USER, _says("a cat")], "rejected": [USER, _says("nothing")]},
+        {"prompt": [USER], "chosen": [USER, _says("a cat")], "rejected": [USER, _says("nothing")]},
     ],
-    ids=["prompt", "implicit prompt", "empty entries of a table"],
+    ids=["prompt", "implicit prompt", "empty entries of a table", "prompt as text too", "prompt in all three"],
 )
 def test_conversations_are_written_by_the_tokenizers_template(tokenizer, row):
     (found,) = DPO().encode([row], tokenizer, 32, training=True)
@@ -141,6 +144,22 @@ def test_conversations_are_written_by_the_tokenizers_template(tokenizer, row):
     assert found["labels"][:6] == [-100] * 6
     (alone,) = DPO().encode([row], tokenizer, 32, training=False)
     assert tokenizer.convert_ids_to_tokens(alone["input_ids"]) == before
+
+
+def test_of_a_longer_answer_only_the_turns_of_the_assistant_count(tokenizer):
+    row = {"prompt": [USER], "chosen": [_says("a"), USER, _says("cat")], "rejected": [_says("no")]}
+    (found,) = DPO().encode([row], tokenizer, 32, training=True)
+    said = tokenizer.convert_ids_to_tokens([i for i in found["labels"] if i != -100])
+    assert said == ["a", "</s>", "cat", "</s>"]
+    assert len(found["labels"]) == len(found["input_ids"]) == 16
+
+
+def test_what_a_template_writes_behind_the_end_of_a_turn_is_not_learnt(reference):
+    tokenizer = _words_tokenizer([*reference[1]["words"], "<|user|>", "<|assistant|>"])
+    tokenizer.chat_template = CHATML.replace("</s> ", "</s> here ")
+    row = {"prompt": [USER], "chosen": [_says("a cat")], "rejected": [_says("nothing")]}
+    (found,) = DPO().encode([row], tokenizer, 32, training=True)
+    assert tokenizer.convert_ids_to_tokens(found["input_ids"][-3:]) == ["a", "cat", "</s>"]
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [(40, 3), (3, 40), (40, 40)])
@@ -165,8 +184,16 @@ def test_too_long_a_pair_keeps_one_prompt_its_end_and_a_part_of_each_answer(toke
         ({"prompt": "red", "chosen": "a", "rejected": [_says("no")]}, "mixes texts and messages"),
         ({"chosen": [_says("a")], "rejected": [_says("no")]}, "chosen and rejected conversations do not begin alike"),
         ({"chosen": [USER], "rejected": [USER, _says("a")]}, "conversations do not differ in a message"),
-        ({"prompt": [USER], "chosen": [{"content": "a"}], "rejected": [_says("no")]}, "messages with role and content"),
-        ({"prompt": [USER], "chosen": [USER], "rejected": [_says("a")]}, "the prompt otherwise when the chosen answer"),
+        (
+            {"prompt": [USER], "chosen": [{"content": "a"}], "rejected": [_says("no")]},
+            "no 'role' in message 1 of 'chosen'",
+        ),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, _says("a")], "rejected": [_says("no")]},
+            "a chosen answer that does not begin with a turn of the assistant",
+        ),
+        ({"prompt": [USER], "chosen": [_says("")], "rejected": [_says("a")]}, "an empty content of role 'assistant'"),
+        ({"prompt": "red", "chosen": [USER, _says("a")], "rejected": [USER, _says("no")]}, "mixes texts and messages"),
     ],
 )
 def test_a_row_that_is_no_pair_is_refused_with_its_reason(tokenizer, row, said):
@@ -177,8 +204,9 @@ def test_a_row_that_is_no_pair_is_refused_with_its_reason(tokenizer, row, said):
 def test_a_conversation_needs_a_template_and_a_prediction_a_prompt(reference, tokenizer):
     plain = _words_tokenizer(reference[1]["words"])
     row = {"prompt": [USER], "chosen": [_says("a")], "rejected": [_says("no")]}
-    with pytest.raises(ValueError, match="is a conversation, but the tokenizer has no chat template"):
+    with pytest.raises(RuntimeError, match=r"no chat template; name one with\s+task.chat_template"):
         DPO().encode([row], plain, 16, training=True)
+    assert DPO(chat_template=CHATML).encode([row], plain, 16, training=True)
     with pytest.raises(ValueError, match="has no column 'prompt'"):
         DPO().encode([{}], tokenizer, 16, training=False)
 
