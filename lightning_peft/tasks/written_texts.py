@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.text import ROUGEScore, SacreBLEUScore
+from torchmetrics.functional.text import rouge_score
+from torchmetrics.text import SacreBLEUScore
 
 _CHARACTERS = 6  # the longest run that chrF compares
+_ROUGE = ("rouge1", "rouge2", "rougeL")
 _BETA = 2  # recall counts twice as much as precision
 
 
@@ -120,15 +122,34 @@ def _runs(text: str, n: int) -> Counter[str]:
     return Counter(characters[i : i + n] for i in range(len(characters) - n + 1))
 
 
-class Rouge(ROUGEScore):
+class Rouge(Metric):
     """The mean F measures of ROUGE-1, ROUGE-2 and ROUGE-L, as rouge_score has them without a stemmer.
 
-    Words are runs of ASCII letters and digits: texts in other scripts have none.
+    Words are runs of ASCII letters and digits: texts in other scripts have none. `torchmetrics.text.ROUGEScore` holds
+    each text's measures, and its processes wait for each other forever where one has more texts than another.
     """
 
+    measures: Tensor
+    texts: Tensor
+
     def __init__(self) -> None:
-        super().__init__(rouge_keys=("rouge1", "rouge2", "rougeL"))
+        super().__init__()
+        self.add_state("measures", torch.zeros(len(_ROUGE)), dist_reduce_fx="sum")
+        self.add_state("texts", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, written: Sequence[str], expected: Sequence[Sequence[str]]) -> None:
+        """Adds texts.
+
+        Args:
+            written: what the model wrote.
+            expected: what it should have written, one text for each.
+        """
+        for ours, (theirs,) in zip(written, expected, strict=True):
+            found = rouge_score(ours, theirs, rouge_keys=_ROUGE)
+            self.measures += torch.stack([found[f"{key}_fmeasure"] for key in _ROUGE]).to(self.measures)
+            self.texts += 1
 
     def compute(self) -> dict[str, Tensor]:
         """The three, from 0 to 1."""
-        return {k.removesuffix("_fmeasure"): v for k, v in super().compute().items() if k.endswith("_fmeasure")}
+        means = self.measures / self.texts.clamp_min(1)
+        return dict(zip(_ROUGE, means, strict=True))
