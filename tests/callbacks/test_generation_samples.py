@@ -118,6 +118,33 @@ def test_tensorboard_gets_the_answers_as_a_table(fit, tmp_path):
         assert f"| {line['id']} | {line['prompt']} | {line['expected']} |" in text
 
 
+@pytest.mark.slow
+def test_weights_and_biases_gets_a_table_at_each_validation(fit, tmp_path):
+    pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(project="samples", save_dir=str(tmp_path), offline=True)
+    fit(GenerationSamples(tmp_path, rows=2), logger=logger)
+    logger.experiment.finish()
+    tables = [json.loads(p.read_text()) for p in tmp_path.glob("wandb/offline-run-*/files/media/table/**/*.json")]
+    assert [t["columns"] for t in tables] == [["id", "prompt", "expected", "written"]] * 2
+    cells = sorted(row for table in tables for row in table["data"])
+    assert cells == sorted([ln["id"], ln["prompt"], ln["expected"], ln["written"]] for ln in _lines(tmp_path))
+
+
+@pytest.mark.slow
+def test_mlflow_gets_the_lines_of_each_validation(fit, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    monkeypatch.chdir(tmp_path)
+    fit(GenerationSamples(tmp_path, rows=2), logger=MLFlowLogger("samples", tracking_uri=f"sqlite:///{tmp_path}/m.db"))
+    found = {p.name: p.read_text() for p in tmp_path.rglob("samples/step_*.jsonl")}
+    assert sorted(found) == ["step_10.jsonl", "step_5.jsonl"]
+    lines = [json.loads(line) for name in ("step_5.jsonl", "step_10.jsonl") for line in found[name].splitlines()]
+    assert lines == _lines(tmp_path)
+
+
 def test_what_it_cannot_work_with_is_refused(trainer):
     with pytest.raises(ValueError, match="rows must be 1 or more, but got 0"):
         GenerationSamples(rows=0)
