@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_peft.analysis.data_page import NUMBERS, write_data_page
 from lightning_peft.analysis.data_report import print_data
 from lightning_peft.callbacks.epoch_lines import EpochLines
+from lightning_peft.callbacks.progress_bar import ProgressBar
 from lightning_peft.cli.report import print_exported, print_metrics, print_training, short
 from lightning_peft.core.method import Method
 from lightning_peft.data.summary import summarise
@@ -224,9 +225,7 @@ def _trainer(config: DictConfig) -> L.Trainer:
     if options["enable_progress_bar"] is None:
         options["enable_progress_bar"] = watched
     if options["enable_progress_bar"]:
-        from lightning.pytorch.callbacks import RichProgressBar
-
-        callbacks.append(RichProgressBar())
+        callbacks.append(ProgressBar())
     options["enable_checkpointing"] = bool(config.get("callbacks"))
     return cast(L.Trainer, instantiate(options, callbacks=callbacks, logger=loggers or False, _convert_="all"))
 
