@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from typing_extensions import override
 
+from lightning_peft.analysis.card import card_of
 from lightning_peft.analysis.plan import Plan, plan_of
 from lightning_peft.core.activation import activate, set_trainable
 from lightning_peft.core.adapters import adapters_of, require_adapters, tree_of
@@ -22,8 +23,8 @@ from lightning_peft.core.method import DataDriven, Method, Scheduled, require_me
 from lightning_peft.core.mode import evaluating
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
-from lightning_peft.formats.merged import unload_merged
-from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, save_for
+from lightning_peft.formats.merged import save_merged, unload_merged
+from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, check_for, save_for
 
 
 class Adapter:
@@ -226,10 +227,11 @@ class Adapter:
         return self.model
 
     def save(self, path: str | Path, tokenizer: Any = None, **info: Any) -> Path:
-        """Writes the adapter into a folder, in Hugging Face PEFT's format where that knows the method.
+        """Writes the adapter and its model card into a folder, in Hugging Face PEFT's format where that has the method.
 
         Args:
-            path: a folder that holds no adapter yet; it is made if it does not exist.
+            path: a folder that holds no adapter yet; it is made if it does not exist. A README.md that it has is kept,
+                and then no card is written.
             tokenizer: a tokenizer to write beside it, with its chat template.
             **info: plain values for the folder's manifest, such as ``labels``.
 
@@ -240,7 +242,30 @@ class Adapter:
             FileExistsError: if the folder already holds an adapter or a model, or a file is in its place.
         """
         self._require()
-        return save_folder(self.model, self.name, Path(path), info, tokenizer)
+        card = card_of(self.model, self.name, path, info=info)
+        return save_folder(self.model, self.name, Path(path), info, tokenizer, card)
+
+    def save_merged(self, path: str | Path, tokenizer: Any = None, **info: Any) -> Path:
+        """Writes the whole model with the adapter merged, for plain transformers, with a model card.
+
+        The model in memory stays adapted as it is.
+
+        Args:
+            path: a folder that does not exist yet, or is empty.
+            tokenizer: a tokenizer to write beside it.
+            **info: what `save` takes too.
+
+        Returns:
+            The folder.
+
+        Raises:
+            TypeError: if the model has no ``save_pretrained``.
+            ValueError: if the method cannot be merged, or another adapter acts and could be taken back.
+            FileExistsError: if the folder holds something, or a file is in its place.
+        """
+        self._require()
+        card = card_of(self.model, self.name, path, "merged", info=info, has_tokenizer=tokenizer is not None)
+        return save_merged(self.model, self.name, Path(path), tokenizer, card)
 
     def save_for(self, consumer: str, path: str | Path, *, max_lora_rank: int = DEFAULT_MAX_LORA_RANK) -> Path:
         """Writes the adapter as a server of language models reads it: a plain LoRA of one rank and one strength.
@@ -261,7 +286,9 @@ class Adapter:
             FileExistsError: if the folder already holds an adapter.
         """
         self._require()
-        return save_for(consumer, self.model, self.name, Path(path), max_lora_rank=max_lora_rank)
+        check_for(consumer, self.model, self.name, max_lora_rank=max_lora_rank)
+        card = card_of(self.model, self.name, path, consumer)
+        return save_for(consumer, self.model, self.name, Path(path), max_lora_rank=max_lora_rank, card=card)
 
     def print_trainable_parameters(self) -> None:
         """Prints how much trains of how much."""

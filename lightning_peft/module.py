@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+from lightning.pytorch import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn import Module
@@ -23,6 +24,7 @@ from lightning_peft.callbacks.adaptation import (
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.loading import require_peft_module
 from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
+from lightning_peft.callbacks.record_training import RecordTraining
 from lightning_peft.callbacks.steps import after_step, before_step, check_schedule, prepare
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.per_forward import labels_of_batch
@@ -89,6 +91,8 @@ class PeftModule(EvaluatedModule):
         self._tokenizer: Any = None
         self.mean = TokenMean()
         self._checked = False
+        schedule = f"{self.scheduler['name']}, {self.scheduler['warmup']:.0%} warm-up"
+        self._recording = RecordTraining(self.task.monitor, schedule)
         self._save_plain_hparams()
 
     def _save_plain_hparams(self) -> None:
@@ -201,6 +205,10 @@ class PeftModule(EvaluatedModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [] if self._recording in self.trainer.callbacks else [self._recording]  # type: ignore[attr-defined]
+
+    @override
     def on_fit_start(self) -> None:
         self._checked = False
         if isinstance(self.task, Checking):
@@ -272,7 +280,7 @@ class PeftModule(EvaluatedModule):
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
 
     def save_adapter(self, path: str | Path) -> Path:
-        """Exports the adapter, with what it takes to predict from the folder alone.
+        """Exports the adapter, with what it takes to predict from the folder alone, and a model card.
 
         Args:
             path: a folder that holds no adapter yet.
@@ -283,6 +291,7 @@ class PeftModule(EvaluatedModule):
         info: dict[str, Any] = {"task": self.task.to_config(), "generation": self.generation}
         if self.base is not None:
             info["model"] = self.base.to_config()
+        self._recording.describe_data(self.adapter)
         # whoever loads the adapter writes conversations as it learnt them
         beside = self.tokenizer if isinstance(self.task, Templated) else None
         return self.adapter.save(path, tokenizer=beside, **info)

@@ -16,6 +16,7 @@ from lightning_peft.core.method import Method
 from lightning_peft.core.partial_state import PartialState
 from lightning_peft.core.problems import nearest
 from lightning_peft.formats.base_identity import base_description, refuse_another_base
+from lightning_peft.formats.training_record import TrainingRecord
 from lightning_peft.handle import Adapter, adapt
 from lightning_peft.methods.config import method_to_config
 
@@ -113,6 +114,7 @@ def checkpoint_record(root: Module, path: str, state: dict[str, Any]) -> dict[st
         "tensors": sorted(state),
         "trained": _trained(root),
         "prepared": {n: tree.record.prepared for n, tree in adapters.trees.items()},
+        "training": {n: tree.record.training and tree.record.training.to_dict() for n, tree in adapters.trees.items()},
         "random_state": random_state(),
     }
 
@@ -148,6 +150,8 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint lacks {len(lost)} of the tensors that it lists, such as {lost[0]}")
     for name, tree in adapters.trees.items():
         tree.record.prepared = record["prepared"][name]
+        training = record.get("training", {}).get(name)
+        tree.record.training = training and TrainingRecord.from_dict(training)
 
 
 def _differences(saved: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any]]) -> list[str]:

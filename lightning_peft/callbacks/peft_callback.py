@@ -7,7 +7,7 @@ from functools import partial
 from types import FunctionType
 from typing import Any, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.nn import Module
 from typing_extensions import override
@@ -24,6 +24,7 @@ from lightning_peft.callbacks.adaptation import (
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
 from lightning_peft.callbacks.rebuilding import adapted_parts, carry_over, refuse_rebuilt_parts
+from lightning_peft.callbacks.record_training import RecordTraining
 from lightning_peft.callbacks.steps import after_step, before_step, check_schedule, prepare
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.method import Method, require_method
@@ -79,7 +80,7 @@ class Pending:
         self.replaced, self.done = None, True
 
 
-class PeftCallback(Callback):
+class PeftCallback(RecordTraining):
     """Adapts the LightningModule: freezes it, injects a method, and keeps checkpoints to what trains.
 
     The same model is seen by fit, validate, test and predict; a checkpoint resumes with ``ckpt_path`` and is
@@ -104,6 +105,7 @@ class PeftCallback(Callback):
     def __init__(
         self, method: Method, model: str | None = None, name: str = "default", *, print_plan: bool = True
     ) -> None:
+        super().__init__()
         require_method(method)
         if model is not None and not isinstance(model, str):
             raise TypeError(f"model must be the name of a submodule, such as 'backbone', but got {model!r}")
@@ -166,6 +168,7 @@ class PeftCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sees that the optimizers hold what trains."""
+        super().on_train_start(trainer, pl_module)
         self._steps = trainer.global_step
         check_optimizers(trainer.optimizers, pl_module, self.adapter(pl_module))
         check_schedule(trainer, self.adapter(pl_module))
@@ -180,6 +183,7 @@ class PeftCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Lets a scheduled method act, where the batch ended a step."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
             after_step(trainer, self.adapter(pl_module), trainer.global_step)

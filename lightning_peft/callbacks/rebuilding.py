@@ -63,6 +63,7 @@ def carry_over(old: Module, new: Module, name: str) -> None:
     for place in now.tree.record.in_place:
         new.get_parameter(place).copy_(trained[place])
     now.tree.record.prepared = was.tree.record.prepared
+    now.tree.record.training = was.tree.record.training
     if was.tree.record.resting is not None:
         now.requires_grad_(False)
 

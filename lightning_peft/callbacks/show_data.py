@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_peft.analysis.data_page import write_data_page
 from lightning_peft.analysis.data_report import print_data
+from lightning_peft.analysis.data_summary import DataSummary
 from lightning_peft.data.module import TextDataModule
 from lightning_peft.data.summary import summarise
 
@@ -26,13 +27,14 @@ class ShowData(Callback):
         self.folder = folder
         self.examples = examples
         self.sample = sample
+        self.summary: DataSummary | None = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
         if not trainer.is_global_zero or not isinstance(data, TextDataModule):
             return
-        summary = summarise(data, examples=self.examples, sample=self.sample)
+        summary = self.summary = summarise(data, examples=self.examples, sample=self.sample)
         print_data(summary)
         print()
         if self.folder is not None:

@@ -24,7 +24,6 @@ from lightning_peft.cli.report import print_exported, print_metrics, print_train
 from lightning_peft.core.method import Method
 from lightning_peft.data.summary import summarise
 from lightning_peft.formats.folder import refuse_occupied
-from lightning_peft.formats.merged import save_merged
 from lightning_peft.formats.reading import read_checkpoint
 from lightning_peft.formats.serving import consumer_of
 from lightning_peft.formats.writing import write_json, written_file
@@ -65,7 +64,10 @@ def train(config: DictConfig) -> float | None:
     kept = getattr(trainer.checkpoint_callback, "best_model_path", "")
     best = Path(kept) if kept else None
     if best is not None:
+        whole = module.adapter.tree.record
         module = PeftModule.load_from_checkpoint(best, map_location="cpu", weights_only=True)
+        kept = module.adapter.tree.record
+        kept.training = whole.training.at(kept.training.step)  # the curves of all of it, as people look at them
     folder = module.save_adapter(target)
     metrics = _numbers(trainer.callback_metrics)
     reached = getattr(trainer.checkpoint_callback, "best_model_score", None)
@@ -137,7 +139,7 @@ def export(config: DictConfig) -> Path:
     if config.format == "merged":
         assert module.model is not None
         module.model.eval()
-        save_merged(module.model, "default", folder, module.tokenizer)
+        module.adapter.save_merged(folder, module.tokenizer)
     elif consumer is not None:
         module.adapter.save_for(consumer, folder, max_lora_rank=config.max_lora_rank)
     else:

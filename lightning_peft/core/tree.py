@@ -26,6 +26,7 @@ class Record:
         originals: their starting values, or None where the method keeps none.
         resting: names of its parameters that trained until it was told not to; None while it trains.
         prepared: whether the data that the method asks for has been seen, here or before it was loaded.
+        training: how it was trained, as those who train and save it note it; None where nobody did.
     """
 
     method: Method
@@ -36,6 +37,7 @@ class Record:
     originals: dict[str, Tensor] | None
     resting: list[str] | None = None
     prepared: bool = False
+    training: Any = None
 
 
 class AdapterTree(Module):

@@ -20,9 +20,11 @@ from lightning_peft.core.method import Method, PeftFormat, PeftRepacked
 from lightning_peft.core.statistics import moving_statistics
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.base_identity import base_description, refuse_another_base
+from lightning_peft.formats.card import Card
 from lightning_peft.formats.hf_peft import adapter_config, has_peft_format, method_from_peft
 from lightning_peft.formats.places import refuse_file, refuse_model
 from lightning_peft.formats.reading import naming, read_json
+from lightning_peft.formats.training_record import TrainingRecord
 from lightning_peft.formats.writing import write_json, written_whole
 from lightning_peft.methods.config import method_from_config, method_to_config
 
@@ -47,6 +49,7 @@ class SavedAdapter:
         info: what was written beside it, such as ``labels``.
         foreign: whether another library wrote the folder.
         prepared: whether the data that the method asks for was seen before it was saved.
+        training: how it was trained, where the folder says it.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class SavedAdapter:
     info: dict[str, Any]
     foreign: bool
     prepared: bool
+    training: TrainingRecord | None = None
 
     @property
     def tokenizer(self) -> Path | None:
@@ -102,7 +106,9 @@ def refuse_occupied(path: Path) -> None:
     refuse_model(path)
 
 
-def save_folder(model: Module, name: str, path: Path, info: dict[str, Any], tokenizer: Any = None) -> Path:
+def save_folder(
+    model: Module, name: str, path: Path, info: dict[str, Any], tokenizer: Any = None, card: Card | None = None
+) -> Path:
     """Writes an adapter; the folder appears as a whole or not at all.
 
     Args:
@@ -111,6 +117,7 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any], toke
         path: the folder.
         info: plain values for the manifest.
         tokenizer: a tokenizer to write beside it.
+        card: its model card.
 
     Returns:
         The folder.
@@ -131,6 +138,7 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any], toke
         "tensors": {k: list(t.shape) for k, t in sorted(tensors.items())},
         "info": info,
         "prepared": tree.record.prepared,
+        "training": tree.record.training and tree.record.training.to_dict(),
     }
     with written_whole(path) as scratch:
         write_tensors(scratch, tensors)
@@ -139,6 +147,8 @@ def save_folder(model: Module, name: str, path: Path, info: dict[str, Any], toke
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         write_json(scratch / MANIFEST, manifest)
+        if card is not None:
+            card.write(scratch, beside=path)
     return path
 
 
@@ -168,8 +178,17 @@ def read_folder(path: Path) -> SavedAdapter:
         saved = read_json(path / MANIFEST, _IN_MANIFEST)
         with naming(path / MANIFEST):
             method = method_from_config(saved["method"])
+            training = saved.get("training") and TrainingRecord.from_dict(saved["training"])
         return SavedAdapter(
-            path, method, saved["copies"], saved["in_place"], saved["base"], saved["info"], False, saved["prepared"]
+            path=path,
+            method=method,
+            copies=saved["copies"],
+            in_place=saved["in_place"],
+            base=saved["base"],
+            info=saved["info"],
+            foreign=False,
+            prepared=saved["prepared"],
+            training=training,
         )
     if (path / PEFT_CONFIG).is_file():
         config = read_json(path / PEFT_CONFIG)
@@ -218,6 +237,7 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
         for key, tensor in live.items():
             tensor.copy_(own[key])
     tree.record.prepared = saved.prepared
+    tree.record.training = saved.training
 
 
 def _live_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import Module
 from lightning_peft.core.adapters import Adapters, refuse_in_use, require_adapters
 from lightning_peft.core.inject import eject
 from lightning_peft.core.merge import fold, ties
+from lightning_peft.formats.card import Card
 from lightning_peft.formats.places import refuse_file
 from lightning_peft.formats.writing import written_whole
 
@@ -66,7 +67,7 @@ def _refuse_acting(adapters: Adapters, other: str, name: str) -> None:
     )
 
 
-def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> Path:
+def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None, card: Card | None = None) -> Path:
     """Writes the merged model, without the adapters that do nothing; the one in memory stays adapted as it is.
 
     Args:
@@ -74,6 +75,7 @@ def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> 
         name: the adapter's name.
         path: a folder that does not exist yet, or is empty.
         tokenizer: a tokenizer to write beside it.
+        card: its model card.
 
     Returns:
         The folder.
@@ -97,4 +99,6 @@ def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None) -> 
         cast(Any, twin).save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
+        if card is not None:
+            card.write(scratch, beside=path)
     return path

@@ -22,6 +22,7 @@ from lightning_peft.core.matching import class_of
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import Record
 from lightning_peft.formats.base_identity import base_description
+from lightning_peft.formats.card import Card
 from lightning_peft.formats.folder import (
     PEFT_CONFIG,
     file_tensors,
@@ -99,8 +100,7 @@ def check_for(
     if not isinstance(method, LoRA):
         raise ValueError(f"{subject}: {reader.title} reads LoRA alone, and {type(method).__name__} is none; {instead}")
     lacks = [*_beyond_lora(model, method, record), *_in_full(record)]
-    tensors = file_tensors(model, tree_of(model, name))
-    rank = max((len(t) for k, t in tensors.items() if k.endswith("lora_A.weight")), default=0)
+    rank = rank_in_file(model, name)
     unnamed = reader.needs_base_name and base_description(model, [name])["name"] is None
     raise_problems(
         subject,
@@ -120,8 +120,25 @@ def check_for(
     )
 
 
+def rank_in_file(model: Module, name: str) -> int:
+    """The highest rank of a LoRA as files hold it; 0 of another adapter.
+
+    Args:
+        model: the adapted model.
+        name: the adapter's name.
+    """
+    tensors = file_tensors(model, tree_of(model, name))
+    return max((len(t) for k, t in tensors.items() if k.endswith("lora_A.weight")), default=0)
+
+
 def save_for(
-    consumer: str, model: Module, name: str, path: Path, *, max_lora_rank: int = DEFAULT_MAX_LORA_RANK
+    consumer: str,
+    model: Module,
+    name: str,
+    path: Path,
+    *,
+    max_lora_rank: int = DEFAULT_MAX_LORA_RANK,
+    card: Card | None = None,
 ) -> Path:
     """Writes an adapter as a consumer reads it: a plain LoRA of one rank and one strength.
 
@@ -129,8 +146,9 @@ def save_for(
         consumer: ``"vllm"`` or ``"gguf"``.
         model: the adapted model.
         name: the adapter's name.
-        path: the folder; it holds Hugging Face's two files and nothing else.
+        path: the folder; it holds Hugging Face's two files and, beside them, the card alone.
         max_lora_rank: the highest rank that the vLLM server is started for, 1 or more.
+        card: its model card.
 
     Returns:
         The folder.
@@ -158,6 +176,8 @@ def save_for(
     with written_whole(path) as scratch:
         write_tensors(scratch, tensors)
         write_json(scratch / PEFT_CONFIG, config)
+        if card is not None:
+            card.write(scratch, beside=path)
     return path
 
 

@@ -78,7 +78,8 @@ def test_what_is_plain_already_is_written_as_it_is(build, perturb, tmp_path):
     plain, served = (load_file(f / "adapter_model.safetensors") for f in files)
     assert all(torch.equal(plain[k], served[k]) for k in plain | served)
     assert (files[0] / "adapter_config.json").read_text() == (files[1] / "adapter_config.json").read_text()
-    assert sorted(p.name for p in files[1].iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    there = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in files[1].iterdir()) == there
     assert json.loads((files[1] / "adapter_config.json").read_text())["base_model_name_or_path"] == "somebody/llama"
 
 

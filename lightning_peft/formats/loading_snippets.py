@@ -1,0 +1,128 @@
+"""How to load what was exported: here, with Hugging Face PEFT, as a merged model; code that runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from lightning_peft.formats.hf_peft import has_peft_format
+
+if TYPE_CHECKING:
+    from lightning_peft.formats.card import CardFacts
+
+
+def loading_section(facts: CardFacts) -> str:
+    """The section on loading.
+
+    Args:
+        facts: what is known.
+    """
+    if facts.form == "merged":
+        return "\n\n".join(["## How to load it", _plain(facts)])
+    ways = [_served(facts), _here(facts), _peft(facts), _merged(facts)]
+    return "\n\n".join(["## How to load it", *(way for way in ways if way)])
+
+
+def _block(*lines: str, language: str = "python") -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _quoted(value: Any) -> str:
+    """A value as it stands in code, texts in double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {_quoted(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _base(facts: CardFacts, variable: str) -> list[str]:
+    """Lines that load the base, without those that import; none where only its owner knows how."""
+    loader, called = facts.model.loader, facts.base_called
+    if loader is None or called is None:
+        return []
+    given: dict[str, Any] = {**facts.model.options, **(facts.info.get("model") or {}).get("config", {})}
+    if facts.base_on_hub and facts.base["revision"]:
+        given = {"revision": facts.base["revision"], **given}
+    words = "".join(f", {k}={_quoted(v)}" for k, v in given.items())
+    note = "" if facts.base_on_hub else "  # the folder of the base"
+    return [f"{variable} = {loader}.from_pretrained({_quoted(called)}{words}){note}"]
+
+
+def _unloaded(facts: CardFacts) -> str:
+    return "" if _base(facts, "model") else f"`model` is the base as it was adapted, a `{facts.model.name}`:\n\n"
+
+
+def _knows_its_base(facts: CardFacts) -> bool:
+    """Whether the folder says all that `PeftModule` needs."""
+    return facts.form == "adapter" and {"task", "model"} <= facts.info.keys()
+
+
+def _here(facts: CardFacts) -> str:
+    if _knows_its_base(facts):
+        note = "" if facts.base_on_hub else "  # model=... if the base's folder has moved"
+        lines = [
+            "from lightning_peft import PeftModule",
+            "",
+            f"module = PeftModule.from_adapter({_quoted(facts.folder)}){note}",
+        ]
+        return "### Here\n\n" + _block(*lines)
+    base = _base(facts, "model")
+    lines = ["from lightning_peft import load_adapter"]
+    lines += [f"from transformers import {facts.model.loader}"] if base else []
+    lines += ["", *base, f"adapter = load_adapter(model, {_quoted(facts.folder)})"]
+    return f"### Here\n\n{_unloaded(facts)}" + _block(*lines)
+
+
+def _peft(facts: CardFacts) -> str:
+    if not has_peft_format(facts.method):
+        return (
+            "### With Hugging Face PEFT\n\nPEFT does not know this method, so the folder is in lightning_peft's own "
+            "form and loads here alone."
+        )
+    base = _base(facts, "base")
+    lines = ["from peft import PeftModel"]
+    lines += [f"from transformers import {facts.model.loader}"] if base else []
+    lines += ["", *base, f"model = PeftModel.from_pretrained({'base' if base else 'model'}, {_quoted(facts.folder)})"]
+    return f"### With Hugging Face PEFT\n\n{_unloaded(facts)}" + _block(*lines)
+
+
+def _merged(facts: CardFacts) -> str:
+    heading = "### Merged, as a plain model\n\n"
+    if not facts.method.mergeable:
+        return heading + "This method does more than change weights, so it cannot be merged into the base."
+    base = _base(facts, "model")
+    loader, target = facts.model.loader, f"{facts.folder}-merged"
+    lines = []
+    if _knows_its_base(facts):
+        lines += ["from lightning_peft import PeftModule", f"from transformers import {loader}", ""]
+        lines += [f"merged = PeftModule.from_adapter({_quoted(facts.folder)}).adapter.merge_and_unload()"]
+    else:
+        lines += ["from lightning_peft import load_adapter"]
+        lines += [f"from transformers import {loader}"] if loader else []
+        lines += ["", *base, f"merged = load_adapter(model, {_quoted(facts.folder)}).merge_and_unload()"]
+    if loader:
+        lines += [f"merged.save_pretrained({_quoted(target)})", f"plain = {loader}.from_pretrained({_quoted(target)})"]
+    unloaded = "" if _knows_its_base(facts) else _unloaded(facts)
+    return heading + unloaded + _block(*lines)
+
+
+def _plain(facts: CardFacts) -> str:
+    tokenizer = facts.has_tokenizer
+    lines = [f"from transformers import {facts.model.loader}{', AutoTokenizer' if tokenizer else ''}", ""]
+    lines += [f"model = {facts.model.loader}.from_pretrained({_quoted(facts.folder)})"]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({_quoted(facts.folder)})"] if tokenizer else []
+    return _block(*lines)
+
+
+def _served(facts: CardFacts) -> str:
+    if facts.form == "gguf":
+        words = ["python", "convert_lora_to_gguf.py", facts.folder]
+        return "### With llama.cpp\n\n" + _block(shlex.join(words), language="bash")
+    if facts.form == "vllm" and facts.base_called is not None:
+        rank = ["--max-lora-rank", str(facts.max_lora_rank)] if facts.max_lora_rank else []
+        modules = ["--lora-modules", f"{facts.folder}={facts.folder}"]
+        words = ["vllm", "serve", facts.base_called, "--enable-lora", *rank, *modules]
+        return "### With vLLM\n\n" + _block(shlex.join(words), language="bash")
+    return ""

@@ -1,0 +1,138 @@
+"""How an adapter was trained, in plain values that go where it goes: into checkpoints, its folder, its model card."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+_POINTS = 400
+"""Points that a curve of training losses has at most: more than a picture shows, few enough for a checkpoint."""
+
+_WAITING = 256  # losses that may lie on a GPU before they are fetched at once
+
+
+@dataclass
+class TrainingRecord:
+    """What is known of a training.
+
+    Attributes:
+        step: how many steps of the optimizer made the weights what they are.
+        epoch_steps: how many steps make an epoch; None where that is not known.
+        earlier: steps of trainings before this one, of which nothing else is known.
+        setup: what one would write down of the run, pairs of a name and words: files sort what dictionaries hold.
+        versions: of the packages that took part.
+        monitor: the metric by which checkpoints are chosen.
+        data: a summary of the data, in plain values.
+        losses: ``[step, mean, batches]``: the training loss over stretches of steps that end there.
+        metrics: ``[step, value]`` for each metric of an evaluation. They may go on behind `step`, where the weights are
+            not those that the training ended with.
+    """
+
+    step: int = 0
+    epoch_steps: int | None = None
+    earlier: int = 0
+    setup: list[list[str]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    monitor: str | None = None
+    data: dict[str, Any] | None = None
+    losses: list[list[float]] = field(default_factory=list)
+    metrics: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._waiting: list[tuple[int, Tensor]] = []
+
+    def add_loss(self, step: int, loss: Tensor) -> None:
+        """Notes a batch's loss, without waiting for the device.
+
+        Args:
+            step: the optimizer's step that it belongs to.
+            loss: a number.
+        """
+        self._waiting.append((step, loss.detach().float().mean()))
+        self.step = step
+        if len(self._waiting) >= _WAITING:
+            self.settle()
+
+    def add_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Notes what an evaluation gave; what is not finite is left out.
+
+        Args:
+            step: how many steps of the optimizer came before it.
+            values: metric to value.
+        """
+        for name, value in values.items():
+            if math.isfinite(value):
+                points = [p for p in self.metrics.get(name, []) if p[0] != step]
+                self.metrics[name] = [*points, [step, value]]
+
+    def settle(self) -> None:
+        """Fetches the losses that wait on the device."""
+        if not self._waiting:
+            return
+        steps, losses = zip(*self._waiting, strict=True)
+        self._waiting = []
+        found = [[s, v, 1] for s, v in zip(steps, torch.stack(losses).tolist(), strict=True) if math.isfinite(v)]
+        self.losses = _binned([*self.losses, *found])
+
+    def up_to(self, step: int) -> None:
+        """Forgets what came after a step, from which a training goes on.
+
+        Args:
+            step: the last one that counts.
+        """
+        self.settle()
+        self.step = step
+        self.losses = [p for p in self.losses if p[0] <= step]
+        self.metrics = {n: kept for n, points in self.metrics.items() if (kept := [p for p in points if p[0] <= step])}
+
+    def at(self, step: int) -> Self:
+        """The same training, told of the weights that it had at an earlier step.
+
+        Args:
+            step: which one.
+        """
+        self.settle()
+        return replace(self, step=step)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that anything is known of."""
+        ends = [points[-1][0] for points in (self.losses, *self.metrics.values()) if points]
+        return int(max([self.step, *ends]))
+
+    @property
+    def reached(self) -> dict[str, float]:
+        """Each metric of these weights: its last value up to `step`."""
+        found = {name: [v for s, v in points if s <= self.step] for name, points in self.metrics.items()}
+        return {name: values[-1] for name, values in sorted(found.items()) if values}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        self.settle()
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The record that `to_dict` gave.
+
+        Args:
+            values: what it gave; unknown entries are left out, so that files of later versions can be read.
+        """
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+
+def _binned(points: list[list[float]]) -> list[list[float]]:
+    """Means over stretches of so many steps that there are at most `_POINTS` of them."""
+    width = 1
+    while points and points[-1][0] > width * _POINTS:
+        width *= 2
+    bins: dict[int, list[float]] = {}
+    for step, value, count in points:
+        _, mean, before = bins.get((int(step) - 1) // width, [0, 0.0, 0])
+        bins[(int(step) - 1) // width] = [step, mean + (value - mean) * count / (before + count), before + count]
+    return list(bins.values())
