@@ -24,7 +24,7 @@ from lightning_peft.core.mode import evaluating
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
 from lightning_peft.formats.merged import save_merged, unload_merged
-from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, check_for, save_for
+from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, save_for
 
 
 class Adapter:
@@ -245,7 +245,7 @@ class Adapter:
         card = card_of(self.model, self.name, path, info=info)
         return save_folder(self.model, self.name, Path(path), info, tokenizer, card)
 
-    def save_merged(self, path: str | Path, tokenizer: Any = None, **info: Any) -> Path:
+    def save_merged(self, path: str | Path, tokenizer: Any = None) -> Path:
         """Writes the whole model with the adapter merged, for plain transformers, with a model card.
 
         The model in memory stays adapted as it is.
@@ -253,7 +253,6 @@ class Adapter:
         Args:
             path: a folder that does not exist yet, or is empty.
             tokenizer: a tokenizer to write beside it.
-            **info: what `save` takes too.
 
         Returns:
             The folder.
@@ -264,7 +263,7 @@ class Adapter:
             FileExistsError: if the folder holds something, or a file is in its place.
         """
         self._require()
-        card = card_of(self.model, self.name, path, "merged", info=info, has_tokenizer=tokenizer is not None)
+        card = card_of(self.model, self.name, path, "merged", has_tokenizer=tokenizer is not None)
         return save_merged(self.model, self.name, Path(path), tokenizer, card)
 
     def save_for(self, consumer: str, path: str | Path, *, max_lora_rank: int = DEFAULT_MAX_LORA_RANK) -> Path:
@@ -286,7 +285,6 @@ class Adapter:
             FileExistsError: if the folder already holds an adapter.
         """
         self._require()
-        check_for(consumer, self.model, self.name, max_lora_rank=max_lora_rank)
         card = card_of(self.model, self.name, path, consumer)
         return save_for(consumer, self.model, self.name, Path(path), max_lora_rank=max_lora_rank, card=card)
 

@@ -42,6 +42,7 @@ from lightning_peft.tasks.optimization import (
     check_optimization,
     make_optimizer,
     make_schedule,
+    spoken_schedule,
 )
 from lightning_peft.tasks.task import Checking, Templated, Writing
 from lightning_peft.tasks.token_mean import TokenMean
@@ -91,8 +92,7 @@ class PeftModule(EvaluatedModule):
         self._tokenizer: Any = None
         self.mean = TokenMean()
         self._checked = False
-        schedule = f"{self.scheduler['name']}, {self.scheduler['warmup']:.0%} warm-up"
-        self._recording = RecordTraining(self.task.monitor, schedule)
+        self._recording = RecordTraining(self.task.monitor, spoken_schedule(self.scheduler))
         self._save_plain_hparams()
 
     def _save_plain_hparams(self) -> None:

@@ -70,5 +70,5 @@ def _drawn(panels: dict[str, dict[str, list[tuple[float, float]]]], training: Tr
             if any(split for split in lines):
                 place.legend(frameon=False, fontsize=8)
         file = io.BytesIO()
-        figure.savefig(file, format="png", metadata={"Software": None})
+        figure.savefig(file, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
     return file.getvalue()

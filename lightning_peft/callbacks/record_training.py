@@ -40,6 +40,7 @@ class RecordTraining(Callback):
         self.schedule = schedule
         self.data: Any = None
         self.record: TrainingRecord | None = None
+        self._last = 0
         self._known: set[str] = set()
         self._judged: set[str] = set()
 
@@ -47,7 +48,7 @@ class RecordTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         adapters = _adapters(pl_module)
         before: TrainingRecord | None = next((a.training for a in adapters if a.training is not None), None)
-        step = trainer.global_step
+        self._last = step = trainer.global_step
         if before is None or step == 0:
             record = TrainingRecord(earlier=0 if before is None else before.earlier + before.step)
         else:
@@ -73,8 +74,11 @@ class RecordTraining(Callback):
         loss = trainer.callback_metrics.get(_LOSS)
         if loss is None and isinstance(outputs, Mapping):
             loss = outputs.get("loss")
-        if self.record is not None and isinstance(loss, Tensor):
-            self.record.add_loss(max(1, trainer.global_step), loss)
+        assert self.record is not None
+        self.record.step = step = trainer.global_step
+        ended, self._last = step > self._last, step
+        if isinstance(loss, Tensor):
+            self.record.add_loss(step if ended else step + 1, loss)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,11 +86,11 @@ class RecordTraining(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.record is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        assert self.record is not None
         found = _numbers(trainer)
         self._judged |= found.keys() - self._known
-        self.record.step = trainer.global_step
         self.record.add_metrics(trainer.global_step, {n: v for n, v in found.items() if n in self._judged})
 
     @override

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lightning_peft.analysis.called import program
 from lightning_peft.analysis.sizes import size
+from lightning_peft.formats.card import CARD, CURVES
 from lightning_peft.formats.folder import PEFT_CONFIG
 from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, served_rank
 
@@ -48,6 +49,7 @@ def print_training(
         )
     print(f"exported adapter     {shown_folder}")
     print(f"  its size           {size(_bytes(folder))} (the full model's weights: {size(4 * plan.total)})")
+    print(f"model card           {short(folder / CARD)}")
     data = [w for w in words if _group(w) == "data"]
     same_columns = [w for w in data if w.lstrip("+").startswith(("data.columns", "data.max_length"))]
     same_setting = [w for w in words if _group(w) not in _OF_ONE_METHOD]
@@ -136,4 +138,5 @@ def short(path: Path | None) -> str:
 
 
 def _bytes(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    """Of what is loaded: the card is for people."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.name not in (CARD, CURVES))

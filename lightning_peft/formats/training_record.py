@@ -53,7 +53,6 @@ class TrainingRecord:
             loss: a number.
         """
         self._waiting.append((step, loss.detach().float().mean()))
-        self.step = step
         if len(self._waiting) >= _WAITING:
             self.settle()
 

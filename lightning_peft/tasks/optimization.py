@@ -85,3 +85,13 @@ def make_schedule(optimizer: Optimizer, config: dict[str, Any], steps: float) ->
             )
         steps = 1
     return get_scheduler(config["name"], optimizer, math.ceil(config["warmup"] * steps), int(steps))
+
+
+def spoken_schedule(config: dict[str, Any]) -> str:
+    """A schedule in words, for people.
+
+    Args:
+        config: the schedule's name and its ``warmup``.
+    """
+    warmup = f", {100 * config['warmup']:g}% warm-up" if config["warmup"] else ""
+    return f"{config['name']}{warmup}"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 COMMAND = [sys.executable, "-m", "lightning_peft.cli.main"]
 
@@ -52,6 +53,13 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
     assert said.index("also in train") < said.index("LoRA"), "the data is shown before the plan"
     assert (folder / "data.html").is_file()
     assert (folder / "adapter" / "adapter_config.json").exists()
+    card = ModelCard.load(folder / "adapter" / "README.md")
+    accuracy = json.loads((folder / "metrics.json").read_text())["best/val/accuracy"]
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results}["accuracy"] == pytest.approx(accuracy)
+    for expected in ("From `texts.jsonl`", "| train | ", "| optimizer | AdamW |", "| seed | 0 |", "](curves.png)"):
+        assert expected in card.text
+    assert str(tmp_path) not in str(card)
+    assert (folder / "adapter" / "curves.png").is_file()
 
     best = "adapter=run/checkpoints/best.ckpt"
     data = ["data=files", "data.train_files=texts.jsonl", "data.columns.text=sentence"]
@@ -74,6 +82,11 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
     assert "here is 'classifier', trained in full; export a merged model instead (format=merged)" in served.stderr
     assert not (tmp_path / "served").exists()
     run("export", best, "to=merged", "format=merged", cwd=tmp_path)
+    for made in ("exported", "merged"):
+        again = ModelCard.load(tmp_path / made / "README.md")
+        assert again.data.eval_results == card.data.eval_results
+        assert "| optimizer | AdamW |" in again.text
+        assert (tmp_path / made / "curves.png").is_file()
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
