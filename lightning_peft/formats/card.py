@@ -199,10 +199,10 @@ def _introduction(facts: CardFacts) -> str:
     linked = f"[`{base}`](https://huggingface.co/{base})" if base else f"`{called or facts.model.name}`"
     of = f", a `{facts.model.name}`" if called else ""
     what = (
-        f"{linked}{of}, with what the method {facts.method_called} trained merged into its weights; made"
+        f"{linked}{of}, with an adapter merged into its weights"
         if facts.form == "merged"
-        else f"An adapter for {linked}{of}, trained by the method {facts.method_called}"
+        else f"An adapter for {linked}{of}"
     )
     revision = f", revision `{facts.base['revision']}`" if facts.base["revision"] else ""
     mark = f"\n\nBase fingerprint: `{facts.base['fingerprint']}`{revision}." if facts.base["fingerprint"] else ""
-    return f"{what} with lightning_peft.{mark}"
+    return f"{what}, made with lightning_peft by the method {facts.method_called}.{mark}"

@@ -41,8 +41,8 @@ def changes_section(method: Method, places: Sequence[tuple[str, str, int, int]],
     left = [(f"{len(places) - _PLACES} more", "", "", "")] if len(places) > _PLACES else []
     parts = [
         "## Method",
-        f"{trainable:,} parameters were trained, {share:.2f}% of the model's {total:,}.",
-        table(("Module", "Trained", "Modules", "Parameters"), [*shown, *left], "llrr"),
+        f"{trainable:,} parameters train, {share:.2f}% of the model's {total:,}.",
+        table(("Module", "What trains", "Modules", "Parameters"), [*shown, *left], "llrr"),
         _options(method),
     ]
     return "\n\n".join(parts)
@@ -52,7 +52,9 @@ def _options(method: Method) -> str:
     changed = changed_options(method)
     if not changed:
         return "All options of the method have their defaults."
-    return table(("Option", "Value"), [(f"`{k}`", f"`{_short(v)}`") for k, v in changed.items()], "ll")
+    return "Options that differ from the method's defaults:\n\n" + table(
+        ("Option", "Value"), [(f"`{k}`", f"`{_short(v)}`") for k, v in changed.items()], "ll"
+    )
 
 
 def changed_options(method: Method) -> dict[str, Any]:
@@ -198,7 +200,7 @@ def versions_section(training: TrainingRecord | None) -> str:
         training: how it was trained.
     """
     known = training.versions if training and training.versions else installed_versions()
-    return "### Versions\n\n" + "\n".join(f"- {name} {version}" for name, version in sorted(known.items()))
+    return "## Versions\n\n" + "\n".join(f"- {name} {version}" for name, version in sorted(known.items()))
 
 
 def installed_versions() -> dict[str, str]:

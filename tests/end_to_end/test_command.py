@@ -265,6 +265,7 @@ def test_language_modelling_from_the_command_line(tmp_path, llama_folder):
     said = run("export", "adapter=run/adapter", "to=served", "for=vllm", cwd=tmp_path).stdout
     assert f"vllm serve {llama_folder} --enable-lora --lora-modules served=served" in said
     assert sorted(p.name for p in (tmp_path / "served").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

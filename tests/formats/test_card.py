@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from lightning_peft import LoRA, PeftModule, PromptTuning, Selective, adapt, load_adapter
 from lightning_peft.formats.hub import origin_of
+from lightning_peft.formats.training_record import TrainingRecord
 from lightning_peft.methods.config import method_from_config
 from tests.method_table import shown_data
 
@@ -252,3 +253,40 @@ def test_a_folder_of_data_is_no_name_on_the_hub(tmp_path, monkeypatch):
 def test_a_prompt_cannot_be_merged_and_says_so(named, tmp_path):
     text = _text(adapt(named(), PromptTuning(4)).save(tmp_path / "a"))
     assert "it cannot be merged into the base" in text
+
+
+def _trained(model, folder, **noted):
+    adapter = adapt(model, LoRA(r=2))
+    adapter.tree.record.training = TrainingRecord(step=5, **noted)
+    return ModelCard.load(adapter.save(folder) / "README.md")
+
+
+def test_a_data_set_of_the_hub_is_in_the_header(named, tmp_path):
+    data = {"splits": {"train": {"rows": 3}}, **origin_of("stanfordnlp/imdb")}
+    card = _trained(named(), tmp_path / "a", data=data, metrics={"val/perplexity": [[5, 2.5]], "val/loss": [[5, 0.9]]})
+    assert card.data.datasets == ["stanfordnlp/imdb"]
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("stanfordnlp/imdb", "perplexity", 2.5)
+    assert "| validation loss | 0.9 |" in card.text
+    assert "| train | 3 |" in card.text
+
+
+def test_metrics_of_data_that_nobody_knows_are_on_the_card_and_not_in_the_header(named, tmp_path):
+    card = _trained(named(), tmp_path / "a", metrics={"val/perplexity": [[5, 2.5]]})
+    assert not card.data.eval_results
+    assert "| validation perplexity | 2.5 |" in card.text
+
+
+def test_many_labels_are_counted_and_any_label_stays_in_its_cell(build, tmp_path):
+    labels = {f"l{i:02}": 2 for i in range(13)} | {"a|b <i>\n": 14}
+    spread = {"median": 4.0, "largest": 9.0}
+    splits = {
+        "train": {"rows": 40, "labels": labels, "lengths": {"text": spread}},
+        "test": {"rows": 2, "numbers": spread},
+    }
+    card = _trained(build("bert"), tmp_path / "a", data={"origin": "x.csv", "splits": splits})
+    assert r"| a\|b &lt;i> | 35.0% |" in card.text
+    assert "| 2 more | 10.0% |" in card.text
+    assert "| Split | Rows | Length (median, largest) | Targets (median, largest) |" in card.text
+    assert "| train | 40 | 4, 9 |  |" in card.text
+    assert "cut to" not in card.text
