@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks.peft_callback import PeftCallback
     from lightning_peft.combination import combine
     from lightning_peft.core.activation import activate, active_adapters, adapter_names
-    from lightning_peft.data.module import TextDataModule
+    from lightning_peft.data import ImageDataModule, TextDataModule
     from lightning_peft.handle import Adapter, adapt, load_adapter
     from lightning_peft.methods import *  # noqa: F403 - a new method is one name there and none here
     from lightning_peft.methods.lora_plus import lora_plus_groups
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         DPO,
         CausalLM,
         Embedding,
+        ImageClassification,
         Seq2Seq,
         SupervisedFineTuning,
         TextClassification,
@@ -35,6 +36,8 @@ _HOMES = {
     "CausalLM": "tasks",
     "DPO": "tasks",
     "Embedding": "tasks",
+    "ImageClassification": "tasks",
+    "ImageDataModule": "data",
     "PeftCallback": "callbacks.peft_callback",
     "PeftModule": "module",
     "Seq2Seq": "tasks",
@@ -58,6 +61,8 @@ if TYPE_CHECKING:
         "Adapter",
         "CausalLM",
         "Embedding",
+        "ImageClassification",
+        "ImageDataModule",
         "PeftCallback",
         "PeftModule",
         "Seq2Seq",

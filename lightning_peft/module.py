@@ -89,7 +89,7 @@ class PeftModule(EvaluatedModule):
         self.model: Module | None = None
         self._given = (model,) if isinstance(model, Module) else ()
         self.base = None if isinstance(model, Module) else BaseModel.of(model)
-        self._tokenizer: Any = None
+        self._processing_class: Any = None
         self.mean = TokenMean()
         self._checked = False
         self._recording = RecordTraining(self.task.monitor, spoken_schedule(self.scheduler))
@@ -109,18 +109,28 @@ class PeftModule(EvaluatedModule):
         self.save_hyperparameters(values, logger=False)
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, loaded when first asked for."""
-        if self._tokenizer is None:
+    def processing_class(self) -> Any:
+        """What makes inputs ready, loaded when first asked for: a tokenizer, or for images an image processor."""
+        if self._processing_class is None:
             named = [str(getattr(m, "name_or_path", "")) for m in self._given]
             spec = self.base or BaseModel(named[0])
-            self.tokenizer = spec.load_tokenizer()
-        return self._tokenizer
+            self.processing_class = spec.load_processing_class(self.task)
+        return self._processing_class
+
+    @processing_class.setter
+    def processing_class(self, value: Any) -> None:
+        # a copy: the one that was given may be in use elsewhere
+        task = self.task
+        self._processing_class = task.tokenizer_for(copy.copy(value)) if isinstance(task, Templated) else value
+
+    @property
+    def tokenizer(self) -> Any:
+        """The `processing_class` by the name that it has where tasks are about texts."""
+        return self.processing_class
 
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
-        # a copy: the one that was given may be in use elsewhere
-        self._tokenizer = self.task.tokenizer_for(copy.copy(value)) if isinstance(self.task, Templated) else value
+        self.processing_class = value
 
     @property
     def adapter(self) -> Adapter:
@@ -196,7 +206,7 @@ class PeftModule(EvaluatedModule):
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        return self.task.predict(self.model, batch, self.tokenizer, **self.generation)
+        return self.task.predict(self.model, batch, self.processing_class, **self.generation)
 
     @override
     def configure_optimizers(self) -> Any:

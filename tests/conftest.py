@@ -263,3 +263,32 @@ def trainer(tmp_path: Path) -> Callable[..., Any]:
         return L.Trainer(callbacks=list(callbacks), **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny vision transformer without a classifier, with its image processor."""
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**SIZES, image_size=12, patch_size=4), add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Callable[..., Path]:
+    """Draws a folder of images, ``folder/colour/number.png``: a disc of the colour on some grey."""
+    from PIL import Image, ImageDraw
+
+    def make(folder: str = "images", colours: tuple[str, ...] = ("red", "green", "blue"), each: int = 8) -> Path:
+        for colour in colours:
+            (tmp_path / folder / colour).mkdir(parents=True, exist_ok=True)
+            for i in range(each):
+                image = Image.new("RGB", (16 + i, 12), (3 * i, 3 * i, 3 * i))
+                ImageDraw.Draw(image).ellipse((i % 6, 1, 6 + i % 6, 9), fill=colour)
+                image.save(tmp_path / folder / colour / f"{i}.png")
+        return tmp_path / folder
+
+    return make

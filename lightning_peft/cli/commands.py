@@ -84,7 +84,8 @@ def show_data(config: DictConfig) -> Path:
     options = OmegaConf.to_container(config, resolve=True)
     assert isinstance(options, dict)
     data: TextDataModule = instantiate(config.data, _convert_="all")
-    data.connect(task_from_config(options["task"]), BaseModel.of(options["model"]).load_tokenizer())
+    task = task_from_config(options["task"])
+    data.connect(task, BaseModel.of(options["model"]).load_processing_class(task))
     for stage in ("fit", "test") if config.data.test_files else ("fit",):
         data.setup(stage)
     summary = summarise(data, examples=config.examples, sample=config.sample)
@@ -139,7 +140,7 @@ def export(config: DictConfig) -> Path:
     if config.format == "merged":
         assert module.model is not None
         module.model.eval()
-        module.adapter.save_merged(folder, module.tokenizer)
+        module.adapter.save_merged(folder, module.processing_class)
     elif consumer is not None:
         module.adapter.save_for(consumer, folder, max_lora_rank=config.max_lora_rank)
     else:

@@ -1,5 +1,6 @@
-"""Lightning DataModules and what they read, tokenize and batch."""
+"""Lightning DataModules and what they read, make ready and batch."""
 
+from lightning_peft.data.image_module import ImageDataModule
 from lightning_peft.data.module import TextDataModule
 
-__all__ = ["TextDataModule"]
+__all__ = ["ImageDataModule", "TextDataModule"]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from itertools import islice
@@ -22,7 +22,7 @@ from lightning_peft.formats.writing import written_file
 from lightning_peft.tasks.task import Joining
 
 if TYPE_CHECKING:
-    from lightning_peft.tasks.task import Task
+    from lightning_peft.tasks.task import TextTask
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Encoder:
         training: with what is to be learnt; otherwise the inputs alone.
     """
 
-    def __init__(self, task: Task, tokenizer: Any, max_length: int, *, training: bool) -> None:
+    def __init__(self, task: TextTask, tokenizer: Any, max_length: int, *, training: bool) -> None:
         self.task = task
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -62,7 +62,7 @@ class Encoder:
             problems: takes note of those that the task refuses.
             num_proc: processes that share the work; 1 does it here. Fast tokenizers use all cores by themselves.
         """
-        chunks = _chunks(examples)
+        chunks = in_chunks(examples)
         many = num_proc > 1
         context = multiprocessing.get_context("spawn")  # a forked tokenizer deadlocks once it has used its threads
         workers = ProcessPoolExecutor(num_proc, context, _keep, (self,)) if many else nullcontext()
@@ -77,17 +77,7 @@ class Encoder:
 
     def chunk(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
         """Features of some examples, and the place of each that cannot be used with a sentence on it."""
-        rows = [example.row or {} for example in examples]
-        try:
-            return self._encode(rows), []
-        except ValueError:  # one at a time, to know which
-            found, wrong = [], []
-            for row, example in zip(rows, examples, strict=True):
-                try:
-                    found += self._encode([row])
-                except ValueError as error:
-                    wrong.append((example.place, str(error)))
-            return found, wrong
+        return told_apart(examples, self._encode)
 
     def _encode(self, rows: list[Row]) -> list[dict[str, Any]]:
         features = self.task.encode(rows, self.tokenizer, self.max_length, training=self.training)
@@ -118,10 +108,37 @@ def _chunk_of_kept(examples: Sequence[Example]) -> tuple[list[dict[str, Any]], l
     return _kept[0].chunk(examples)
 
 
-def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
+def in_chunks(items: Iterable[T]) -> Iterator[list[T]]:
+    """A thousand at a time.
+
+    Args:
+        items: whatever they are.
+    """
     left = iter(items)
     while chunk := list(islice(left, _CHUNK)):
         yield chunk
+
+
+def told_apart(
+    examples: Sequence[Example], encode: Callable[[list[Row]], list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Features of examples, and the place of each that cannot be used with a sentence on it.
+
+    Args:
+        examples: some of them.
+        encode: makes features of rows; raises a ValueError if one of them cannot be used.
+    """
+    rows = [example.row or {} for example in examples]
+    try:
+        return encode(rows), []
+    except ValueError:  # one at a time, to know which
+        found, wrong = [], []
+        for row, example in zip(rows, examples, strict=True):
+            try:
+                found += encode([row])
+            except ValueError as error:
+                wrong.append((example.place, str(error)))
+        return found, wrong
 
 
 def _noting(found: list[dict[str, Any]], wrong: list[tuple[str, str]], problems: RowProblems) -> list[dict[str, Any]]:
@@ -171,7 +188,7 @@ def _write(path: Path, features: Iterator[dict[str, Any]]) -> None:
 
     with written_file(path) as scratch, scratch.open("wb") as file:
         writer = schema = None
-        for chunk in _chunks(features):
+        for chunk in in_chunks(features):
             table = pa.Table.from_pylist(chunk)
             if writer is None:
                 schema = pa.schema([(f.name, _compact(f.type)) for f in table.schema])

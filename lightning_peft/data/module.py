@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_peft.core.problems import nearest, raise_problems
-from lightning_peft.data.batching import LengthGroupedBatches, ResumableLoader
 from lightning_peft.data.docstrings import examples_with
 from lightning_peft.data.encoding import LENGTH, Encoder, default_folder, kept_on_disk
-from lightning_peft.data.files import Example, Files, Row
+from lightning_peft.data.files import Example, Files
 from lightning_peft.data.problems import RowProblems
-from lightning_peft.data.sources import ID, from_dataset, from_files, named
-from lightning_peft.data.splits import some_of, split_off
+from lightning_peft.data.rows import RowDataModule, too_few
+from lightning_peft.data.sources import from_dataset, from_files, named
 from lightning_peft.data.streaming import StreamedBatches
 
 if TYPE_CHECKING:
-    from lightning_peft.tasks.task import Task
+    from lightning_peft.tasks.task import TextTask
 
 MIN_LENGTH = 4  # tokens: two of text between those that begin and end it
 _EMBEDDED = "docstrings"
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(RowDataModule):
     """Reads, tokenizes and batches text; the task says into what.
 
     Task and tokenizer come from the LightningModule that is trained (`PeftModule` has both), or from `connect`.
@@ -63,6 +60,8 @@ class TextDataModule(LightningDataModule):
         ValueError: if an option is out of its range.
     """
 
+    processing = "AutoTokenizer"
+
     def __init__(
         self,
         source: str | None = _EMBEDDED,
@@ -85,142 +84,62 @@ class TextDataModule(LightningDataModule):
         on_error: Literal["raise", "skip"] = "raise",
         cache_dir: str | Path | None = None,
     ) -> None:
-        super().__init__()
-        counts = {
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "num_proc": num_proc,
-            "shuffle_buffer": shuffle_buffer,
-        }
-        raise_problems(
-            "TextDataModule",
+        super().__init__(
+            source,
+            {"train": train_files, "validation": validation_files, "test": test_files, "predict": predict_files},
+            columns,
+            batch_size,
+            eval_batch_size,
+            validation_fraction,
+            split_seed,
+            num_workers,
+            seed,
+            limit,
+            on_error,
             [
-                *(f"{n} must be 1 or more, but got {v}" for n, v in counts.items() if v is not None and v < 1),
-                f"limit must be a number of rows, or a share above 0 and below 1, but got {limit}"
-                if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit)))
-                else None,
+                *too_few(num_proc=num_proc, shuffle_buffer=shuffle_buffer),
                 f"max_length must be {MIN_LENGTH} or more, but got {max_length}" if max_length < MIN_LENGTH else None,
-                f"validation_fraction must be above 0 and below 1, but got {validation_fraction}"
-                if not 0 < validation_fraction < 1
-                else None,
-                f"num_workers must be 0 or more, but got {num_workers}" if num_workers < 0 else None,
                 "streaming reads in the main process: num_workers must be 0" if streaming and num_workers else None,
                 "streaming takes all rows: leave limit out" if streaming and limit is not None else None,
-                f"on_error must be raise or skip, but got {on_error!r}" if on_error not in ("raise", "skip") else None,
-                "give a source or train_files" if source is None and not train_files and not predict_files else None,
             ],
         )
-        self.source = source
-        self.files = {
-            "train": train_files,
-            "validation": validation_files,
-            "test": test_files,
-            "predict": predict_files,
-        }
-        self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
         self.max_length = max_length
-        self.validation_fraction = validation_fraction
-        self.split_seed = split_seed
-        self.num_workers = num_workers
         self.num_proc = num_proc
-        self.seed = seed
-        self.limit = limit
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
-        self.on_error = on_error
         self.cache_dir = default_folder() if cache_dir is None else Path(cache_dir)
-        self._task: Task | None = None
-        self._tokenizer: Any = None
-        self._examples: dict[str, list[Example]] = {}
-        self._features: dict[str, Any] = {}
-
-    def connect(self, task: Task, tokenizer: Any) -> None:
-        """Says which task and tokenizer the text is for, where no trainer does.
-
-        Args:
-            task: the task.
-            tokenizer: a Hugging Face tokenizer.
-
-        Raises:
-            ValueError: if ``columns`` names one that the task does not know.
-        """
-        known = {ID, *(column for shape in task.columns for column in shape.all())}
-        unknown = [c for c in self.columns if c not in known]
-        if unknown:
-            raise ValueError(f"columns: the task knows no column {unknown[0]!r}{nearest(unknown[0], known)}")
-        self._task, self._tokenizer = task, tokenizer
 
     @property
-    def task(self) -> Task:
-        """The task.
-
-        Raises:
-            RuntimeError: before `setup` or `connect`.
-        """
-        if self._task is None:
-            raise RuntimeError("the data knows no task yet; call connect(task, tokenizer), or let a Trainer run setup")
-        return self._task
+    @override
+    def task(self) -> TextTask:
+        """The task."""
+        task: TextTask = super().task
+        return task
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer; None before `setup` or `connect`."""
-        return self._tokenizer
+        return self.processing_class
 
     @override
-    def setup(self, stage: str) -> None:
-        """Reads and tokenizes what the stage needs; everything wrong with the data is said here.
+    def _from_files(self, files: Files, split: str) -> Iterator[Example]:
+        return from_files(files, whole_texts=self.task.whole_texts and split != "predict")
 
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+    @override
+    def _from_source(self, source: str, split: str) -> Iterator[Example] | None:
+        if source != _EMBEDDED:
+            return from_dataset(source, split, streaming=self.streaming)
+        shape = self.task.columns[0]
+        train, validation = examples_with(*shape.inputs, *shape.targets)
+        rows = {"train": train, "validation": validation}.get(split)
+        return None if rows is None else (Example(dict(row), f"docstring {i}") for i, row in enumerate(rows, start=1))
 
-        Raises:
-            TypeError: if the LightningModule has no task and tokenizer.
-            ValueError: if rows cannot be used, and ``on_error`` is ``"raise"``.
-        """
-        if self._task is None:
-            module: Any = getattr(self.trainer, "lightning_module", None)
-            if not hasattr(module, "task") or not hasattr(module, "tokenizer"):
-                raise TypeError(
-                    f"TextDataModule needs a LightningModule with the attributes task and tokenizer, as PeftModule "
-                    f"has them, but got {type(module).__name__}; or call connect(task, tokenizer)"
-                )
-            self.connect(module.task, module.tokenizer)
-        if stage == "predict" and self.files["predict"] is not None:
-            self._examples["predict"] = self._all("predict", training=False) or []
-        elif not self._examples.get("validation"):
-            self._read()
-        splits = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-        for split in splits.get(stage, ()):
-            if split not in self._features and split in self._examples:
-                self._features[split] = self._encode(split, training=True)
-        if stage == "predict":
-            self._examples.setdefault("predict", self._examples.get("validation", []))
-            self._features["predict"] = self._encode("predict", training=False)
-
+    @override
     def _read(self) -> None:
         if self.streaming:
             self._read_streamed()
-            return
-        train, validation = self._all("train"), self._all("validation")
-        if self.source == _EMBEDDED and self.files["train"] is None:
-            shape = self.task.columns[0]
-            rows = examples_with(*shape.inputs, *shape.targets)
-            train, embedded = ([Example(r, f"docstring {i}") for i, r in enumerate(part, 1)] for part in rows)
-            validation = validation or embedded
-        if train is None:
-            raise ValueError(f"the data {self.source!r} has no train split")
-        known = train  # before the split and the limit: a rare label may be in none of the rows that they leave
-        if validation is None:
-            train, validation = split_off(train, self.validation_fraction, self.inputs, self.split_seed)
-        self.task.learn_from([example.row or {} for example in known])
-        test = self._all("test") or validation
-        self._examples |= {
-            "train": some_of(train, self.limit, self.seed),
-            "validation": validation,
-            "test": test,
-        }
+        else:
+            super()._read()
 
     def _read_streamed(self) -> None:
         """Everything but the training rows, whose labels the others tell."""
@@ -238,119 +157,29 @@ class TextDataModule(LightningDataModule):
         if examples is None:
             raise ValueError(f"the data {self.source!r} has no train split that could be streamed")
         rows = named(examples, self.columns, self.task.columns, problems, training=True)
-        return Encoder(self.task, self._tokenizer, self.max_length, training=True).stream(rows, problems)
+        return Encoder(self.task, self.tokenizer, self.max_length, training=True).stream(rows, problems)
 
-    @property
-    def inputs(self) -> list[str]:
-        """The columns that the model sees, whatever shape the rows have."""
-        return list(dict.fromkeys(c for s in self.task.columns for c in (*s.inputs, *s.optional)))
+    @override
+    def _prepared(self, examples: list[Example], problems: RowProblems, *, training: bool) -> Any:
+        encoder = Encoder(self.task, self.tokenizer, self.max_length, training=training)
+        return kept_on_disk(encoder, examples, problems, self.cache_dir, self.num_proc)
 
-    def origin(self, split: str) -> Any:
-        """The files, or the source, that a split comes from.
-
-        Args:
-            split: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
-        """
-        return self.files.get(split) or (self.files["train"] if split != "predict" else None) or self.source
-
-    def _source(self, split: str) -> Iterator[Example] | None:
-        files = self.files[split]
-        if files is not None:
-            return from_files(files, whole_texts=self.task.whole_texts and split != "predict")
-        if self.files["train"] is not None or self.source in (None, _EMBEDDED):
-            return None
-        return from_dataset(str(self.source), split, streaming=self.streaming)
-
-    def _all(self, split: str, *, training: bool = True) -> list[Example] | None:
-        examples = self._source(split)
-        if examples is None:
-            return None
-        problems = RowProblems(skip=self.on_error == "skip")
-        found = list(named(examples, self.columns, self.task.columns, problems, training=training))
-        what = f"data ({split}, {self.origin(split)})"
-        problems.settle(what, len(found))
-        if not found:
-            raise ValueError(f"{what}: holds no example")
-        return found
-
-    def _encode(self, split: str, *, training: bool) -> Any:
-        problems = RowProblems(skip=self.on_error == "skip")
-        encoder = Encoder(self.task, self._tokenizer, self.max_length, training=training)
-        examples = self._examples[split]
-        features = kept_on_disk(encoder, examples, problems, self.cache_dir, self.num_proc)
-        self._examples[split] = [e for e in examples if e.place not in problems.places]  # one for each row of features
-        problems.settle(f"data ({split}, {self.origin(split)})", len(features))
-        return features
+    @override
+    def _lengths(self, features: Any) -> Sequence[int]:
+        lengths: list[int] = features[LENGTH][:].tolist()
+        return lengths
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of similar length, in an order that the seed and the epoch fix."""
-        collate = self._collate(training=True)
-        if self.streaming:
-            problems = RowProblems(skip=self.on_error == "skip")
-            stream = functools.partial(self._streamed, problems)
-            rows = StreamedBatches(
-                stream, self.batch_size, self.shuffle_buffer, self.seed, trainer=self.trainer, problems=problems
-            )
-            return DataLoader(rows, batch_size=None, collate_fn=collate)
-        features = self._features["train"]
-        batches = LengthGroupedBatches(features[LENGTH][:].tolist(), self.batch_size, self.seed)
-        return ResumableLoader(features, batches, self.trainer, num_workers=self.num_workers, collate_fn=collate)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation rows, in order."""
-        return self._in_order("validation", training=True)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test rows, in order."""
-        return self._in_order("test", training=True)
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The rows to predict, in order, without labels."""
-        return self._in_order("predict", training=False)
-
-    def _in_order(self, split: str, *, training: bool) -> DataLoader[Any]:
-        return DataLoader(
-            self._features[split],
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            collate_fn=self._collate(training=training),
+        if not self.streaming:
+            return super().train_dataloader()
+        problems = RowProblems(skip=self.on_error == "skip")
+        stream = functools.partial(self._streamed, problems)
+        rows = StreamedBatches(
+            stream, self.batch_size, self.shuffle_buffer, self.seed, trainer=self.trainer, problems=problems
         )
-
-    def _collate(self, *, training: bool) -> Any:
-        return functools.partial(self.task.collate, tokenizer=self._tokenizer, training=training)
-
-    def rows(self, split: str) -> list[Row]:
-        """The rows of a split as they were read, under the task's names.
-
-        Args:
-            split: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
-        """
-        return [example.row or {} for example in self._examples[split]]
-
-    def examples(self, split: str) -> list[Example]:
-        """The rows of a split with their places.
-
-        Args:
-            split: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
-        """
-        return self._examples[split]
-
-    def features(self, split: str) -> Any:
-        """The token ids and labels of a split, a `datasets.Dataset`, row for row unless the task joins rows.
-
-        Args:
-            split: one that `setup` has encoded.
-        """
-        return self._features[split]
-
-    @property
-    def splits(self) -> list[str]:
-        """The splits that `setup` has encoded."""
-        return list(self._features)
+        return DataLoader(rows, batch_size=None, collate_fn=self._collate(training=True))
 
     def beginning(self, rows: int) -> tuple[list[Example], list[dict[str, Any]]]:
         """The first rows of a streamed training split that can be used, and their features.
@@ -361,6 +190,6 @@ class TextDataModule(LightningDataModule):
         problems = RowProblems(skip=True)
         stream = named(self._source("train") or (), self.columns, self.task.columns, problems, training=True)
         examples = list(islice(stream, rows))
-        encoder = Encoder(self.task, self._tokenizer, self.max_length, training=True)
+        encoder = Encoder(self.task, self.tokenizer, self.max_length, training=True)
         features = list(encoder.stream(examples, problems))
         return [e for e in examples if e.place not in problems.places], features

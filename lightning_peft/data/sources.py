@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.core.problems import nearest
 from lightning_peft.data.files import Example, Files, Row, find_files, read_file
 from lightning_peft.data.problems import RowProblems
+from lightning_peft.data.tables import from_rows
 from lightning_peft.formats.hub import hub_is_reachable
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ def from_dataset(name: str, split: str, *, streaming: bool = False) -> Iterator[
         loaded = {"train": loaded}
     if split not in loaded:
         return None
-    rows = loaded[split]
-    return (Example(dict(row), f"{name}, {split}, row {i}") for i, row in enumerate(rows, start=1))
+    return from_rows(loaded[split], f"{name}, {split}")
 
 
 def named(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from lightning_peft.data.files import Example
 
@@ -56,7 +57,12 @@ def inputs_key(example: Example, inputs: Sequence[str]) -> str:
     row = example.row or {}
     seen = [row.get(c) for c in inputs]
     # the input of some shapes lies within their targets
-    return json.dumps(row if all(value is None for value in seen) else seen, sort_keys=True, default=str)
+    return json.dumps(row if all(value is None for value in seen) else seen, sort_keys=True, default=_identity)
+
+
+def _identity(value: Any) -> str:
+    """An image is known again by its bytes, whatever file they lie in."""
+    return str(getattr(value, "digest", value))
 
 
 def some_of(examples: Sequence[Example], limit: float | None, seed: int) -> list[Example]:

@@ -67,14 +67,16 @@ def _refuse_acting(adapters: Adapters, other: str, name: str) -> None:
     )
 
 
-def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None, card: Card | None = None) -> Path:
+def save_merged(
+    model: Module, name: str, path: Path, processing_class: Any = None, card: Card | None = None
+) -> Path:
     """Writes the merged model, without the adapters that do nothing; the one in memory stays adapted as it is.
 
     Args:
         model: an adapted Hugging Face model.
         name: the adapter's name.
         path: a folder that does not exist yet, or is empty.
-        tokenizer: a tokenizer to write beside it.
+        processing_class: a tokenizer or an image processor to write beside it.
         card: its model card.
 
     Returns:
@@ -97,8 +99,8 @@ def save_merged(model: Module, name: str, path: Path, tokenizer: Any = None, car
     unload_merged(twin, name)
     with written_whole(path) as scratch:
         cast(Any, twin).save_pretrained(scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
+        if processing_class is not None:
+            processing_class.save_pretrained(scratch)
         if card is not None:
             card.write(scratch, beside=path)
     return path

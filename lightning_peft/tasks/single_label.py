@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 from lightning_peft.tasks.auroc import MacroAUROC
 from lightning_peft.tasks.class_names import ClassNumbers, class_name, in_order, readable
+
+_RANKED = 5
 
 
 class SingleLabel:
@@ -66,15 +68,16 @@ class SingleLabel:
 
     def metrics(self) -> MetricCollection:
         """Accuracy over all rows, F1 as the mean over classes, Matthews' correlation, and the area under the ROC."""
+        mcc = MulticlassMatthewsCorrCoef(len(self.number.names), validate_args=False)
+        return MetricCollection({**self._decisions(), "mcc": mcc, "auroc": MacroAUROC()})
+
+    def _decisions(self) -> dict[str, Metric]:
+        """What judges the likeliest class alone."""
         classes = len(self.number.names)
-        return MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
-                "f1_macro": MulticlassF1Score(classes, average="macro", validate_args=False),
-                "mcc": MulticlassMatthewsCorrCoef(classes, validate_args=False),
-                "auroc": MacroAUROC(),
-            }
-        )
+        return {
+            "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
+            "f1_macro": MulticlassF1Score(classes, average="macro", validate_args=False),
+        }
 
     def update(self, metrics: MetricCollection, logits: Tensor, labels: Tensor) -> None:
         """Adds a batch to the metrics."""
@@ -89,4 +92,25 @@ class SingleLabel:
             said.append(
                 {"label": names[best], "score": shares[best], "probabilities": dict(zip(names, shares, strict=True))}
             )
+        return said
+
+
+class RankedLabel(SingleLabel):
+    """A single label among classes that may be many: what counts is also whether it is among the likeliest five."""
+
+    def metrics(self) -> MetricCollection:
+        """Accuracy, F1 as the mean over classes, and how often the class is among the likeliest five of more."""
+        classes = len(self.number.names)
+        top = MulticlassAccuracy(classes, top_k=_RANKED, average="micro", validate_args=False)
+        # among five classes every answer would be right
+        return MetricCollection({**self._decisions(), **({"top5": top} if classes > _RANKED else {})})
+
+    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
+        """The likeliest class, its probability, and the probabilities of the likeliest five."""
+        names = self.number.names
+        shares, places = logits.float().softmax(-1).topk(min(_RANKED, len(names)))
+        said = []
+        for some, which in zip(shares.tolist(), places.tolist(), strict=True):
+            ranked = dict(zip((names[n] for n in which), some, strict=True))
+            said.append({"label": names[which[0]], "score": some[0], "probabilities": ranked})
         return said

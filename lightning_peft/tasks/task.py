@@ -16,15 +16,13 @@ class Task(Protocol):
 
     Attributes:
         auto_class: transformers' auto-model class with the right head.
-        peft_task_type: Hugging Face PEFT's name for the task.
+        peft_task_type: Hugging Face PEFT's name for the task; None where it has none.
         columns: the shapes that the data may have.
-        whole_texts: whether a plain text file is one row; otherwise each of its lines is one.
     """
 
     auto_class: ClassVar[str]
-    peft_task_type: ClassVar[str]
+    peft_task_type: ClassVar[str | None]
     columns: ClassVar[tuple[Columns, ...]]
-    whole_texts: ClassVar[bool]
 
     @property
     def monitor(self) -> str:
@@ -48,18 +46,8 @@ class Task(Protocol):
         """Takes from the training rows what the task must know, such as the labels."""
         ...
 
-    def encode(
-        self, rows: list[dict[str, Any]], tokenizer: Any, max_length: int, *, training: bool
-    ) -> list[dict[str, Any]]:
-        """Rows of text as rows of token ids (and labels, unless ``training`` is false: then only the inputs).
-
-        Raises:
-            ValueError: if a row cannot be used; the sentence goes on behind the row's place.
-        """
-        ...
-
-    def collate(self, features: list[dict[str, Any]], tokenizer: Any, *, training: bool) -> dict[str, Tensor]:
-        """A batch, padded to its longest row; ``(batch, tokens)``."""
+    def collate(self, features: list[dict[str, Any]], processing_class: Any, /, *, training: bool) -> dict[str, Tensor]:
+        """A batch."""
         ...
 
     def outputs(self, model: Any, batch: dict[str, Any]) -> Any:
@@ -78,9 +66,63 @@ class Task(Protocol):
         """Adds a batch to the metrics."""
         ...
 
-    def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:
+    def predict(
+        self, model: Any, batch: dict[str, Any], processing_class: Any, /, **generation: Any
+    ) -> list[dict[str, Any]]:
         """What the model says to each row, in plain values."""
         ...
+
+
+class TextTask(Task, Protocol):
+    """A task about texts. Its batches are padded to their longest row, ``(batch, tokens)``.
+
+    Attributes:
+        whole_texts: whether a plain text file is one row; otherwise each of its lines is one.
+    """
+
+    whole_texts: ClassVar[bool]
+
+    def encode(
+        self, rows: list[dict[str, Any]], tokenizer: Any, max_length: int, *, training: bool
+    ) -> list[dict[str, Any]]:
+        """Rows of text as rows of token ids (and labels, unless ``training`` is false: then only the inputs).
+
+        Raises:
+            ValueError: if a row cannot be used; the sentence goes on behind the row's place.
+        """
+        ...
+
+
+class ImageTask(Task, Protocol):
+    """A task about images; of a row's features ``image`` is the image itself when a batch is made of them."""
+
+    def encode(self, rows: list[dict[str, Any]], *, training: bool) -> list[dict[str, Any]]:
+        """Rows as what belongs to the image: the label, unless ``training`` is false.
+
+        Raises:
+            ValueError: if a row cannot be used; the sentence goes on behind the row's place.
+        """
+        ...
+
+
+@runtime_checkable
+class Processed(Protocol):
+    """A task whose inputs are made ready by something else than a tokenizer.
+
+    Attributes:
+        processing_auto_class: transformers' auto class of that, such as ``"AutoImageProcessor"``.
+    """
+
+    processing_auto_class: ClassVar[str]
+
+
+def processing_auto_class(task: Task) -> str:
+    """Transformers' auto class of what makes a task's inputs ready.
+
+    Args:
+        task: the task.
+    """
+    return task.processing_auto_class if isinstance(task, Processed) else "AutoTokenizer"
 
 
 @runtime_checkable

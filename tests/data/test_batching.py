@@ -57,7 +57,7 @@ def test_the_loader_gives_the_same_batches_whatever_the_workers(tokenizer_folder
     data.setup("fit")
     first = [b["input_ids"].tolist() for b in data.train_dataloader()]
     again = TextDataModule(limit=40, max_length=16)
-    again.connect(TextClassification(), data._tokenizer)
+    again.connect(TextClassification(), data.tokenizer)
     again.setup("fit")
     assert first == [b["input_ids"].tolist() for b in again.train_dataloader()]
 

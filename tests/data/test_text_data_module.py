@@ -85,11 +85,11 @@ def test_a_stream_gives_every_row_once_in_an_order_of_seed_and_epoch(files, modu
         data = module(**files, streaming=True, shuffle_buffer=10, **options)
         loader = data.train_dataloader()
         loader.dataset.set_epoch(epoch)
-        return unpadded(loader, data._tokenizer)
+        return unpadded(loader, data.tokenizer)
 
     first, data = texts(0), module(**files)
     assert len(first) == 32
-    assert sorted(first) == sorted(unpadded(data.train_dataloader(), data._tokenizer))
+    assert sorted(first) == sorted(unpadded(data.train_dataloader(), data.tokenizer))
     assert first == texts(0) != texts(1)
     assert first != texts(0, seed=3)
 

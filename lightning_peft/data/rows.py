@@ -1,0 +1,340 @@
+"""RowDataModule: rows read, split, chosen and batched, whatever they hold."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_peft.core.problems import nearest, raise_problems
+from lightning_peft.data.batching import LengthGroupedBatches, ResumableLoader
+from lightning_peft.data.files import Example, Files, Row
+from lightning_peft.data.problems import RowProblems
+from lightning_peft.data.sources import ID, named
+from lightning_peft.data.splits import some_of, split_off
+from lightning_peft.tasks.task import processing_auto_class
+
+if TYPE_CHECKING:
+    from lightning_peft.tasks.task import Task
+
+_DATA_OF = {
+    "AutoTokenizer": "TextDataModule (data=files)",
+    "AutoImageProcessor": "ImageDataModule (data=images)",
+}
+
+
+class RowDataModule(LightningDataModule, ABC):
+    """Reads rows from files or a source, and batches what a task makes of them.
+
+    The task, and what makes its inputs ready (a tokenizer or an image processor), come from the LightningModule that
+    is trained (`PeftModule` has both), or from `connect`. A subclass says where rows come from, and what features are.
+
+    Args:
+        source: a folder or a data set's name; unused where files are given.
+        files: for ``"train"``, ``"validation"``, ``"test"`` and ``"predict"``, each perhaps None.
+        columns: the data's name for each of the task's columns.
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in other batches; None takes ``batch_size``.
+        validation_fraction: the share of the training rows that validates where nothing else does.
+        split_seed: fixes which.
+        num_workers: processes that make batches; 0 does it in the main one.
+        seed: fixes the training order and what ``limit`` takes.
+        limit: a number of training rows, or a share of them below 1; None takes all.
+        on_error: ``"raise"`` or ``"skip"``: what to do about rows that cannot be used.
+        problems: sentences on what is wrong with the subclass's own options; None where nothing is.
+
+    Raises:
+        ValueError: if an option is out of its range.
+    """
+
+    processing: ClassVar[str]
+    """Transformers' auto class of what makes the inputs ready."""
+
+    def __init__(
+        self,
+        source: str | None,
+        files: dict[str, Files | None],
+        columns: dict[str, str | None] | None,
+        batch_size: int,
+        eval_batch_size: int | None,
+        validation_fraction: float,
+        split_seed: int,
+        num_workers: int,
+        seed: int,
+        limit: float | None,
+        on_error: Literal["raise", "skip"],
+        problems: Sequence[str | None] = (),
+    ) -> None:
+        super().__init__()
+        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        raise_problems(
+            type(self).__name__,
+            [
+                *too_few(**counts),
+                f"limit must be a number of rows, or a share above 0 and below 1, but got {limit}"
+                if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit)))
+                else None,
+                f"validation_fraction must be above 0 and below 1, but got {validation_fraction}"
+                if not 0 < validation_fraction < 1
+                else None,
+                f"num_workers must be 0 or more, but got {num_workers}" if num_workers < 0 else None,
+                f"on_error must be raise or skip, but got {on_error!r}" if on_error not in ("raise", "skip") else None,
+                "give a source or train_files"
+                if source is None and not files["train"] and not files["predict"]
+                else None,
+                *problems,
+            ],
+        )
+        self.source = source
+        self.files = files
+        self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.validation_fraction = validation_fraction
+        self.split_seed = split_seed
+        self.num_workers = num_workers
+        self.seed = seed
+        self.limit = limit
+        self.on_error = on_error
+        self._task: Any = None
+        self._processing_class: Any = None
+        self._examples: dict[str, list[Example]] = {}
+        self._features: dict[str, Any] = {}
+
+    @abstractmethod
+    def _from_files(self, files: Files, split: str) -> Iterator[Example]:
+        """The rows of files."""
+
+    @abstractmethod
+    def _from_source(self, source: str, split: str) -> Iterator[Example] | None:
+        """The rows of the source, or None if it has no such split."""
+
+    @abstractmethod
+    def _prepared(self, examples: list[Example], problems: RowProblems, *, training: bool) -> Any:
+        """A sequence of features, of all examples but those that problems take note of, unless the task joins rows."""
+
+    @abstractmethod
+    def _lengths(self, features: Any) -> Sequence[int]:
+        """By what features are alike: those of like length are batched together."""
+
+    def connect(self, task: Task, processing_class: Any) -> None:
+        """Says which task the rows are for, and what makes its inputs ready, where no trainer does.
+
+        Args:
+            task: the task.
+            processing_class: a Hugging Face tokenizer, or an image processor.
+
+        Raises:
+            ValueError: if the task is about something else, or ``columns`` names one that it does not know.
+        """
+        self._refuse_other(task)
+        known = {ID, *(column for shape in task.columns for column in shape.all())}
+        unknown = [c for c in self.columns if c not in known]
+        if unknown:
+            raise ValueError(f"columns: the task knows no column {unknown[0]!r}{nearest(unknown[0], known)}")
+        self._task, self._processing_class = task, processing_class
+
+    def _refuse_other(self, task: Task) -> None:
+        wanted = processing_auto_class(task)
+        if wanted != self.processing:
+            raise ValueError(
+                f"{type(self).__name__} makes inputs with an {self.processing}, but the task "
+                f"{task.to_config()['name']} takes those of an {wanted}: give it {_DATA_OF.get(wanted, 'other data')}"
+            )
+
+    @property
+    def task(self) -> Any:
+        """The task.
+
+        Raises:
+            RuntimeError: before `setup` or `connect`.
+        """
+        if self._task is None:
+            raise RuntimeError(
+                "the data knows no task yet; call connect(task, processing_class), or let a Trainer run setup"
+            )
+        return self._task
+
+    @property
+    def processing_class(self) -> Any:
+        """What makes inputs ready; None before `setup` or `connect`."""
+        return self._processing_class
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Reads and prepares what the stage needs; everything wrong with the data is said here.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            TypeError: if the LightningModule has no task and processing class.
+            ValueError: if rows cannot be used, and ``on_error`` is ``"raise"``.
+        """
+        if self._task is None:
+            self._connect_to(getattr(self.trainer, "lightning_module", None))
+        if stage == "predict" and self.files["predict"] is not None:
+            self._examples["predict"] = self._all("predict", training=False) or []
+        elif not self._examples.get("validation"):
+            self._read()
+        splits = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+        for split in splits.get(stage, ()):
+            if split not in self._features and split in self._examples:
+                self._prepare(split, training=True)
+        if stage == "predict":
+            self._examples.setdefault("predict", self._examples.get("validation", []))
+            self._prepare("predict", training=False)
+
+    def _connect_to(self, module: Any) -> None:
+        if hasattr(module, "task"):
+            self._refuse_other(module.task)  # before what it needs is loaded
+        if not hasattr(module, "task") or not hasattr(module, "processing_class"):
+            raise TypeError(
+                f"{type(self).__name__} needs a LightningModule with the attributes task and processing_class, as "
+                f"PeftModule has them, but got {type(module).__name__}; or call connect(task, processing_class)"
+            )
+        self.connect(module.task, module.processing_class)
+
+    def _read(self) -> None:
+        train, validation = self._all("train"), self._all("validation")
+        if train is None:
+            raise ValueError(f"the data {self.source!r} has no train split")
+        known = train  # before the split and the limit: a rare label may be in none of the rows that they leave
+        if validation is None:
+            train, validation = self._split(train)
+        self.task.learn_from([example.row or {} for example in known])
+        self._examples |= {
+            "train": some_of(train, self.limit, self.seed),
+            "validation": validation,
+            "test": self._all("test") or validation,
+        }
+
+    def _split(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
+        return split_off(train, self.validation_fraction, self.inputs, self.split_seed)
+
+    @property
+    def inputs(self) -> list[str]:
+        """The columns that the model sees, whatever shape the rows have."""
+        return list(dict.fromkeys(c for s in self.task.columns for c in (*s.inputs, *s.optional)))
+
+    def origin(self, split: str) -> Any:
+        """The files, or the source, that a split comes from.
+
+        Args:
+            split: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        """
+        return self.files.get(split) or (self.files["train"] if split != "predict" else None) or self.source
+
+    def _source(self, split: str) -> Iterator[Example] | None:
+        files = self.files[split]
+        if files is not None:
+            return self._from_files(files, split)
+        if self.files["train"] is not None or self.source is None:
+            return None
+        return self._from_source(self.source, split)
+
+    def _all(self, split: str, *, training: bool = True) -> list[Example] | None:
+        examples = self._source(split)
+        if examples is None:
+            return None
+        problems = RowProblems(skip=self.on_error == "skip")
+        found = list(named(examples, self.columns, self.task.columns, problems, training=training))
+        what = f"data ({split}, {self.origin(split)})"
+        problems.settle(what, len(found))
+        if not found:
+            raise ValueError(f"{what}: holds no example")
+        return found
+
+    def _prepare(self, split: str, *, training: bool) -> None:
+        problems = RowProblems(skip=self.on_error == "skip")
+        examples = self._examples[split]
+        features = self._prepared(examples, problems, training=training)
+        self._examples[split] = [e for e in examples if e.place not in problems.places]  # one for each row of features
+        problems.settle(f"data ({split}, {self.origin(split)})", len(features))
+        self._features[split] = features
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of similar length, in an order that the seed and the epoch fix."""
+        return self._shuffled(self._features["train"], self._order())
+
+    def _order(self) -> LengthGroupedBatches:
+        return LengthGroupedBatches(self._lengths(self._features["train"]), self.batch_size, self.seed)
+
+    def _shuffled(self, rows: Any, order: LengthGroupedBatches) -> DataLoader[Any]:
+        collate = self._collate(training=True)
+        return ResumableLoader(rows, order, self.trainer, num_workers=self.num_workers, collate_fn=collate)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The validation rows, in order."""
+        return self._in_order("validation", training=True)
+
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test rows, in order."""
+        return self._in_order("test", training=True)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The rows to predict, in order, without labels."""
+        return self._in_order("predict", training=False)
+
+    def _in_order(self, split: str, *, training: bool) -> DataLoader[Any]:
+        return DataLoader(
+            self._features[split],
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self._collate(training=training),
+        )
+
+    def _collate(self, *, training: bool) -> Any:
+        return functools.partial(_batch, task=self.task, processing_class=self.processing_class, training=training)
+
+    def rows(self, split: str) -> list[Row]:
+        """The rows of a split as they were read, under the task's names.
+
+        Args:
+            split: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        """
+        return [example.row or {} for example in self._examples[split]]
+
+    def examples(self, split: str) -> list[Example]:
+        """The rows of a split with their places.
+
+        Args:
+            split: ``"train"``, ``"validation"``, ``"test"`` or ``"predict"``.
+        """
+        return self._examples[split]
+
+    def features(self, split: str) -> Any:
+        """What the task has made of a split, row for row unless it joins rows.
+
+        Args:
+            split: one that `setup` has prepared.
+        """
+        return self._features[split]
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that `setup` has prepared."""
+        return list(self._features)
+
+
+def too_few(**counts: int | None) -> list[str]:
+    """Sentences on counts below 1.
+
+    Args:
+        **counts: by the names of their options; None is none.
+    """
+    return [f"{n} must be 1 or more, but got {count}" for n, count in counts.items() if count is not None and count < 1]
+
+
+def _batch(features: list[Any], *, task: Task, processing_class: Any, training: bool) -> dict[str, Tensor]:
+    return task.collate(features, processing_class, training=training)
