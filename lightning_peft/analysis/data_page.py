@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.analysis.data_summary import DataSummary, Spread, percent
+from lightning_peft.analysis.data_summary import DataSummary, percent
 from lightning_peft.analysis.plots import bars_svg, histogram_svg
 from lightning_peft.formats.writing import write_json, written_file
 
@@ -45,17 +45,9 @@ def _plots(summary: DataSummary) -> list[dict[str, Any]]:
     splits = summary.splits
     drawn: list[dict[str, Any]] = []
 
-    def histogram(title: str, axis: str, spreads: dict[str, Spread], limit: int | None) -> None:
-        drawn.append({"title": title, "svg": histogram_svg(spreads, axis, limit)})
-
-    names = list(dict.fromkeys(name for split in splits.values() for name in split.lengths))
-    for name in names:
-        title = "Length" if len(names) == 1 else f"Length of {name}"
-        found = {split: s.lengths[name] for split, s in splits.items() if name in s.lengths}
-        histogram(title, "tokens", found, summary.max_length)
-    numbers = {split: s.numbers for split, s in splits.items() if s.numbers is not None}
-    if numbers:
-        histogram("Targets", "value", numbers, None)
+    for name in dict.fromkeys(name for split in splits.values() for name in split.spreads):
+        found = {split: s.spreads[name] for split, s in splits.items() if name in s.spreads}
+        drawn.append({"title": name.capitalize(), "svg": histogram_svg(found)})
     labels = {split: s.labels for split, s in splits.items() if s.labels}
     if labels:
         every = list(dict.fromkeys(label for counts in labels.values() for label in counts))

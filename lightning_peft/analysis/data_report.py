@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_peft.analysis.data_summary import DataSummary, Piece, Shown, SplitSummary, Spread, percent
+from lightning_peft.analysis.data_summary import Cut, DataSummary, Piece, Shown, SplitSummary, Spread, percent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,7 @@ def print_data(summary: DataSummary, console: Console | None = None) -> None:
     for number, example in enumerate(summary.examples, start=1):
         console.print()
         _print_example(number, example, console)
-    if summary.examples and any(e.supervised is not None for e in summary.examples):
+    if summary.examples and any(e.text and e.text.supervised is not None for e in summary.examples):
         console.print(Text("The marked text is what is learnt.", style="dim"))
 
 
@@ -61,19 +61,14 @@ def _numbers(summary: DataSummary, is_unicode: bool) -> Table:
 
     row("examples", lambda s: f"{s.examples:,}{' and on' if s.streamed else ''}")
     row("rows", lambda s: f"{s.rows:,}" if any(x.rows != x.examples for x in splits) else "")
-    row("tokens", lambda s: f"{s.tokens:,}")
-    row("supervised", lambda s: "" if s.supervised is None else f"{s.supervised:,}")
-    row("  share", lambda s: "" if s.supervised is None else percent(s.supervised, s.tokens))
-    names = list(dict.fromkeys(name for s in splits for name in s.lengths))
-    for name in names:
-        _add_spread(table, "length" + (f" of {name}" if len(names) > 1 else ""), [s.lengths[name] for s in splits])
-        table.add_row("", *(Text(bars(s.lengths[name], is_unicode), style="cyan") for s in splits))
-    if any(s.numbers is not None for s in splits):
-        _add_spread(table, "target", [s.numbers for s in splits])
-        table.add_row("", *("" if s.numbers is None else bars(s.numbers, is_unicode) for s in splits))
-    row("rows cut", lambda s: "" if s.cut is None else percent(s.cut.rows, s.cut.looked_at))
-    row("  of looked at", lambda s: f"{s.cut.looked_at:,}" if s.cut and s.cut.looked_at < s.rows else "")
-    row("  tokens lost", lambda s: percent(s.cut.tokens_lost, s.cut.tokens) if s.cut and s.cut.rows else "")
+    row("tokens", lambda s: f"{s.tokens.all:,}" if s.tokens else "")
+    row("supervised", lambda s: f"{s.tokens.supervised:,}" if s.tokens and s.tokens.supervised is not None else "")
+    row("  share", _share_supervised)
+    for name in dict.fromkeys(name for s in splits for name in s.spreads):
+        _add_spread(table, name, [s.spreads.get(name) for s in splits], is_unicode)
+    row("rows cut", lambda s: percent(cut.rows, cut.looked_at) if (cut := _cut(s)) else "")
+    row("  of looked at", lambda s: f"{cut.looked_at:,}" if (cut := _cut(s)) and cut.looked_at < s.rows else "")
+    row("  tokens lost", lambda s: percent(cut.tokens_lost, cut.tokens) if (cut := _cut(s)) and cut.rows else "")
     row("  supervised lost", _supervised_lost)
     row("duplicates", lambda s: f"{s.duplicates:,}")
     row("  inputs only", lambda s: f"{s.same_inputs:,}" if s.same_inputs else "")
@@ -84,21 +79,32 @@ def _numbers(summary: DataSummary, is_unicode: bool) -> Table:
     return table
 
 
+def _cut(split: SplitSummary) -> Cut | None:
+    return None if split.tokens is None else split.tokens.cut
+
+
+def _share_supervised(split: SplitSummary) -> str:
+    tokens = split.tokens
+    return "" if tokens is None or tokens.supervised is None else percent(tokens.supervised, tokens.all)
+
+
 def _supervised_lost(split: SplitSummary) -> str:
-    cut = split.cut
+    cut = _cut(split)
     return percent(cut.supervised_lost, cut.supervised) if cut is not None and cut.rows and cut.supervised else ""
 
 
-def _add_spread(table: Table, name: str, spreads: Sequence[Spread | None]) -> None:
-    table.add_row(name)
+def _add_spread(table: Table, name: str, spreads: Sequence[Spread | None], is_unicode: bool) -> None:
+    unit = next((s.unit for s in spreads if s is not None), "")
+    table.add_row(f"{name} ({unit})" if unit else name)
     rows: dict[str, Callable[[Spread], float]] = {
-        "  shortest" if name != "target" else "  smallest": lambda s: s.smallest,
+        "  smallest": lambda s: s.smallest,
         "  median": lambda s: s.median,
         "  95% up to": lambda s: s.high,
-        "  longest" if name != "target" else "  largest": lambda s: s.largest,
+        "  largest": lambda s: s.largest,
     }
     for title, value in rows.items():
         table.add_row(title, *("" if s is None else f"{value(s):,.6g}" for s in spreads))
+    table.add_row("", *("" if s is None else Text(bars(s, is_unicode), style="cyan") for s in spreads))
 
 
 def bars(spread: Spread, is_unicode: bool = True) -> str:
@@ -141,12 +147,11 @@ def _shortened(name: str, width: int) -> str:
 
 
 def _print_example(number: int, example: Shown, console: Console) -> None:
-    cut = f", cut from {example.whole:,}" if example.whole is not None and example.whole > example.tokens else ""
-    learnt = "" if example.supervised is None else f", {example.supervised:,} learnt"
     where = f" ({example.place})" if example.place else ""
-    console.print(Text(f"{example.split} {number}{where}: {example.tokens:,} tokens{cut}{learnt}", style="bold"))
-    for name, pieces in example.sequences.items():
-        text = Text(f"{name}: " if len(example.sequences) > 1 else "")
+    console.print(Text(f"{example.split} {number}{where}: {example.size}", style="bold"))
+    sequences = {} if example.text is None else example.text.sequences
+    for name, pieces in sequences.items():
+        text = Text(f"{name}: " if len(sequences) > 1 else "")
         for piece in pieces:
             text.append_text(_marked(piece, console))
         console.print(text)

@@ -13,7 +13,7 @@ _BINS = 12
 
 @dataclass(frozen=True)
 class Spread:
-    """How numbers are spread: lengths in tokens, or the targets of a regression.
+    """How numbers are spread: lengths in tokens, widths in pixels, the targets of a regression.
 
     Attributes:
         smallest: the smallest.
@@ -22,6 +22,8 @@ class Spread:
         largest: the largest.
         edges: the borders of the bins, one more than there are bins.
         counts: how many lie in each bin.
+        unit: what is counted; empty for plain numbers.
+        limit: where they are cut; None where they are not.
     """
 
     smallest: float
@@ -30,13 +32,17 @@ class Spread:
     largest: float
     edges: tuple[float, ...]
     counts: tuple[int, ...]
+    unit: str = ""
+    limit: int | None = None
 
     @classmethod
-    def of(cls, numbers: Any) -> Spread:
+    def of(cls, numbers: Any, unit: str = "", limit: int | None = None) -> Spread:
         """The spread of one number or more.
 
         Args:
             numbers: ``(rows,)``; whole numbers get bins of whole widths.
+            unit: what is counted.
+            limit: where they are cut.
         """
         found = np.asarray(numbers)
         smallest, largest = found.min(), found.max()
@@ -49,7 +55,7 @@ class Spread:
         counts, _ = np.histogram(found, edges)
         middle, high = np.quantile(found, [0.5, 0.95], method="inverted_cdf")
         borders, bins = tuple(edges.tolist()), tuple(counts.tolist())
-        return cls(smallest.item(), middle.item(), high.item(), largest.item(), borders, bins)
+        return cls(smallest.item(), middle.item(), high.item(), largest.item(), borders, bins, unit, limit)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,21 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class TokenCounts:
+    """The tokens of a split.
+
+    Attributes:
+        all: of all its examples.
+        supervised: those on which the loss counts; None where it counts on whole examples.
+        cut: what is cut off; None where rows are joined instead of cut.
+    """
+
+    all: int
+    supervised: int | None
+    cut: Cut | None
+
+
+@dataclass(frozen=True)
 class SplitSummary:
     """One split.
 
@@ -81,12 +102,10 @@ class SplitSummary:
         examples: what the model is given of it one by one: rows, or the blocks that a task makes of them.
         rows: rows that were read; of a stream those that were looked at.
         streamed: whether there may be more rows than were looked at.
-        tokens: of all these examples.
-        supervised: tokens on which the loss counts; None where it counts on whole examples.
-        lengths: tokens in an example, for each of its sequences by name.
-        cut: what is cut off; None where rows are joined instead of cut.
+        spreads: what is measured of an example by name: the length of each of its texts, an image's width and height,
+            the target of a regression.
+        tokens: how many there are; None where it has no texts.
         labels: how often each label occurs, the most frequent first; None where there are no labels.
-        numbers: the targets of a regression.
         duplicates: rows that equal an earlier one of the split.
         same_inputs: rows whose inputs, not all of the row, equal those of an earlier one.
         in_training: rows that are in the training split too.
@@ -96,12 +115,9 @@ class SplitSummary:
     examples: int
     rows: int
     streamed: bool
-    tokens: int
-    supervised: int | None
-    lengths: dict[str, Spread]
-    cut: Cut | None
+    spreads: dict[str, Spread]
+    tokens: TokenCounts | None
     labels: dict[str, int] | None
-    numbers: Spread | None
     duplicates: int
     same_inputs: int
     in_training: int
@@ -124,26 +140,71 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class ShownText:
+    """The texts of an example as the model reads them.
+
+    Attributes:
+        sequences: its sequences of tokens by name, each in pieces.
+        tokens: how many tokens it has.
+        supervised: on how many of them the loss counts; None where it counts on the example.
+        whole: how many tokens it would have if it were not cut; None where rows are joined.
+    """
+
+    sequences: dict[str, tuple[Piece, ...]]
+    tokens: int
+    supervised: int | None
+    whole: int | None
+
+    @property
+    def size(self) -> str:
+        """How long it is, in words."""
+        cut = f", cut from {self.whole:,}" if self.whole is not None and self.whole > self.tokens else ""
+        learnt = "" if self.supervised is None else f", {self.supervised:,} learnt"
+        return f"{self.tokens:,} tokens{cut}{learnt}"
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """The image of an example.
+
+    Attributes:
+        width: in pixels, as it is stored.
+        height: in pixels.
+        png: what the model sees of it, a small PNG in base 64.
+    """
+
+    width: int
+    height: int
+    png: str
+
+    @property
+    def size(self) -> str:
+        """How large it is, in words."""
+        return f"{self.width:,} x {self.height:,} pixels"
+
+
+@dataclass(frozen=True)
 class Shown:
     """One example as the model sees it.
 
     Attributes:
         split: where it is from.
         place: file and line.
-        sequences: its sequences of tokens by name, each in pieces.
-        tokens: how many tokens it has.
-        supervised: on how many of them the loss counts; None where it counts on the example.
-        whole: how many tokens it would have if it were not cut; None where rows are joined.
         targets: what is learnt besides tokens, such as a label.
+        text: its texts, if it has any.
+        image: its image, if it has one.
     """
 
     split: str
     place: str
-    sequences: dict[str, tuple[Piece, ...]]
-    tokens: int
-    supervised: int | None
-    whole: int | None
     targets: dict[str, str]
+    text: ShownText | None = None
+    image: ShownImage | None = None
+
+    @property
+    def size(self) -> str:
+        """How long or large it is, in words."""
+        return ", ".join(part.size for part in (self.text, self.image) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -153,8 +214,8 @@ class DataSummary:
     Attributes:
         task: the task's name.
         origin: where the data comes from.
-        tokenizer: its class and how many tokens it knows.
-        max_length: tokens that a row is cut to.
+        seen_as: what is made of it, such as ``"cut to 64 tokens"``.
+        made_by: what does that: the tokenizer or the image processor, in words.
         splits: each by its name, training first.
         examples: some of the training examples.
         notes: sentences on what a person might not expect.
@@ -162,8 +223,8 @@ class DataSummary:
 
     task: str
     origin: str
-    tokenizer: str
-    max_length: int
+    seen_as: str
+    made_by: str
     splits: dict[str, SplitSummary]
     examples: tuple[Shown, ...]
     notes: tuple[str, ...]
@@ -171,7 +232,7 @@ class DataSummary:
     @property
     def heading(self) -> str:
         """One line: what the numbers are about."""
-        return f"{self.task}: {self.origin}, cut to {self.max_length} tokens"
+        return f"{self.task}: {self.origin}, {self.seen_as}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""

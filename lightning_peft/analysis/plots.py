@@ -16,13 +16,11 @@ _INK = "#010203"  # becomes the page's own
 _COLOURS = ("#3b82c4", "#e08a2e", "#4fa36b")  # of middling brightness: seen on white and on black
 
 
-def histogram_svg(spreads: Mapping[str, Spread], axis: str, limit: int | None = None) -> str:
-    """A histogram for each split, below one another.
+def histogram_svg(spreads: Mapping[str, Spread]) -> str:
+    """A histogram for each split, below one another; where numbers are cut, a line.
 
     Args:
-        spreads: split to numbers.
-        axis: what the numbers are.
-        limit: where they are cut; drawn as a line if one of them is.
+        spreads: split to numbers of one kind.
     """
     import numpy as np
 
@@ -34,9 +32,9 @@ def histogram_svg(spreads: Mapping[str, Spread], axis: str, limit: int | None = 
             place.bar(edges[:-1], spread.counts, np.diff(edges) * 0.94, align="edge", color=colour)
             place.axvline(spread.median, color=_INK, linewidth=1)
             place.set_ylabel(name)
-            if limit is not None and spread.largest >= limit:
-                place.axvline(limit + 1, color=_INK, linewidth=1, linestyle=":")
-        axes[-1].set_xlabel(f"{axis} (line: median)")
+            if spread.limit is not None and spread.largest >= spread.limit:
+                place.axvline(spread.limit + 1, color=_INK, linewidth=1, linestyle=":")
+        axes[-1].set_xlabel(f"{next(iter(spreads.values())).unit or 'value'} (line: median)")
         return _svg(figure)
 
 

@@ -32,7 +32,7 @@ from lightning_peft.tasks import task_from_config
 from lightning_peft.tasks.base_model import BaseModel
 
 if TYPE_CHECKING:
-    from lightning_peft.data.module import TextDataModule
+    from lightning_peft.data.rows import RowDataModule
 
 
 def train(config: DictConfig) -> float | None:
@@ -46,7 +46,7 @@ def train(config: DictConfig) -> float | None:
         raise ValueError(f"trainer.max_epochs must be 1 or more, or -1 for no end, but got {epochs}")
     L.seed_everything(config.seed, workers=True, verbose=False)
     method = _method(config)
-    data: TextDataModule = instantiate(config.data, _convert_="all")
+    data: RowDataModule = instantiate(config.data, _convert_="all")
     options = OmegaConf.to_container(config, resolve=True)
     assert isinstance(options, dict)
     module = PeftModule(
@@ -83,7 +83,7 @@ def show_data(config: DictConfig) -> Path:
     _keep_config(config)
     options = OmegaConf.to_container(config, resolve=True)
     assert isinstance(options, dict)
-    data: TextDataModule = instantiate(config.data, _convert_="all")
+    data: RowDataModule = instantiate(config.data, _convert_="all")
     task = task_from_config(options["task"])
     data.connect(task, BaseModel.of(options["model"]).load_processing_class(task))
     for stage in ("fit", "test") if config.data.test_files else ("fit",):
@@ -166,11 +166,11 @@ def load(path: str) -> PeftModule:
     return PeftModule.load_from_checkpoint(place, map_location="cpu", weights_only=True)
 
 
-def _ready(config: DictConfig) -> tuple[PeftModule, TextDataModule, L.Trainer]:
+def _ready(config: DictConfig) -> tuple[PeftModule, RowDataModule, L.Trainer]:
     _keep_config(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     module = load(config.adapter)
-    data: TextDataModule = instantiate(config.data, _convert_="all")
+    data: RowDataModule = instantiate(config.data, _convert_="all")
     return module, data, _trainer(config)
 
 

@@ -23,6 +23,7 @@ from lightning_peft.data.rows import RowDataModule
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from lightning_peft.data.views import Look
     from lightning_peft.tasks.task import ImageTask
 
 IMAGE = "image"
@@ -147,8 +148,23 @@ class ImageDataModule(RowDataModule):
     @override
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order that the seed and the epoch fix, of images that ``transform`` has changed."""
-        order, rows = self._order(), self._features["train"]
-        return self._shuffled(rows if self.transform is None else rows.changed(self.transform, order), order)
+        order = self._order()
+        return self._shuffled(self._changed(order), order)
+
+    @property
+    def train_rows(self) -> ImageRows:
+        """The training rows as the first epoch has them."""
+        return self._changed(self._order())
+
+    def _changed(self, order: LengthGroupedBatches) -> ImageRows:
+        rows: ImageRows = self._features["train"]
+        return rows if self.transform is None else rows.changed(self.transform, order)
+
+    @override
+    def look(self, sample: int | None) -> Look:
+        from lightning_peft.data.image_views import look_at_images
+
+        return look_at_images(self)
 
     @override
     def rows(self, split: str) -> list[Row]:

@@ -20,6 +20,7 @@ from lightning_peft.data.sources import from_dataset, from_files, named
 from lightning_peft.data.streaming import StreamedBatches
 
 if TYPE_CHECKING:
+    from lightning_peft.data.views import Look
     from lightning_peft.tasks.task import TextTask
 
 MIN_LENGTH = 4  # tokens: two of text between those that begin and end it
@@ -180,6 +181,12 @@ class TextDataModule(RowDataModule):
             stream, self.batch_size, self.shuffle_buffer, self.seed, trainer=self.trainer, problems=problems
         )
         return DataLoader(rows, batch_size=None, collate_fn=self._collate(training=True))
+
+    @override
+    def look(self, sample: int | None) -> Look:
+        from lightning_peft.data.text_views import look_at_texts
+
+        return look_at_texts(self, sample)
 
     def beginning(self, rows: int) -> tuple[list[Example], list[dict[str, Any]]]:
         """The first rows of a streamed training split that can be used, and their features.

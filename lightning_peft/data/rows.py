@@ -21,6 +21,7 @@ from lightning_peft.data.splits import some_of, split_off
 from lightning_peft.tasks.task import processing_auto_class
 
 if TYPE_CHECKING:
+    from lightning_peft.data.views import Look
     from lightning_peft.tasks.task import Task
 
 _DATA_OF = {
@@ -122,6 +123,14 @@ class RowDataModule(LightningDataModule, ABC):
     @abstractmethod
     def _lengths(self, features: Any) -> Sequence[int]:
         """By what features are alike: those of like length are batched together."""
+
+    @abstractmethod
+    def look(self, sample: int | None) -> Look:
+        """What is seen of the splits that `setup` has prepared, for `summarise`.
+
+        Args:
+            sample: rows of a split that may be looked at twice; None takes all.
+        """
 
     def connect(self, task: Task, processing_class: Any) -> None:
         """Says which task the rows are for, and what makes its inputs ready, where no trainer does.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from lightning_peft.analysis.data_summary import Piece, Shown
+from lightning_peft.analysis.data_summary import Piece, Shown, ShownText
 from lightning_peft.data.files import Example
 from lightning_peft.data.module import TextDataModule
 from lightning_peft.data.parts import Part
@@ -36,11 +36,13 @@ def shown(
     return Shown(
         split=split,
         place="" if example is None else example.place,
-        sequences={part.name: _pieces(feature, part, data) for part in parts},
-        tokens=sum(len(feature[part.ids]) for part in parts),
-        supervised=sum(sum(n != IGNORED for n in feature[str(part.labels)]) for part in marked) if marked else None,
-        whole=whole,
         targets={} if marked else {c: str(row[c]) for c in sorted(learnt)},
+        text=ShownText(
+            sequences={part.name: _pieces(feature, part, data) for part in parts},
+            tokens=sum(len(feature[part.ids]) for part in parts),
+            supervised=sum(sum(n != IGNORED for n in feature[str(part.labels)]) for part in marked) if marked else None,
+            whole=whole,
+        ),
     )
 
 

@@ -12,22 +12,39 @@ from rich.console import Console
 
 from lightning_peft.analysis.data_page import write_data_page
 from lightning_peft.analysis.data_report import bars, print_data
-from lightning_peft.analysis.data_summary import Cut, DataSummary, Piece, Shown, SplitSummary, Spread, percent
+from lightning_peft.analysis.data_summary import (
+    Cut,
+    DataSummary,
+    Piece,
+    Shown,
+    ShownImage,
+    ShownText,
+    SplitSummary,
+    Spread,
+    TokenCounts,
+    percent,
+)
 
 
 @pytest.fixture
 def summary():
     labels = {f"label number {i} <of> many": 100 - i for i in range(20)}
-    lengths = {"input": Spread.of([3, 5, 8, 64, 64, 64])}
-    numbers = {"tokens": 123_456, "supervised": 3_456, "lengths": lengths, "numbers": None, "streamed": False}
+    spreads = {"length": Spread.of([3, 5, 8, 64, 64, 64], "tokens", 64)}
     cut = Cut(1000, 312, 150_000, 26_544, 6_000, 2_544)
+    numbers = {"tokens": TokenCounts(123_456, 3_456, cut), "spreads": spreads, "streamed": False}
     again = {"duplicates": 3, "same_inputs": 0, "in_training": 0, "inputs_in_training": 0}
-    train = SplitSummary(examples=2_000, rows=2_000, cut=cut, labels=labels, **numbers, **again)
-    validation = SplitSummary(examples=1_000, rows=1_000, cut=cut, labels={"x": 3}, **numbers, **again)
+    train = SplitSummary(examples=2_000, rows=2_000, labels=labels, **numbers, **again)
+    validation = SplitSummary(examples=1_000, rows=1_000, labels={"x": 3}, **numbers, **again)
     pieces = (Piece("say " * 90 + "<b>:", False), Piece(" red", True), Piece(" green", True, "B-COLOUR"))
-    shown = Shown("train", "texts.jsonl, line 3", {"input": pieces}, 64, 2, 99, {"label": "a & b"})
+    shown = Shown("train", "texts.jsonl, line 3", {"label": "a & b"}, ShownText({"input": pieces}, 64, 2, 99))
     return DataSummary(
-        "tagging", "a.jsonl", "T, 99 tokens", 64, {"train": train, "validation": validation}, (shown,), ("Beware.",)
+        "tagging",
+        "a.jsonl",
+        "cut to 64 tokens",
+        "T, 99 tokens",
+        {"train": train, "validation": validation},
+        (shown,),
+        ("Beware.",),
     )
 
 
@@ -93,11 +110,28 @@ def test_the_page_stands_alone_and_shows_texts_as_they_are(summary, tmp_path):
     assert "label number 0 &lt;of" in page
     assert "currentColor" in page
     numbers = json.loads((tmp_path / "data.json").read_text())
-    assert numbers["splits"]["train"]["cut"]["supervised_lost"] == 2_544
-    assert numbers["examples"][0]["sequences"]["input"][1] == {"text": " red", "supervised": True, "tag": None}
+    assert numbers["splits"]["train"]["tokens"]["cut"]["supervised_lost"] == 2_544
+    assert numbers["examples"][0]["text"]["sequences"]["input"][1] == {"text": " red", "supervised": True, "tag": None}
 
 
 def test_the_page_of_the_same_numbers_is_the_same(summary, tmp_path):
     assert (
         write_data_page(summary, tmp_path / "a").read_bytes() == write_data_page(summary, tmp_path / "b").read_bytes()
     )
+
+
+def test_of_images_sizes_and_a_small_picture_are_shown_and_nothing_of_tokens(tmp_path):
+    spreads = {"width": Spread.of([30, 40], "pixels"), "height": Spread.of([20, 20], "pixels")}
+    again = dict.fromkeys(("duplicates", "same_inputs", "in_training", "inputs_in_training"), 0)
+    split = SplitSummary(2, 2, False, spreads, None, {"cat": 2}, **again)
+    shown = Shown("train", "cats/1.png", {"label": "cat"}, image=ShownImage(30, 20, "aGVsbG8="))
+    summary = DataSummary("seeing", "cats", "as 12 x 12 pixels", "P", {"train": split}, (shown,), ())
+    said = _printed(summary, width=80)
+    assert "train 1 (cats/1.png): 30 x 20 pixels" in said
+    assert "⟦cat⟧" in said
+    assert "width (pixels)" in said
+    assert "token" not in said
+    page = write_data_page(summary, tmp_path).read_text()
+    assert '<img alt="" src="data:image/png;base64,aGVsbG8=">' in page
+    assert "token" not in page.partition("<body>")[2]
+    assert json.loads((tmp_path / "data.json").read_text())["splits"]["train"]["tokens"] is None

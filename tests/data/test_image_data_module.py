@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
@@ -18,6 +19,7 @@ from transformers import AutoImageProcessor
 
 from lightning_peft import ImageClassification, ImageDataModule, LoRA, PeftModule, TextClassification, TextDataModule
 from lightning_peft.data.images import as_rgb
+from lightning_peft.data.summary import summarise
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -360,3 +362,28 @@ def test_classes_of_datasets_come_by_their_names_for_texts_too(tmp_path, tokeniz
 
     first = next(from_dataset(str(tmp_path / "saved"), "train"))
     assert first.row == {"text": "red 0", "label": "neg", "tags": ["O", "B-X"]}
+
+
+def test_before_training_sizes_labels_and_leaks_are_counted_and_a_few_images_shown(draw, module, tmp_path):
+    train, held_out = draw("train", ("red", "blue"), each=4), draw("held_out", ("red", "blue"), each=1)
+    shutil.copy(train / "red" / "3.png", train / "red" / "again.png")
+    data = module(train_files=train, validation_files=held_out)
+    found = summarise(data, examples=2)
+    counted, validation = found.splits["train"], found.splits["validation"]
+    assert (counted.examples, counted.rows, counted.labels) == (9, 9, {"red": 5, "blue": 4})
+    assert (counted.duplicates, validation.in_training, counted.tokens) == (1, 2, None)
+    width, height = counted.spreads["width"], counted.spreads["height"]
+    assert (width.smallest, width.median, width.largest, width.unit) == (16, 18, 19, "pixels")
+    assert (height.smallest, height.largest) == (12, 12)
+    assert found.seen_as == "as 12 x 12 pixels"
+    assert "validation: 100.0% of its rows are trained on too, so its metrics flatter the model." in found.notes
+    assert len(found.examples) == 2
+    for shown in found.examples:
+        label = Path(shown.place).parent.name
+        assert shown.targets == {"label": label}
+        picture = Image.open(io.BytesIO(base64.b64decode(shown.image.png)))
+        assert picture.size == (224, 224)
+        scaled = Image.open(shown.place).convert("RGB").resize((12, 12), Image.Resampling.BILINEAR)
+        expected = np.array(scaled.resize((224, 224), Image.Resampling.NEAREST)).astype(int)
+        assert np.abs(np.array(picture).astype(int) - expected).max() <= 1
+    json.dumps(found.to_dict())

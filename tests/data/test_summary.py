@@ -42,14 +42,18 @@ def _texts(*lengths, label="a"):
 def test_lengths_labels_and_the_cut_are_counted_over_all_rows(summary):
     train = [*_texts(1, 2, 3, 4), *_texts(20, 30, label="b")]
     found = summary(TextClassification(), train, _texts(5, 6, label="b")).splits["train"]
-    lengths = found.lengths["input"]  # [CLS] and [SEP] are two tokens more
-    assert (found.examples, found.tokens, found.supervised) == (6, 3 + 4 + 5 + 6 + 12 + 12, None)
+    lengths = found.spreads["length"]  # [CLS] and [SEP] are two tokens more
+    assert (found.examples, found.tokens.all, found.tokens.supervised) == (6, 3 + 4 + 5 + 6 + 12 + 12, None)
     assert (lengths.smallest, lengths.median, lengths.high, lengths.largest) == (3, 5, 12, 12)
     assert sum(lengths.counts) == 6
     assert lengths.edges[-1] == 13
     assert found.labels == {"a": 4, "b": 2}
-    assert (found.cut.looked_at, found.cut.rows, found.cut.tokens_lost) == (6, 2, (22 - 12) + (32 - 12))
-    assert found.cut.tokens == 3 + 4 + 5 + 6 + 22 + 32
+    assert (found.tokens.cut.looked_at, found.tokens.cut.rows, found.tokens.cut.tokens_lost) == (
+        6,
+        2,
+        (22 - 12) + (32 - 12),
+    )
+    assert found.tokens.cut.tokens == 3 + 4 + 5 + 6 + 22 + 32
 
 
 def test_supervised_tokens_that_the_cut_loses_are_counted_exactly(summary):
@@ -57,10 +61,14 @@ def test_supervised_tokens_that_the_cut_loses_are_counted_exactly(summary):
     found = summary(SupervisedFineTuning(), pairs, pairs[:1])
     train = found.splits["train"]
     # [CLS] before the prompt and [SEP] after the completion; the second row loses of its prompt alone
-    assert train.supervised == 3 + 3 + 9
-    assert train.tokens == 5 + 12 + 12
-    assert (train.cut.rows, train.cut.supervised, train.cut.supervised_lost) == (2, 3 + 3 + 31, 31 - 9)
-    assert train.cut.tokens_lost == (1 + 20 + 3 - 12) + (1 + 2 + 31 - 12)
+    assert train.tokens.supervised == 3 + 3 + 9
+    assert train.tokens.all == 5 + 12 + 12
+    assert (train.tokens.cut.rows, train.tokens.cut.supervised, train.tokens.cut.supervised_lost) == (
+        2,
+        3 + 3 + 31,
+        31 - 9,
+    )
+    assert train.tokens.cut.tokens_lost == (1 + 20 + 3 - 12) + (1 + 2 + 31 - 12)
     assert any(note.startswith("train: the cut to data.max_length=12 loses 59.5%") for note in found.notes)
 
 
@@ -78,12 +86,12 @@ def test_duplicates_leaks_and_labels_that_training_lacks_are_found(summary):
 def test_an_example_is_shown_with_what_is_learnt_apart(summary):
     rows = [{"prompt": "say blue :", "completion": "red green"}]
     (shown,) = summary(SupervisedFineTuning(), rows, rows, examples=5).examples
-    pieces = shown.sequences["input"]
+    pieces = shown.text.sequences["input"]
     assert [(p.text.strip(), p.supervised) for p in pieces] == [("[CLS] say blue :", False), ("red green [SEP]", True)]
-    assert (shown.tokens, shown.supervised, shown.whole) == (7, 3, 7)
+    assert (shown.text.tokens, shown.text.supervised, shown.text.whole) == (7, 3, 7)
     assert shown.place.endswith("train.jsonl, line 1")
     (shown,) = summary(TextClassification(labels=["a", "b"]), _texts(20), _texts(1), examples=1).examples
-    assert (shown.tokens, shown.whole, shown.targets) == (12, 22, {"label": "a"})
+    assert (shown.text.tokens, shown.text.whole, shown.targets) == (12, 22, {"label": "a"})
 
 
 def test_a_sample_says_how_many_rows_it_has_and_the_same_ones_are_taken_again(summary):
@@ -91,7 +99,7 @@ def test_a_sample_says_how_many_rows_it_has_and_the_same_ones_are_taken_again(su
     first = summary(TextClassification(labels=["a", "b"]), train, train[:1], sample=10)
     again = summary(TextClassification(labels=["a", "b"]), train, train[:1], sample=10)
     assert first == again
-    assert first.splits["train"].cut.looked_at == 10
+    assert first.splits["train"].tokens.cut.looked_at == 10
     assert first.splits["train"].examples == 30
 
 
@@ -107,7 +115,7 @@ def test_rows_that_are_left_out_do_not_shift_the_others(summary):
     pairs = [{"prompt": f"say {i}", "completion": "" if i == 1 else f"red {i}"} for i in range(4)]
     found = summary(SupervisedFineTuning(), pairs, pairs, examples=3, on_error="skip")
     assert [s.place.rpartition(" ")[2] for s in found.examples] == ["1", "3", "4"]
-    assert ["red 2" in s.sequences["input"][1].text for s in found.examples] == [False, True, False]
+    assert ["red 2" in s.text.sequences["input"][1].text for s in found.examples] == [False, True, False]
 
 
 class _Tagging(SupervisedFineTuning):
@@ -139,12 +147,15 @@ class _Translating(SupervisedFineTuning):
 def test_classes_of_tokens_and_targets_of_their_own_are_told_from_texts_that_go_on(summary):
     rows = [{"prompt": "red blue green", "completion": "one two"}, {"prompt": "red", "completion": "one two"}]
     (shown, _) = summary(_Tagging(), rows, rows).examples
-    tags = [(p.text.strip(), p.tag) for p in shown.sequences["input"] if p.supervised]
+    tags = [(p.text.strip(), p.tag) for p in shown.text.sequences["input"] if p.supervised]
     assert tags == [("red", "O"), ("blue", "COLOUR"), ("green", "O")]
     found = summary(_Translating(), rows, rows)
-    assert {n: s.largest for n, s in found.splits["train"].lengths.items()} == {"input": 5, "target": 4}
-    assert found.splits["train"].supervised == 8
-    assert [p.supervised for p in found.examples[0].sequences["target"]] == [True]
+    assert {n: s.largest for n, s in found.splits["train"].spreads.items()} == {
+        "length of input": 5,
+        "length of target": 4,
+    }
+    assert found.splits["train"].tokens.supervised == 8
+    assert [p.supervised for p in found.examples[0].text.sequences["target"]] == [True]
 
 
 def test_looking_changes_neither_the_batches_nor_the_random_state(summary, tmp_path, tokenizer):
