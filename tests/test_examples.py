@@ -24,6 +24,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("signatures_find_docstrings.py", ["--limit", "32", "--held-out", "32"], "load_adapter"),
         ("reload_and_generate.py", ["--limit", "32"], "def close"),
         ("tag_signatures.py", ["--epochs", "1", "--limit", "48"], "F1 of entities"),
+        ("sort_images.py", ["--epochs", "1", "--images", "8"], "held-out accuracy"),
         ("chat.py", ["--epochs", "1"], "chat_template.jinja"),
     ],
 )

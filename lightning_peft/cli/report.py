@@ -51,9 +51,8 @@ def print_training(
     print(f"  its size           {size(_bytes(folder))} (the full model's weights: {size(4 * plan.total)})")
     print(f"model card           {short(folder / CARD)}")
     data = [w for w in words if _group(w) == "data"]
-    same_columns = [w for w in data if w.lstrip("+").startswith(("data.columns", "data.max_length"))]
     same_setting = [w for w in words if _group(w) not in _OF_ONE_METHOD]
-    new_data = ["data.predict_files=new.jsonl", *same_columns] if data else []
+    new_data = [*data, "data.predict_files=new.jsonl"] if data else []
     print(f"configuration        {short(folder.parent / 'config.yaml')}")
     print("\nNext:")
     _print_command("eval", f"adapter={shown_folder}", *data)

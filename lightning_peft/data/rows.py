@@ -5,36 +5,29 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_peft.core.problems import nearest, raise_problems
+from lightning_peft.core.problems import raise_problems
 from lightning_peft.data.batching import LengthGroupedBatches, ResumableLoader
+from lightning_peft.data.connection import ConnectedDataModule
 from lightning_peft.data.files import Example, Files, Row
 from lightning_peft.data.problems import RowProblems
-from lightning_peft.data.sources import ID, named
+from lightning_peft.data.sources import named
 from lightning_peft.data.splits import some_of, split_off
-from lightning_peft.tasks.task import processing_auto_class
 
 if TYPE_CHECKING:
     from lightning_peft.data.views import Look
     from lightning_peft.tasks.task import Task
 
-_DATA_OF = {
-    "AutoTokenizer": "TextDataModule (data=files)",
-    "AutoImageProcessor": "ImageDataModule (data=images)",
-}
 
-
-class RowDataModule(LightningDataModule, ABC):
+class RowDataModule(ConnectedDataModule, ABC):
     """Reads rows from files or a source, and batches what a task makes of them.
 
-    The task, and what makes its inputs ready (a tokenizer or an image processor), come from the LightningModule that
-    is trained (`PeftModule` has both), or from `connect`. A subclass says where rows come from, and what features are.
+    A subclass says where rows come from, and what is made of them.
 
     Args:
         source: a folder or a data set's name; unused where files are given.
@@ -54,9 +47,6 @@ class RowDataModule(LightningDataModule, ABC):
         ValueError: if an option is out of its range.
     """
 
-    processing: ClassVar[str]
-    """Transformers' auto class of what makes the inputs ready."""
-
     def __init__(
         self,
         source: str | None,
@@ -72,7 +62,7 @@ class RowDataModule(LightningDataModule, ABC):
         on_error: Literal["raise", "skip"],
         problems: Sequence[str | None] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(columns)
         counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
         raise_problems(
             type(self).__name__,
@@ -94,7 +84,6 @@ class RowDataModule(LightningDataModule, ABC):
         )
         self.source = source
         self.files = files
-        self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.validation_fraction = validation_fraction
@@ -103,8 +92,6 @@ class RowDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.limit = limit
         self.on_error = on_error
-        self._task: Any = None
-        self._processing_class: Any = None
         self._examples: dict[str, list[Example]] = {}
         self._features: dict[str, Any] = {}
 
@@ -132,49 +119,6 @@ class RowDataModule(LightningDataModule, ABC):
             sample: rows of a split that may be looked at twice; None takes all.
         """
 
-    def connect(self, task: Task, processing_class: Any) -> None:
-        """Says which task the rows are for, and what makes its inputs ready, where no trainer does.
-
-        Args:
-            task: the task.
-            processing_class: a Hugging Face tokenizer, or an image processor.
-
-        Raises:
-            ValueError: if the task is about something else, or ``columns`` names one that it does not know.
-        """
-        self._refuse_other(task)
-        known = {ID, *(column for shape in task.columns for column in shape.all())}
-        unknown = [c for c in self.columns if c not in known]
-        if unknown:
-            raise ValueError(f"columns: the task knows no column {unknown[0]!r}{nearest(unknown[0], known)}")
-        self._task, self._processing_class = task, processing_class
-
-    def _refuse_other(self, task: Task) -> None:
-        wanted = processing_auto_class(task)
-        if wanted != self.processing:
-            raise ValueError(
-                f"{type(self).__name__} makes inputs with an {self.processing}, but the task "
-                f"{task.to_config()['name']} takes those of an {wanted}: give it {_DATA_OF.get(wanted, 'other data')}"
-            )
-
-    @property
-    def task(self) -> Any:
-        """The task.
-
-        Raises:
-            RuntimeError: before `setup` or `connect`.
-        """
-        if self._task is None:
-            raise RuntimeError(
-                "the data knows no task yet; call connect(task, processing_class), or let a Trainer run setup"
-            )
-        return self._task
-
-    @property
-    def processing_class(self) -> Any:
-        """What makes inputs ready; None before `setup` or `connect`."""
-        return self._processing_class
-
     @override
     def setup(self, stage: str) -> None:
         """Reads and prepares what the stage needs; everything wrong with the data is said here.
@@ -186,8 +130,7 @@ class RowDataModule(LightningDataModule, ABC):
             TypeError: if the LightningModule has no task and processing class.
             ValueError: if rows cannot be used, and ``on_error`` is ``"raise"``.
         """
-        if self._task is None:
-            self._connect_to(getattr(self.trainer, "lightning_module", None))
+        self.connect_to_trainer()
         if stage == "predict" and self.files["predict"] is not None:
             self._examples["predict"] = self._all("predict", training=False) or []
         elif not self._examples.get("validation"):
@@ -199,16 +142,6 @@ class RowDataModule(LightningDataModule, ABC):
         if stage == "predict":
             self._examples.setdefault("predict", self._examples.get("validation", []))
             self._prepare("predict", training=False)
-
-    def _connect_to(self, module: Any) -> None:
-        if hasattr(module, "task"):
-            self._refuse_other(module.task)  # before what it needs is loaded
-        if not hasattr(module, "task") or not hasattr(module, "processing_class"):
-            raise TypeError(
-                f"{type(self).__name__} needs a LightningModule with the attributes task and processing_class, as "
-                f"PeftModule has them, but got {type(module).__name__}; or call connect(task, processing_class)"
-            )
-        self.connect(module.task, module.processing_class)
 
     def _read(self) -> None:
         train, validation = self._all("train"), self._all("validation")

@@ -387,3 +387,15 @@ def test_before_training_sizes_labels_and_leaks_are_counted_and_a_few_images_sho
         expected = np.array(scaled.resize((224, 224), Image.Resampling.NEAREST)).astype(int)
         assert np.abs(np.array(picture).astype(int) - expected).max() <= 1
     json.dumps(found.to_dict())
+
+
+def test_the_yaml_holds_every_option_with_its_default():
+    from inspect import signature
+
+    import yaml
+
+    options = yaml.safe_load((Path(__file__).parents[2] / "conf" / "data" / "images.yaml").read_text())
+    assert options.pop("_target_") == "lightning_peft.ImageDataModule"
+    defaults = {name: p.default for name, p in signature(ImageDataModule).parameters.items()}
+    assert list(options) == list(defaults), "in the same order"
+    assert options == {**defaults, "columns": {}, "seed": "${seed}"}

@@ -32,9 +32,12 @@ def run(tmp_path, monkeypatch):
 def _train_and_ask(run, folder, words, rows, inputs):
     """Trains, then evaluates and predicts with the checkpoint and with the exported folder, and merges."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return _ask(run, folder, words, ["data=files", "data.train_files=rows.jsonl"], rows, inputs)
+
+
+def _ask(run, folder, words, data, rows, inputs):
     asked = [{column: row[column] for column in inputs} for row in rows[:5]]
     (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    data = ["data=files", "data.train_files=rows.jsonl"]
     run(*words, *data, "data.batch_size=8", "trainer.max_epochs=2", "hydra.run.dir=run")
     said = {}
     for name, adapter in (("checkpoint", "run/checkpoints/best.ckpt"), ("folder", "run/adapter")):
@@ -81,6 +84,28 @@ def test_token_classification(run, tmp_path, bert_folder):
     assert len(lines[0]["tags"]) == 3
     labels = json.loads((tmp_path / "merged" / "config.json").read_text())["label2id"]
     assert labels == {"O": 0, "B-COL": 1, "B-PER": 2}
+
+
+@pytest.mark.slow
+def test_image_classification(run, tmp_path, vit_folder, draw):
+    paths = sorted(str(p.relative_to(tmp_path)) for p in draw(each=8).rglob("*.png"))
+    flip = "{_target_: PIL.ImageOps.mirror, _partial_: true}"
+    words = [f"model.name_or_path={vit_folder}", "model=hf", "task=image_classification", f"data.transform={flip}"]
+    data = ["data=images", "data.source=images"]
+    metrics, lines = _ask(run, tmp_path, words, data, [{"image": path} for path in paths], ["image"])
+    assert set(lines[0]) == {"id", "image", "label", "score", "probabilities"}
+    assert metrics.keys() == {"val/accuracy", "val/f1_macro", "val/loss"}
+    assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["label2id"] == {
+        "blue": 0,
+        "green": 1,
+        "red": 2,
+    }
+    run("data", *words, *data, "hydra.run.dir=seen")
+    assert 'src="data:image/png;base64,' in (tmp_path / "seen" / "data.html").read_text()
+    run("predict", "adapter=run/adapter", *data, "data.predict_files=images/red/*.png", "output=said.jsonl")
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in said] == [f"images/red/{i}.png" for i in range(8)]
 
 
 def test_the_monitored_metric_is_the_tasks_unless_another_is_given_with_its_mode():
