@@ -245,14 +245,14 @@ class Adapter:
         card = card_of(self.model, self.name, path, info=info)
         return save_folder(self.model, self.name, Path(path), info, tokenizer, card)
 
-    def save_merged(self, path: str | Path, tokenizer: Any = None) -> Path:
+    def save_merged(self, path: str | Path, processing_class: Any = None) -> Path:
         """Writes the whole model with the adapter merged, for plain transformers, with a model card.
 
         The model in memory stays adapted as it is.
 
         Args:
             path: a folder that does not exist yet, or is empty.
-            tokenizer: a tokenizer to write beside it.
+            processing_class: a tokenizer or an image processor to write beside it.
 
         Returns:
             The folder.
@@ -263,8 +263,8 @@ class Adapter:
             FileExistsError: if the folder holds something, or a file is in its place.
         """
         self._require()
-        card = card_of(self.model, self.name, path, "merged", has_tokenizer=tokenizer is not None)
-        return save_merged(self.model, self.name, Path(path), tokenizer, card)
+        card = card_of(self.model, self.name, path, "merged", processing_class=processing_class)
+        return save_merged(self.model, self.name, Path(path), processing_class, card)
 
     def save_for(self, consumer: str, path: str | Path, *, max_lora_rank: int = DEFAULT_MAX_LORA_RANK) -> Path:
         """Writes the adapter as a server of language models reads it: a plain LoRA of one rank and one strength.

@@ -12,7 +12,7 @@ from lightning_peft.analysis.plan import plan_of
 from lightning_peft.core.adapters import tree_of
 from lightning_peft.formats.base_identity import base_description
 from lightning_peft.formats.card import Card, CardFacts, made_card
-from lightning_peft.formats.model_class import ModelClass
+from lightning_peft.formats.model_class import ModelClass, loader_of
 from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, rank_in_file, served_rank
 
 
@@ -23,7 +23,7 @@ def card_of(
     form: str = "adapter",
     *,
     info: dict[str, Any] | None = None,
-    has_tokenizer: bool = False,
+    processing_class: Any = None,
 ) -> Card:
     """The card for an export; what is not known of the adapter is left out of it.
 
@@ -33,7 +33,7 @@ def card_of(
         path: the folder of the export; the card names it without where it lies.
         form: ``"adapter"``, ``"merged"``, or the consumer that the adapter is written for.
         info: what is written beside the adapter.
-        has_tokenizer: whether a tokenizer is.
+        processing_class: what is written beside a merged model: a tokenizer or an image processor.
     """
     plan, record = plan_of(model, name), tree_of(model, name).record
     rank = rank_in_file(model, name) if form == "vllm" else 0
@@ -48,7 +48,7 @@ def card_of(
         total=plan.total,
         places=tuple((row.place, row.what, row.modules, row.parameters) for row in plan.rows),
         max_lora_rank=served_rank(rank) if rank > DEFAULT_MAX_LORA_RANK else None,
-        has_tokenizer=has_tokenizer,
+        prepares=loader_of(processing_class),
         training=record.training,
     )
     return made_card(facts, None if record.training is None else curves_png(record.training))

@@ -14,7 +14,7 @@ from lightning_peft.analysis.data_summary import DataSummary
 from lightning_peft.callbacks.show_data import ShowData
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.tree import Record
-from lightning_peft.data.module import TextDataModule
+from lightning_peft.data.rows import RowDataModule
 from lightning_peft.data.summary import summarise
 from lightning_peft.formats.card_sections import installed_versions
 from lightning_peft.formats.hub import origin_of
@@ -100,13 +100,13 @@ class RecordTraining(Callback):
                 adapter.training.add_metrics(adapter.training.step, _numbers(trainer))
 
     def describe_data(self, adapter: Adapter) -> None:
-        """Adds to the notes what the adapter was trained on, if that is a `TextDataModule` and not told yet.
+        """Adds to the notes what the adapter was trained on, if that is one of our data modules and not told yet.
 
         Args:
             adapter: the adapter, after its training here.
         """
         record = adapter.tree.record.training
-        if record is not None and record.data is None and isinstance(self.data, TextDataModule):
+        if record is not None and record.data is None and isinstance(self.data, RowDataModule):
             record.data = told_of(summarise(self.data, examples=0))
 
     def _monitor(self, trainer: Trainer) -> str | None:
@@ -140,22 +140,21 @@ def told_of(summary: DataSummary) -> dict[str, Any]:
     Args:
         summary: the summary.
     """
-    whole = summary.to_dict()
-    kept = ("rows", "streamed", "tokens", "supervised", "labels")
-    spreads = ("median", "largest")
-
-    def short(spread: dict[str, Any] | None) -> dict[str, Any] | None:
-        return spread and {k: spread[k] for k in spreads}
-
     splits = {
         name: {
-            **{k: split.get(k) for k in kept},
-            "lengths": {part: short(spread) for part, spread in (split.get("lengths") or {}).items()},
-            "numbers": short(split.get("numbers")),
+            "rows": split.rows,
+            "streamed": split.streamed,
+            "tokens": None if split.tokens is None else split.tokens.all,
+            "supervised": None if split.tokens is None else split.tokens.supervised,
+            "labels": split.labels,
+            "spreads": {
+                part: {"median": spread.median, "largest": spread.largest, "unit": spread.unit}
+                for part, spread in split.spreads.items()
+            },
         }
-        for name, split in whole["splits"].items()
+        for name, split in summary.splits.items()
     }
-    return {"max_length": whole.get("max_length"), "splits": splits, **origin_of(str(whole["origin"]))}
+    return {"seen_as": summary.seen_as, "splits": splits, **origin_of(summary.origin)}
 
 
 def _adapters(module: LightningModule) -> list[Record]:

@@ -73,7 +73,7 @@ class CardFacts:
         total: parameters of the model.
         places: where they are: module, what trains there, how many modules, how many parameters.
         max_lora_rank: what a server has to be started for, where that is more than it takes by itself.
-        has_tokenizer: whether a tokenizer lies beside a merged model.
+        prepares: transformers' class that loads what prepares inputs, if that lies beside a merged model.
         training: how it was trained.
     """
 
@@ -87,7 +87,7 @@ class CardFacts:
     total: int
     places: tuple[tuple[str, str, int, int], ...]
     max_lora_rank: int | None
-    has_tokenizer: bool
+    prepares: str | None
     training: TrainingRecord | None
 
     @property

@@ -123,14 +123,14 @@ def data_section(data: dict[str, Any]) -> str:
     """What it was trained and judged on.
 
     Args:
-        data: ``origin`` and ``splits``, and ``max_length`` where there is one.
+        data: ``origin``, ``seen_as`` and ``splits``.
     """
     told = data.get("splits", {})
     splits: dict[str, dict[str, Any]] = {n: told[n] for n in ("train", "validation", "test") if n in told}
     parts = ["## Data"]
     if data.get("origin"):
-        cut = f", cut to {data['max_length']:,} tokens" if data.get("max_length") else ""
-        parts.append(f"From `{data['origin']}`{cut}.")
+        seen = f", {data['seen_as']}" if data.get("seen_as") else ""
+        parts.append(f"From `{data['origin']}`{seen}.")
     columns = [
         (
             "Rows",
@@ -139,11 +139,11 @@ def data_section(data: dict[str, Any]) -> str:
         ("Tokens", {n: _count(s, "tokens") for n, s in splits.items()}),
         ("Supervised tokens", {n: _count(s, "supervised") for n, s in splits.items()}),
     ]
-    sequences = sorted({k for s in splits.values() for k in s.get("lengths") or {}})
-    for sequence in sequences:
-        title = "Length (median, largest)" if len(sequences) == 1 else f"Length of {sequence} (median, largest)"
-        columns.append((title, {n: _spread((s.get("lengths") or {}).get(sequence)) for n, s in splits.items()}))
-    columns.append(("Targets (median, largest)", {n: _spread(s.get("numbers")) for n, s in splits.items()}))
+    for part in dict.fromkeys(name for s in splits.values() for name in s.get("spreads", {})):
+        spreads = {n: s["spreads"][part] for n, s in splits.items() if part in s.get("spreads", {})}
+        unit = next(iter(spreads.values())).get("unit")
+        title = f"{part.capitalize()}{f' in {unit}' if unit else ''} (median, largest)"
+        columns.append((title, {n: _spread(spreads.get(n)) for n in splits}))
     known = [(title, cells) for title, cells in columns if any(cells.values())]
     rows = [(name, *(cells[name] for _, cells in known)) for name in splits]
     parts.append(table(("Split", *(title for title, _ in known)), rows, "l" + "r" * len(known)))

@@ -109,10 +109,11 @@ def _merged(facts: CardFacts) -> str:
 
 
 def _plain(facts: CardFacts) -> str:
-    tokenizer = facts.has_tokenizer
-    lines = [f"from transformers import {facts.model.loader}{', AutoTokenizer' if tokenizer else ''}", ""]
+    lines = [f"from transformers import {', '.join(sorted(filter(None, (facts.model.loader, facts.prepares))))}", ""]
     lines += [f"model = {facts.model.loader}.from_pretrained({_quoted(facts.folder)})"]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({_quoted(facts.folder)})"] if tokenizer else []
+    if facts.prepares is not None:
+        variable = "tokenizer" if facts.prepares == "AutoTokenizer" else "processor"
+        lines += [f"{variable} = {facts.prepares}.from_pretrained({_quoted(facts.folder)})"]
     return _block(*lines)
 
 

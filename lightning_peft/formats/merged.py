@@ -67,9 +67,7 @@ def _refuse_acting(adapters: Adapters, other: str, name: str) -> None:
     )
 
 
-def save_merged(
-    model: Module, name: str, path: Path, processing_class: Any = None, card: Card | None = None
-) -> Path:
+def save_merged(model: Module, name: str, path: Path, processing_class: Any = None, card: Card | None = None) -> Path:
     """Writes the merged model, without the adapters that do nothing; the one in memory stays adapted as it is.
 
     Args:

@@ -75,3 +75,15 @@ def _options(name: str, config: Any) -> dict[str, Any]:
     if name.endswith(("ForCausalLM", "LMHeadModel")) and getattr(config, "is_decoder", False):
         return {"is_decoder": True}
     return {}
+
+
+def loader_of(processing_class: Any) -> str | None:
+    """The class of transformers that loads what prepares a model's inputs.
+
+    Args:
+        processing_class: a tokenizer, an image processor, or None.
+    """
+    if processing_class is None:
+        return None
+    is_for_images = any("ImageProcess" in kind.__name__ for kind in type(processing_class).__mro__)
+    return "AutoImageProcessor" if is_for_images else "AutoTokenizer"

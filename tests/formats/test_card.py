@@ -281,12 +281,12 @@ def test_many_labels_are_counted_and_any_label_stays_in_its_cell(build, tmp_path
     labels = {f"l{i:02}": 2 for i in range(13)} | {"a|b <i>\n": 14}
     spread = {"median": 4.0, "largest": 9.0}
     splits = {
-        "train": {"rows": 40, "labels": labels, "lengths": {"text": spread}},
-        "test": {"rows": 2, "numbers": spread},
+        "train": {"rows": 40, "labels": labels, "spreads": {"length": {**spread, "unit": "tokens"}}},
+        "test": {"rows": 2, "spreads": {"target": spread}},
     }
     card = _trained(build("bert"), tmp_path / "a", data={"origin": "x.csv", "splits": splits})
     assert r"| a\|b &lt;i> | 35.0% |" in card.text
     assert "| 2 more | 10.0% |" in card.text
-    assert "| Split | Rows | Length (median, largest) | Targets (median, largest) |" in card.text
+    assert "| Split | Rows | Length in tokens (median, largest) | Target (median, largest) |" in card.text
     assert "| train | 40 | 4, 9 |  |" in card.text
     assert "cut to" not in card.text
