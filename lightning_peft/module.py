@@ -30,6 +30,7 @@ from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.per_forward import labels_of_batch
 from lightning_peft.data.module import MIN_LENGTH, TextDataModule
 from lightning_peft.data.vocabulary import agree_on_tokens
+from lightning_peft.data.window import refuse_long_texts
 from lightning_peft.formats.folder import load_into, read_folder
 from lightning_peft.handle import Adapter
 from lightning_peft.methods.config import method_from_config, method_to_config
@@ -153,6 +154,7 @@ class PeftModule(EvaluatedModule):
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
             agree_on_tokens(data, self.model)
+            refuse_long_texts(data, self.model)
         adapt_lightning_module(self, self.method, "model")
         self._save_plain_hparams()
 

@@ -72,6 +72,19 @@ def ranks() -> tuple[int, int]:
     return 0, 1
 
 
+def progress_of(trainer: Any) -> tuple[int, int]:
+    """The epoch whose rows a trainer reads, and how many of its batches it has read.
+
+    Args:
+        trainer: the trainer, while it fits.
+    """
+    read, batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
+    before = read.total.ready - read.current.ready
+    # a run that max_steps ends within an epoch counts that one as over: what was read before tells better
+    counted = isinstance(batches, int) and batches > 0 and before % batches == 0
+    return before // batches if counted else trainer.current_epoch, read.current.ready
+
+
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader that a Trainer can resume in the middle of an epoch.
 
@@ -111,7 +124,10 @@ class _Remaining(Sampler[list[int]]):
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[list[int]]:
-        done = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        done = 0
+        if self.trainer is not None:
+            epoch, done = progress_of(self.trainer)
+            self.sampler.set_epoch(epoch)
         yield from self.sampler.batches()[done % max(1, len(self)) :]
 
     def __len__(self) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.task import TextTask
 
 MIN_LENGTH = 4  # tokens: two of text between those that begin and end it
+BEGINNING = 1000  # rows of a stream that are looked at before it is trained on
 _EMBEDDED = "docstrings"
 
 
@@ -109,6 +110,7 @@ class TextDataModule(RowDataModule):
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
         self.cache_dir = default_folder() if cache_dir is None else Path(cache_dir)
+        self._beginnings: dict[int, tuple[list[Example], list[dict[str, Any]]]] = {}
 
     @property
     @override
@@ -149,14 +151,15 @@ class TextDataModule(RowDataModule):
             raise ValueError("streaming cannot split rows off that it does not hold; give validation_files")
         self.task.learn_from([example.row or {} for example in validation])
         self._examples |= {"validation": validation, "test": self._all("test") or validation}
-        if next(self._streamed(RowProblems(skip=True)), None) is None:
+        if self._source("train") is None:
+            raise ValueError(f"the data {self.source!r} has no train split that could be streamed")
+        if not self.beginning()[1]:
             raise ValueError(f"data (train, {self.origin('train')}): holds no example")
 
     def _streamed(self, problems: RowProblems) -> Iterator[dict[str, Any]]:
         """The training features from the first on."""
         examples = self._source("train")
-        if examples is None:
-            raise ValueError(f"the data {self.source!r} has no train split that could be streamed")
+        assert examples is not None  # as was seen when the data was set up
         rows = named(examples, self.columns, self.task.columns, problems, training=True)
         return Encoder(self.task, self.tokenizer, self.max_length, training=True).stream(rows, problems)
 
@@ -188,15 +191,25 @@ class TextDataModule(RowDataModule):
 
         return look_at_texts(self, sample)
 
-    def beginning(self, rows: int) -> tuple[list[Example], list[dict[str, Any]]]:
-        """The first rows of a streamed training split that can be used, and their features.
+    def table(self, split: str) -> Any:
+        """The features of a split, a ``pyarrow.Table``.
+
+        Args:
+            split: one that `setup` has prepared.
+        """
+        return self.features(split).with_format("arrow")[:]
+
+    def beginning(self, rows: int = BEGINNING) -> tuple[list[Example], list[dict[str, Any]]]:
+        """The first rows of a streamed training split that can be used, and their features; read once.
 
         Args:
             rows: how many.
         """
-        problems = RowProblems(skip=True)
-        stream = named(self._source("train") or (), self.columns, self.task.columns, problems, training=True)
-        examples = list(islice(stream, rows))
-        encoder = Encoder(self.task, self.tokenizer, self.max_length, training=True)
-        features = list(encoder.stream(examples, problems))
-        return [e for e in examples if e.place not in problems.places], features
+        if rows not in self._beginnings:
+            problems = RowProblems(skip=True)
+            stream = named(self._source("train") or (), self.columns, self.task.columns, problems, training=True)
+            examples = list(islice(stream, rows))
+            encoder = Encoder(self.task, self.tokenizer, self.max_length, training=True)
+            features = list(encoder.stream(examples, problems))
+            self._beginnings[rows] = [e for e in examples if e.place not in problems.places], features
+        return self._beginnings[rows]

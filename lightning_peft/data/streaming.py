@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from typing_extensions import override
 
-from lightning_peft.data.batching import ranks
+from lightning_peft.data.batching import progress_of, ranks
 from lightning_peft.data.problems import RowProblems
 
 
@@ -24,7 +24,7 @@ class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
         batch_size: rows in a batch, on each rank.
         buffer: rows that are held, of which each next one is drawn.
         seed: fixes the order.
-        trainer: the trainer whose progress counts, or None to begin every epoch at its beginning.
+        trainer: the trainer whose progress counts, its epoch too; or None to begin every epoch at its beginning.
         problems: what the stream found wrong with rows.
     """
 
@@ -46,7 +46,7 @@ class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order.
+        """Chooses the order, where no trainer tells the epoch.
 
         Args:
             epoch: the epoch that begins.
@@ -55,7 +55,9 @@ class StreamedBatches(IterableDataset[list[dict[str, Any]]]):
 
     @override
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        done = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        done = 0
+        if self.trainer is not None:  # which tells the epoch to samplers, and a stream has none
+            self.epoch, done = progress_of(self.trainer)
         rank, count = ranks()
         for number, group in enumerate(self._groups(count)):
             if number >= done:

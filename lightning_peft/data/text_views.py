@@ -59,7 +59,7 @@ class _Encoded:
 
     @classmethod
     def of(cls, data: TextDataModule, split: str) -> _Encoded:
-        table = data.features(split).with_format("arrow")[:]
+        table = data.table(split)
         return cls(data.examples(split), table, parts_of(table), isinstance(data.task, Joining))
 
     @classmethod

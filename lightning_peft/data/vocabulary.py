@@ -8,8 +8,6 @@ from lightning_peft.data.module import TextDataModule
 from lightning_peft.data.parts import largest_id
 from lightning_peft.tasks.padding import pad_token
 
-_BEGINNING = 1000  # rows of a stream that are looked at
-
 
 def agree_on_tokens(data: TextDataModule, model: Any) -> None:
     """Refuses token ids that the model has no embedding for, and tells it what batches are padded with.
@@ -46,7 +44,7 @@ def agree_on_tokens(data: TextDataModule, model: Any) -> None:
 def _largest_id(data: TextDataModule) -> int:
     import pyarrow as pa
 
-    tables = [data.features(split).with_format("arrow")[:] for split in data.splits]
+    tables = [data.table(split) for split in data.splits]
     if data.streaming:
-        tables.append(pa.Table.from_pylist(data.beginning(_BEGINNING)[1]))
+        tables.append(pa.Table.from_pylist(data.beginning()[1]))
     return max((largest_id(table) for table in tables), default=-1)

@@ -8,6 +8,7 @@ import warnings
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoTokenizer
 
 from lightning_peft import LoRA, PeftModule, SupervisedFineTuning, TextClassification, TextDataModule
@@ -94,7 +95,9 @@ def test_a_stream_gives_every_row_once_in_an_order_of_seed_and_epoch(files, modu
     assert first != texts(0, seed=3)
 
 
-def test_a_resumed_stream_goes_on_where_it_was(files, bert_folder, tmp_path):
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_resumed_run_sees_what_it_would_have_seen(files, bert_folder, tmp_path, streaming):
     def run(steps, path=None):
         seen = []
 
@@ -104,27 +107,24 @@ def test_a_resumed_stream_goes_on_where_it_was(files, bert_folder, tmp_path):
 
         L.seed_everything(0)
         module = PeftModule(str(bert_folder), LoRA(r=2), scheduler={"name": "constant", "warmup": 0.0})
-        options = {
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-        }
+        saved = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=5, save_top_k=-1)
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = L.Trainer(
-            max_steps=steps,
-            accelerator="cpu",
-            callbacks=[Seen()],
-            limit_val_batches=0,
-            **options,
+            max_steps=steps, accelerator="cpu", callbacks=[Seen(), saved], limit_val_batches=0, **options
         )
-        data = TextDataModule(**files, streaming=True, shuffle_buffer=8, batch_size=4, cache_dir=tmp_path / "kept")
+        stream = {"streaming": True, "shuffle_buffer": 8} if streaming else {}
+        data = TextDataModule(**files, **stream, batch_size=4, cache_dir=tmp_path / "kept")
         trainer.fit(module, data, ckpt_path=path, weights_only=True if path else None)
         trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
         return seen
 
-    whole = run(11)  # eight batches an epoch
-    assert whole[:5] == run(5)
-    assert run(11, tmp_path / "5.ckpt") == whole[5:]
+    whole = run(21)  # eight batches an epoch
+    assert whole[:5] != whole[8:13] != whole[16:]  # each in an order of its own
+    assert run(21, tmp_path / "saved" / "step=5.ckpt") == whole[5:]
+    assert run(21, tmp_path / "saved" / "step=10.ckpt") == whole[10:]
+    if not streaming:  # ended within an epoch, not only saved there
+        run(13)
+        assert run(21, tmp_path / "13.ckpt") == whole[13:]
 
 
 def test_a_stream_stops_at_a_row_that_cannot_be_used(files, module, tmp_path):
