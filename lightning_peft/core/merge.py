@@ -14,6 +14,7 @@ from lightning_peft.core.adapters import Adapters, refuse_in_use, require_adapte
 from lightning_peft.core.fingerprint import renew_digests
 from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.inject import eject
+from lightning_peft.core.layer import device_for
 from lightning_peft.core.matching import base_modules, is_within
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.core.view import with_tensors
@@ -234,7 +235,9 @@ def _sum(
     weights = {k: _wide(p, now[k]) for k, p in start.items() if p.is_floating_point() and not now[k].is_meta}
     changed: dict[str, Tensor] = {}
     for tree in trees:
-        deltas = tree.layers_by_module[place].deltas(with_tensors(module, weights))
+        # merged inside a training step, 16-bit precision would otherwise round the product of the factors
+        with torch.autocast(device_for(module).type, enabled=False):
+            deltas = tree.layers_by_module[place].deltas(with_tensors(module, weights))
         if deltas is None:
             method, where = tree.record.method, f" at {place!r}" if tree.record.method.mergeable else ""
             raise ValueError(

@@ -301,6 +301,19 @@ def test_a_float64_base_is_merged_in_float64(perturb):
     assert torch.equal(model[0].weight, weight + delta.double())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", [LoRA(r=2), LoRA(r=2, use_dora=True), OFT(oft_block_size=4)])
+def test_autocast_does_not_round_what_is_merged_inside_it(method, perturb):
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapter = adapt(model, method)
+    perturb(adapter, 0.3)
+    twin = copy.deepcopy(model)
+    adapter.merge()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        Adapter(twin, "default").merge()
+    assert torch.equal(twin[0].weight, model[0].weight)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @torch.no_grad()
