@@ -199,14 +199,16 @@ class EmbeddingLayer(AdapterLayer):
         self.lora_embedding_A = Parameter(a)
         self.lora_embedding_B = Parameter(b)
         self.limit = min(module.num_embeddings, module.embedding_dim)
-        # Gemma-like embeddings multiply what they look up
         self.scale = method.scale(name)
+        self.padding_idx = module.padding_idx
+        # Gemma-like embeddings multiply what they look up
         self.embed_scale = getattr(module, "embed_scale", None)
 
     def forward(self, base: Callable[..., Any], ids: Tensor) -> Tensor:
         """Runs the module and adds the change."""
         y: Tensor = base(ids)
-        rows = F.embedding(ids, self.lora_embedding_A.T).to(y.dtype)
+        # as in the module itself the padding's row does not train
+        rows = F.embedding(ids, self.lora_embedding_A.T, self.padding_idx).to(y.dtype)
         change = rows @ self.lora_embedding_B.T.to(y.dtype) * self.scale
         if self.embed_scale is not None:
             change = change * self.embed_scale

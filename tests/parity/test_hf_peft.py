@@ -106,6 +106,24 @@ def test_ten_steps_of_training_are_those_of_peft(build, call):
         torch.testing.assert_close(parameter, pairs[key].data, rtol=1e-8, atol=1e-8, check_dtype=False)
 
 
+def test_the_row_of_the_padding_trains_no_more_than_in_peft(build):
+    """Rows with padding, which all texts but the longest of a batch have."""
+    ids = torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0]])
+    ours = build("llama")
+    adapter = adapt(ours, LoRA(r=4, target_modules=["embed_tokens"]))
+    theirs = peft.get_peft_model(build("llama"), peft.LoraConfig(r=4, lora_alpha=16, target_modules=["embed_tokens"]))
+    layer = theirs.base_model.model.model.embed_tokens
+    a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    state = adapter.tree.state_dict(keep_vars=True)
+    mine = state["model.embed_tokens.lora_embedding_A"]
+    with torch.no_grad():
+        b.copy_(state["model.embed_tokens.lora_embedding_B"])
+    for model in (ours, theirs):
+        model(input_ids=ids).logits.pow(2).mean().backward()
+    assert not mine.grad[:, 0].any()
+    torch.testing.assert_close(mine.grad, a.grad, **CLOSE)
+
+
 def test_options_that_are_not_supported_are_refused_by_name(build, tmp_path):
     config = peft.LoraConfig(r=4, alora_invocation_tokens=[1], target_modules="all-linear", task_type="CAUSAL_LM")
     peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "a")
