@@ -35,6 +35,7 @@ from lightning_peft.methods.lora_experts import (
 from lightning_peft.methods.lora_init import doubled, halved, is_apart, start_problems
 from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, layer_for
 from lightning_peft.methods.lora_targets import (
+    b_bias_problems,
     biases_to_train,
     own_value,
     refuse_beyond_linear,
@@ -68,7 +69,7 @@ class LoRA:
             ``adapter.prepare``). Those from orthogonal to pissa change the base in the papers; here what they start
             with is subtracted instead, so that the base stays the base. All for linear layers only.
         use_dora: also train the lengths of the weight's rows. Linear layers only.
-        lora_bias: also train a bias beside B. Linear layers only.
+        lora_bias: also train a bias beside B. Linear layers only, and not with ``use_dora``.
         lora_fa: leave A as it starts, which halves what trains and keeps no input for the backward pass.
             Linear layers only.
         bias: which biases of the base train too: ``"none"``, ``"lora_only"`` (of adapted modules), ``"all"``.
@@ -127,9 +128,7 @@ class LoRA:
                     for k, v in self.alpha_pattern.items()
                 ),
                 *start_problems(self.init_lora_weights, [self.r, *self.rank_pattern.values()], fixed=self.lora_fa),
-                "lora_bias=True and bias other than 'none' would train two biases for one"
-                if self.lora_bias and self.bias != "none"
-                else None,
+                *(b_bias_problems(self.bias, use_dora=self.use_dora) if self.lora_bias else ()),
                 *(token_problem("trainable_token_indices", ids) for _, ids in self._tokens()),
                 f"bias must be one of {biases}, but got {self.bias!r}" if self.bias not in biases else None,
             ],

@@ -63,6 +63,21 @@ def refuse_beyond_linear(model: Module, targets: Sequence[str], asked: Sequence[
             )
 
 
+def b_bias_problems(bias: str, *, use_dora: bool) -> list[str]:
+    """What does not go together with ``lora_bias=True``, a sentence each.
+
+    Args:
+        bias: which biases of the base train.
+        use_dora: whether the lengths of the weight's rows train too.
+    """
+    problems = []
+    if bias != "none":
+        problems.append("lora_bias=True and bias other than 'none' would train two biases for one")
+    if use_dora:
+        problems.append("lora_bias=True has no meaning with use_dora=True, whose lengths would scale that bias too")
+    return problems
+
+
 def biases_to_train(model: Module, targets: Sequence[str], bias: str) -> list[str]:
     """Names of the base's biases that train beside the layers.
 

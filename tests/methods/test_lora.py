@@ -78,6 +78,7 @@ def test_patterns_give_modules_ranks_and_strengths_of_their_own():
         ({"init_lora_weights": "orthogonal", "r": 3}, "needs even ranks"),
         ({"lora_fa": True, "init_lora_weights": "pissa"}, "True, 'gaussian' or 'eva'$"),
         ({"lora_bias": True, "bias": "all"}, "two biases for one"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias=True has no meaning with use_dora=True"),
         (
             {"use_dora": True, "target_modules": ["embedding"]},
             "use_dora=True is for Linear and Conv1D, but 'embedding'",
