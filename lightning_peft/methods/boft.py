@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.linear import LinearMethod, near_divisors, oriented, sizes, weight_of
+from lightning_peft.methods.linear import LinearMethod, module_below, near_divisors, oriented, sizes, weight_of
 from lightning_peft.methods.oft import cayley, times_blocks
 
 
@@ -122,7 +121,7 @@ class _BoftLayer(AdapterLayer):
 
 
 def _bias_of(base: Callable[..., Any]) -> Tensor | None:
-    bias = getattr(module_of(base), "bias", None)
+    bias = getattr(module_below(base), "bias", None)
     return bias if isinstance(bias, Tensor) else None
 
 

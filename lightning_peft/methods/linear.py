@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 from torch.nn import functional as F
 
+from lightning_peft.core.adapted import Base
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import ALL_LINEAR, class_of, is_conv1d, is_within, match_modules
 from lightning_peft.core.method import Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
 from lightning_peft.core.problems import raise_problems, refuse_unknown
+from lightning_peft.core.view import with_tensors
 
 # options that say where the layers go and how they train, which a PEFT file gives in its own way
 _OURS = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "learning_rate")
@@ -209,6 +211,31 @@ def oriented(delta: Tensor, module: Module) -> Tensor:
 def weight_of(module: Any) -> Tensor:
     """The weight of a Linear or Conv1D as ``(out, in)``, without a gradient."""
     return oriented(module.weight.detach(), module)
+
+
+def module_below(base: Callable[..., Any]) -> Module:
+    """The adapted module behind the callable that a layer was given, with the weights that the layers below it make.
+
+    So a layer that reads the weight gives the same whether the adapters below it are merged or not. One that is no
+    change of weights counts as none.
+
+    Args:
+        base: the callable.
+    """
+    layers: list[AdapterLayer] = []
+    while not isinstance(base, Base):
+        layers.append(base.func)  # type: ignore[attr-defined]  # the functools.partial of an inner layer
+        base = base.args[0]  # type: ignore[attr-defined]
+    module = base.module
+    for layer in reversed(layers):
+        try:
+            deltas = layer.deltas(module) or {}
+        except ValueError:  # it cannot be merged into this module
+            continue
+        weights = {n: p for n, p in module.named_parameters() if n in deltas}
+        wide = {n: p.to(torch.promote_types(p.dtype, torch.float32)) for n, p in weights.items()}
+        module = with_tensors(module, {n: p + deltas[n] for n, p in wide.items()})
+    return module
 
 
 class DeltaLayer(AdapterLayer):

@@ -15,7 +15,7 @@ from lightning_peft.core.adapted import Base, module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import class_of, is_conv1d
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.linear import oriented, sizes, weight_of
+from lightning_peft.methods.linear import module_below, oriented, sizes, weight_of
 from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import starting_factors
 from lightning_peft.ops.lora_linear import count, lora_linear
@@ -153,11 +153,10 @@ class LinearLayer(LowRank):
 
         The norm takes no gradient, which the paper finds to cost nothing. Dropout is on both products.
         """
-        module: Any = module_of(base)
-        weight = weight_of(module)
+        module: Any = module_below(base)
         g = (self.lora_magnitude_vector / self._norm(module)).to(y.dtype)
         if self.p and self.training:
-            product = F.linear(seen, weight.to(y.dtype))
+            product = F.linear(seen, weight_of(module).to(y.dtype))
         else:
             product = y if module.bias is None else y - module.bias.to(y.dtype)
         return y + (g - 1) * product + g * change

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
-from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.linear import DeltaLayer, LinearMethod, near_divisors, oriented, sizes, weight_of
+from lightning_peft.methods.linear import DeltaLayer, LinearMethod, module_below, near_divisors, oriented, sizes
 
 _INITS = (True, "mini", "bat")
 
@@ -129,10 +128,10 @@ class _BatLayer(AdapterLayer):
 
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         y: Tensor = base(x)
-        return y + F.linear(x.to(y.dtype), self._delta(module_of(base)).to(y.dtype))
+        return y + F.linear(x.to(y.dtype), self._delta(module_below(base)).to(y.dtype))
 
-    def _delta(self, module: Module) -> Tensor:
-        weight = weight_of(module).to(self.miss_block.dtype)
+    def _delta(self, module: Any) -> Tensor:
+        weight = oriented(module.weight, module).to(self.miss_block.dtype)
         r = self.miss_block.shape[-1]
         # (rows of a block, row blocks, column blocks, columns of a block): D_i is one for all column blocks
         blocks = weight.reshape(weight.shape[0] // r, r, weight.shape[1] // r, r).permute(2, 0, 1, 3)

@@ -11,11 +11,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertModel
 
 from lightning_peft import (
+    BOFT,
     IA3,
     OFT,
     Adapter,
     BottleneckAdapter,
     LoRA,
+    MiSS,
     PromptTuning,
     Selective,
     activate,
@@ -299,6 +301,28 @@ def test_a_float64_base_is_merged_in_float64(perturb):
     delta = adapter.tree.layers_by_module["0"].deltas(model[0])["weight"]
     adapter.merge()
     assert torch.equal(model[0].weight, weight + delta.double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "inner", [LoRA(r=2), LoRA(r=2, lora_bias=True), IA3(target_modules=["0"]), OFT(oft_block_size=4)]
+)
+@pytest.mark.parametrize(
+    "outer", [LoRA(r=2, use_dora=True), MiSS(r=4, init_weights="bat"), BOFT()], ids=["dora", "bat", "boft"]
+)
+def test_a_layer_that_reads_the_weight_gives_the_same_over_an_adapter_and_over_the_merged_one(outer, inner, perturb):
+    model = nn.Sequential(nn.Linear(8, 12))
+    for name, method in (("inner", inner), ("outer", outer)):
+        perturb(adapt(model, method, name), 0.3)
+    activate(model, "inner", "outer")
+    x = torch.randn(3, 8)
+    expected = model(x)
+    for name in ("inner", "outer"):
+        Adapter(model, name).merge()
+        torch.testing.assert_close(model(x), expected)
+    for name in ("outer", "inner"):
+        Adapter(model, name).unmerge()
+        torch.testing.assert_close(model(x), expected)
 
 
 @torch.no_grad()
