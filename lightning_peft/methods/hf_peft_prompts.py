@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lightning_peft.core.method import Placement
 from lightning_peft.core.twin import bare_twin
 from lightning_peft.methods.hf_peft_layers import PEFT_NAME, TaskIds, task_ids_of_call
 from lightning_peft.methods.reader import find_reader
-from lightning_peft.methods.virtual_tokens import VirtualEmbedding, place_virtual_tokens
+from lightning_peft.methods.virtual_tokens import VirtualEmbedding, first_position, place_virtual_tokens
 
 FROZEN = "frozen_embeddings"
 """The first rows of a prompt, where a kind leaves some as they are."""
@@ -115,6 +115,7 @@ class _Prefix(AdapterLayer):
                 f"{name} fills the cache of a decoder, but {class_of(host).__name__} is none; choose another method"
             )
         self.name = name
+        self.first_position = first_position(host)
         self.sizes = (config.num_layers * 2, config.num_attention_heads, config.token_dim // config.num_attention_heads)
         device = device_for(host)
         frozen = getattr(config, "num_frozen_tokens", 0)
@@ -129,16 +130,33 @@ class _Prefix(AdapterLayer):
         values = dict(zip(self.names, args, strict=False)) | kwargs
         text: Any = values.get("inputs_embeds") if values.get("input_ids") is None else values["input_ids"]
         table = self._table()
-        if values.get("attention_mask") is not None:
-            mask = values["attention_mask"]
+        mask = values.get("attention_mask")
+        positions = self._positions(values.pop("position_ids", None), mask, len(table), text.shape[1])
+        if positions is not None:
+            values["position_ids"] = positions
+        if mask is not None:
             values["attention_mask"] = torch.cat([mask.new_ones(len(mask), len(table)), mask], 1)
-        # given ones do not count the prompt; the model counts from its cache
-        for option in ("position_ids", "cache_position"):
-            values.pop(option, None)
+        values.pop("cache_position", None)  # it does not count the prompt; the model counts from its cache
         cache = values.get("past_key_values")
         if cache is None or not cache.get_seq_length():
             values["past_key_values"] = self._cache(base, cache, table, len(text))
-        return base(**values)
+        output = base(**values)
+        if values.get("use_cache") is False and isinstance(output, Mapping):
+            # given back, generate() would hand it to the next step, which reads the whole text again
+            output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+        return output
+
+    def _positions(self, given: Any, mask: Any, n: int, length: int) -> Tensor | None:
+        """The text's, behind the prompt and without padding; None where the model's own count is right."""
+        if "position_ids" not in self.names:
+            return None
+        if given is not None:
+            moved: Tensor = given + n
+            return moved
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        counted: Tensor = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
+        return counted + n + self.first_position
 
     def _table(self) -> Tensor:
         return torch.cat([self.get_buffer(FROZEN), self.prompt_embeddings]) if self.frozen else self.prompt_embeddings

@@ -418,3 +418,38 @@ def test_gradient_checkpointing_gives_the_same_gradients(build, perturb):
         gradients.append([p.grad for p in adapter.parameters()])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_prefix_of_peft_writes_behind_padding_and_without_a_cache_what_it_writes_for_the_row_alone(
+    name, build, perturb, tmp_path
+):
+    model = build(name)
+    adapter = adapt(model, HFPeft({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}))
+    perturb(adapter)
+    adapter.save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "a").eval()
+    ids = torch.tensor([[5, 60, 7, 41, 9]])
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
+
+    def scores(given, read, **options):
+        mask = (read != 0).long()
+        wanted = {"output_scores": True, "return_dict_in_generate": True}
+        out = given.generate(
+            input_ids=read,
+            attention_mask=mask,
+            max_new_tokens=4,
+            do_sample=False,
+            eos_token_id=None,
+            **wanted,
+            **options,
+        )
+        return torch.stack(out.scores)
+
+    expected = scores(theirs, ids)
+    for read in (ids, padded):
+        torch.testing.assert_close(scores(model, read), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(scores(model, read, use_cache=False), expected, rtol=1e-5, atol=1e-5)
+    logits = model(input_ids=padded, attention_mask=(padded != 0).long()).logits[:, 3:]
+    torch.testing.assert_close(logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
