@@ -206,6 +206,6 @@ def _beyond(method: LoRA) -> list[str]:
         "lora_bias=True": method.lora_bias,
         "lora_fa=True": method.lora_fa,
         f"lora_dropout={method.lora_dropout}": method.lora_dropout,
-        f"init_lora_weights={method.init_lora_weights!r}": method.starts_apart,
+        f"init_lora_weights={method.init_lora_weights!r}": method.starts_apart or method.needs_data,
     }
     return [option for option, value in given.items() if value]

@@ -142,6 +142,10 @@ def test_the_plan_says_which_stacked_weights_are_not_reached(build):
         ({"target_parameters": ["norm.weight"]}, r"expected a matrix or a stack of matrices, but it is \(32,\)"),
         ({"target_parameters": EXPERTS, "r": 40, "target_modules": []}, "a rank of 40 is above 32, the smaller side"),
         ({"target_parameters": EXPERTS, "lora_dropout": 0.1}, "lora_dropout=0.1 has no meaning for a bare parameter"),
+        (
+            {"target_parameters": EXPERTS, "init_lora_weights": "eva"},
+            "init_lora_weights='eva' has no meaning for a bare parameter",
+        ),
         ({"target_parameters": EXPERTS, "use_dora": True}, "use_dora=True has no meaning for a bare parameter"),
         ({"target_parameters": EXPERTS, "rank_pattern": {"up_proj": 2}}, "'up_proj' names none of the target modules"),
         ({"target_modules": []}, "target_modules is empty"),
