@@ -211,7 +211,8 @@ class AdaLoRA(LinearMethod):
             ValueError: if it asks for an option that is not supported here.
         """
         pattern = {k.removesuffix(".lora_E"): kept for k, kept in (config.get("rank_pattern") or {}).items()}
-        return super().from_peft_config({**config, "rank_pattern": pattern or None})
+        # what a file leaves out is PEFT's default, which is another here
+        return super().from_peft_config({"lora_alpha": 8, **config, "rank_pattern": pattern or None})
 
 
 def orthogonality(factors: Sequence[Tensor]) -> Tensor:

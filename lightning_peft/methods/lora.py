@@ -305,4 +305,5 @@ class LoRA:
             config = {**config, "target_modules": []}
         # where the factors started says nothing of an adapter that is trained
         options = {n: config[n] for n in names if config.get(n) is not None and n != "init_lora_weights"}
-        return cls(**options)
+        # what a file leaves out is PEFT's default, which is another here
+        return cls(**{"lora_alpha": 8, **options})

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from lightning_peft import LoRA, PromptTuning, adapt, load_adapter
+from lightning_peft import (
+    BOFT,
+    IA3,
+    OFT,
+    AdaLoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiSS,
+    PromptTuning,
+    RandLoRA,
+    SparseTuning,
+    VeRA,
+    adapt,
+    load_adapter,
+)
+from lightning_peft.formats.hf_peft import method_from_peft
 
 peft = pytest.importorskip("peft")
 
 # what peft and transformers warn of each other is not ours to mend
 pytestmark = pytest.mark.filterwarnings("ignore")
+_NEEDED = {AdaLoRA: {"total_step": 10}}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 METHODS = {
@@ -129,6 +148,21 @@ def test_options_that_are_not_supported_are_refused_by_name(build, tmp_path):
     peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match=r"alora_invocation_tokens=\[1\], which is not supported"):
         load_adapter(build("llama"), tmp_path / "a")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [LoRA, AdaLoRA, LoHa, LoKr, VeRA, RandLoRA, MiSS, OFT, BOFT, IA3, SparseTuning])
+def test_an_option_that_a_folder_leaves_out_is_what_peft_takes_for_it(kind):
+    """Files by hand, and those of older versions, do not name every option."""
+    config = {"peft_type": kind.peft_type, "target_modules": ["q_proj"]}
+    theirs = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind.peft_type](
+        target_modules=["q_proj"], **_NEEDED.get(kind, {})
+    )
+    ours = method_from_peft(config)
+    # where things started, and names for other things that train, say nothing of what is in the file
+    others = {"target_modules", "projection_prng_key", "random_seed", "total_step"}
+    for option in {f.name for f in dataclasses.fields(ours)} & {f.name for f in dataclasses.fields(theirs)} - others:
+        assert getattr(ours, option) == getattr(theirs, option), option
 
 
 @torch.no_grad()
