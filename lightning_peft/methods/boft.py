@@ -106,8 +106,10 @@ class _BoftLayer(AdapterLayer):
         return rows
 
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
-        # a rotation rounded to 16 bits is none: it is applied in its own precision
-        y: Tensor = base(self.rotated(x.to(self.boft_R.dtype)).to(x.dtype))
+        # a rotation rounded to 16 bits is none: it is applied in its own precision, outside autocast too
+        with torch.autocast(x.device.type, enabled=False):
+            rotated = self.rotated(x.to(self.boft_R.dtype)).to(x.dtype)
+        y: Tensor = base(rotated)
         scale = self.boft_s.flatten().to(y.dtype)
         bias = _bias_of(base)
         return y * scale if bias is None else y * scale + bias.to(y.dtype) * (1 - scale)

@@ -108,9 +108,10 @@ class _OftLayer(AdapterLayer):
         return cayley(upper - upper.mT, self.terms)
 
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
-        # a rotation rounded to 16 bits is none: it is applied in its own precision
-        rotations = self.rotations().expand(self.blocks, -1, -1)
-        rotated = times_blocks(x.to(self.oft_R.dtype), rotations)
+        # a rotation rounded to 16 bits is none: it is applied in its own precision, outside autocast too
+        with torch.autocast(x.device.type, enabled=False):
+            rotations = self.rotations().expand(self.blocks, -1, -1)
+            rotated = times_blocks(x.to(self.oft_R.dtype), rotations)
         y: Tensor = base(rotated.to(x.dtype))
         return y
 

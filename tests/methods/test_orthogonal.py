@@ -78,3 +78,21 @@ def test_butterfly_factors_multiply_as_in_the_paper(factors):
 def test_blocks_that_do_not_fit_are_refused(method, message):
     with pytest.raises(ValueError, match=message):
         adapt(nn.ModuleDict({"linear": nn.Linear(16, 6)}), method())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [OFT(r=2, oft_block_size=0), BOFT(boft_block_size=4)])
+def test_autocast_leaves_rotations_what_they_are(method):
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 6)
+    seen = []
+    linear.forward = lambda x: seen.append(x) or x[:, :6]
+    adapter = adapt(nn.ModuleDict({"linear": linear}), method)
+    for parameter in adapter.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.3)
+    x = torch.randn(3, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        linear(x)
+    linear(x)
+    assert torch.equal(*seen)
+    assert not torch.allclose(seen[0], x)
