@@ -216,11 +216,8 @@ def weight_of(module: Any) -> Tensor:
 def module_below(base: Callable[..., Any]) -> Module:
     """The adapted module behind the callable that a layer was given, with the weights that the layers below it make.
 
-    So a layer that reads the weight gives the same whether the adapters below it are merged or not. One that is no
-    change of weights counts as none.
-
-    Args:
-        base: the callable.
+    So a layer that reads the weight gives the same over adapters and over merged ones. What cannot be merged counts as
+    no change.
     """
     layers: list[AdapterLayer] = []
     while not isinstance(base, Base):
@@ -230,12 +227,18 @@ def module_below(base: Callable[..., Any]) -> Module:
     for layer in reversed(layers):
         try:
             deltas = layer.deltas(module) or {}
-        except ValueError:  # it cannot be merged into this module
+        except ValueError:
             continue
         weights = {n: p for n, p in module.named_parameters() if n in deltas}
         wide = {n: p.to(torch.promote_types(p.dtype, torch.float32)) for n, p in weights.items()}
         module = with_tensors(module, {n: p + deltas[n] for n, p in wide.items()})
     return module
+
+
+def is_readable(module: Module) -> bool:
+    """Whether the weight of a Linear or Conv1D lies there as its numbers, neither offloaded nor quantized."""
+    weight = weight_of(module)
+    return weight.is_floating_point() and not weight.is_meta and weight.shape == sizes(module)[::-1]
 
 
 class DeltaLayer(AdapterLayer):

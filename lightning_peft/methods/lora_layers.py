@@ -15,7 +15,7 @@ from lightning_peft.core.adapted import Base, module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import class_of, is_conv1d
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.linear import module_below, oriented, sizes, weight_of
+from lightning_peft.methods.linear import is_readable, module_below, oriented, sizes, weight_of
 from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import starting_factors
 from lightning_peft.ops.lora_linear import count, lora_linear
@@ -93,6 +93,12 @@ class LinearLayer(LowRank):
     def __init__(self, name: str, module: Any, method: LoRA) -> None:
         n_in, n_out = sizes(module)
         super().__init__(name, module, method, (n_in,), (n_out,))
+        reads = "use_dora=True" if method.use_dora else f"init_lora_weights={method.init_lora_weights!r}"
+        if (method.use_dora or method.starts_apart) and not is_readable(module):
+            raise ValueError(
+                f"LoRA: {reads} reads the weight of {name!r}, which is offloaded or quantized; leave that option out, "
+                "or load the model as it is"
+            )
         if method.starts_apart:
             refuse_rank(name, len(self.lora_A), self.limit)
             start = starting_factors(

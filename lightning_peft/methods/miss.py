@@ -15,7 +15,15 @@ from torch.nn import functional as F
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.linear import DeltaLayer, LinearMethod, module_below, near_divisors, oriented, sizes
+from lightning_peft.methods.linear import (
+    DeltaLayer,
+    LinearMethod,
+    is_readable,
+    module_below,
+    near_divisors,
+    oriented,
+    sizes,
+)
 
 _INITS = (True, "mini", "bat")
 
@@ -81,6 +89,9 @@ class MiSS(LinearMethod):
                 f"r={self.r} is above {n_in}, the number of inputs; lower it to {n_in} or less, or exclude the module "
                 f"(exclude_modules=[{name!r}])"
                 if self.r > n_in
+                else None,
+                "init_weights='bat' changes the weight by what it is, but it is offloaded or quantized; choose True"
+                if bat and not is_readable(module)
                 else None,
                 f"r={self.r} must divide both with init_weights='bat'; {near_divisors(self.r, math.gcd(n_in, n_out))}"
                 if bat and (n_in % self.r or n_out % self.r)

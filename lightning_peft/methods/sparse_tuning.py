@@ -23,7 +23,7 @@ from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree
-from lightning_peft.methods.linear import DeltaLayer, LinearMethod, sizes, weight_of
+from lightning_peft.methods.linear import DeltaLayer, LinearMethod, is_readable, sizes, weight_of
 from lightning_peft.ops.sparse_linear import dense, sparse_linear
 
 _MASKS = ("random", "magnitude", "gradient")
@@ -90,8 +90,7 @@ class SparseTuning(LinearMethod):
                 f"SparseTuning: r={self.r} asks for {self.r * (n_in + n_out)} entries of {name!r}, which has "
                 f"{n_in * n_out}; r can be {most} at most there, or exclude it"
             )
-        weight = weight_of(module)
-        if self.mask_type == "magnitude" and (weight.is_meta or weight.shape != (n_out, n_in)):
+        if self.mask_type == "magnitude" and not is_readable(module):
             raise ValueError(
                 f"SparseTuning: mask_type='magnitude' reads the weight of {name!r}, which is offloaded or quantized; "
                 "choose 'random' or 'gradient'"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft import LoRA, adapt
+from lightning_peft import LoRA, MiSS, adapt
 
 
 def _layer(**options):
@@ -98,3 +98,27 @@ def test_a_bias_beside_b_cannot_be_merged_where_there_is_none():
     adapter = adapt(model, LoRA(r=4, lora_bias=True))
     with pytest.raises(ValueError, match="cannot be merged into a module without a bias"):
         adapter.merge()
+
+
+class Packed(nn.Linear):
+    """Two numbers a byte, as 4-bit quantizers keep them."""
+
+    def __init__(self):
+        super().__init__(12, 8)
+        self.weight = nn.Parameter(torch.zeros(48, 1, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (LoRA(r=2, use_dora=True), "use_dora=True reads the weight of '0', which is offloaded or quantized"),
+        (LoRA(r=2, init_lora_weights="pissa"), "init_lora_weights='pissa' reads the weight of '0'"),
+        (MiSS(r=4, init_weights="bat"), "init_weights='bat' changes the weight by what it is"),
+    ],
+)
+@pytest.mark.parametrize("make", [Packed, lambda: nn.Linear(12, 8, device="meta")], ids=["quantized", "offloaded"])
+def test_what_reads_the_weight_is_refused_where_it_is_not_there_as_its_numbers(method, message, make):
+    model = nn.Sequential(make())
+    with pytest.raises(ValueError, match=message):
+        adapt(model, method)
+    assert len(adapt(model, LoRA(r=2)).state_dict()) == 2
