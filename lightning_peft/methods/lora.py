@@ -158,7 +158,7 @@ class LoRA:
         factors = {n: x.lora_A for n, x in tree.layers_by_module.items() if isinstance(x, LowRank)}
         modules = {n: model.get_submodule(n) for n in factors}
         with torch.no_grad():
-            for name, rows in input_directions(modules, {n: len(a) for n, a in factors.items()}, losses).items():
+            for name, rows in input_directions(model, modules, {n: len(a) for n, a in factors.items()}, losses).items():
                 factors[name].copy_(rows)
 
     def rank(self, name: str) -> int:

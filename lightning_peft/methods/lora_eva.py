@@ -1,12 +1,15 @@
 """EVA: A starts as the main directions of what the layer sees (Paischer et al., arXiv 2410.07170, 3).
 
 An incremental singular value decomposition over the batches of training data (Ross et al., 2008) finds the
-directions that explain most of the variance of each layer's input. All modules keep the rank that they were given: the
-paper's second part, which moves ranks between them, is left out, since an optimizer holds the factors by then.
+directions that explain most of the variance of each layer's input, padding left out (but for what a decoder's
+cross-attention reads of the encoder). All modules keep the rank that they were given: the paper's second part, which
+moves ranks between them, is left out, since an optimizer holds the factors by then. Tokens without a label count too,
+which PEFT leaves out unless told otherwise.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from lightning_peft.core.matching import base_modules, is_within
 from lightning_peft.core.problems import raise_problems
 
 CLOSE = 0.99
@@ -88,13 +92,14 @@ def _main(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def input_directions(
-    modules: dict[str, Module], ranks: dict[str, int], losses: Iterable[Callable[[], Tensor]]
+    model: Module, modules: dict[str, Module], ranks: dict[str, int], losses: Iterable[Callable[[], Tensor]]
 ) -> dict[str, Tensor]:
     """The main directions of what each module is given.
 
     Modules that are given the same tensor (query, key and value) share one decomposition.
 
     Args:
+        model: the root; what in it takes an ``attention_mask`` of (batch, tokens) tells padding.
         modules: the modules by name.
         ranks: how many directions each wants.
         losses: run the model on a batch; they are called until all directions stand, or until they end. A batch need
@@ -112,15 +117,18 @@ def input_directions(
         return lambda module, args, kwargs: given.__setitem__(name, [*args, *kwargs.values()][0])
 
     handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in modules.items()]
+    masks: dict[str, Tensor | None] = {}
+    handles += _noting_masks(model, masks)
     shared: dict[str, Components] = {}
     try:
         for loss in losses:
             given.clear()
+            masks.clear()
             loss()
             shared |= _grouped({n: x for n, x in given.items() if n not in shared}, ranks)
-            for components, rows in {id(shared[n]): (shared[n], x) for n, x in given.items()}.values():
+            for components, name in {id(shared[n]): (shared[n], n) for n in given}.values():
                 if not components.found:
-                    components.update(rows.flatten(0, -2))
+                    components.update(_text_rows(given[name], name, masks))
             if len(shared) == len(modules) and all(c.found for c in shared.values()):
                 break
     finally:
@@ -139,6 +147,34 @@ def input_directions(
         ],
     )
     return {n: c.directions[: ranks[n]] for n, c in shared.items() if c.directions is not None}
+
+
+def _noting_masks(model: Module, masks: dict[str, Tensor | None]) -> list[Any]:
+    """Hooks that note by module which mask of (batch, tokens) it is given, or that it is given none."""
+
+    def note(name: str, names: list[str]) -> Callable[[Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
+            if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+                masks[name] = mask
+
+        return hook
+
+    arguments = {n: list(inspect.signature(m.forward).parameters) for n, m in base_modules(model).items()}
+    return [
+        model.get_submodule(name).register_forward_pre_hook(note(name, names), with_kwargs=True)
+        for name, names in arguments.items()
+        if "attention_mask" in names
+    ]
+
+
+def _text_rows(x: Tensor, name: str, masks: dict[str, Tensor | None]) -> Tensor:
+    """What a module is given as rows, without those of padding, which the nearest mask around it tells."""
+    around = [n for n in masks if not n or is_within(name, [n])]
+    mask = masks[max(around, key=len)] if around else None
+    if mask is None or mask.shape != x.shape[:-1]:
+        return x.flatten(0, -2)
+    return x[mask.bool().to(x.device)]
 
 
 def _grouped(given: dict[str, Tensor], ranks: dict[str, int]) -> dict[str, Components]:

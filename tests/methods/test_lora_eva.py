@@ -32,6 +32,25 @@ def test_the_directions_of_many_batches_are_those_of_all_rows_together():
     torch.testing.assert_close((components.directions * exact).sum(1).abs(), torch.ones(4), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_padding_says_nothing_of_the_main_directions(name, build):
+    ids = _batches(1)[0]["input_ids"]
+    padding = torch.zeros(len(ids), 20, dtype=torch.long)
+    padded = torch.cat([ids, padding], 1)
+    more = {"decoder_input_ids": ids} if name == "t5" else {}
+    found = []
+    for read in (ids, padded):
+        model = build(name)
+        adapter = adapt(model, EVA)
+        adapter.prepare([lambda m=model, r=read: m(input_ids=r, attention_mask=(r != 0).long(), **more).logits.sum()])
+        found.append({k: t for k, t in adapter.state_dict().items() if k.endswith("lora_A") and "pooler" not in k})
+    for key, directions in found[0].items():
+        if "EncDecAttention.k" in key or "EncDecAttention.v" in key:  # the mask around them is the decoder's
+            continue
+        torch.testing.assert_close((directions @ found[1][key].T).abs(), torch.eye(4), rtol=0, atol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_starts_where_it_starts_in_peft(build):
     peft = pytest.importorskip("peft")
