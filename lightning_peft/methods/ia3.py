@@ -31,7 +31,8 @@ class IA3(LinearMethod):
 
     Args:
         target_modules: names, suffixes or a regular expression; None takes the projections of keys and values
-            and the second layer of the feed-forward under the names that transformers' models give them.
+            and the second layer of the feed-forward under the names that transformers' models give them; in BERT and
+            its kin, as in Hugging Face PEFT, attention's output layer is among them by its name, scaled at its input.
         feedforward_modules: which of the targets are scaled at their input, in the same forms; None takes those
             with a feed-forward's name.
         exclude_modules: patterns in the same forms, taken away again.
