@@ -91,11 +91,12 @@ class IA3(LinearMethod):
         """
         if self.feedforward_modules:
             match_modules(model, self.feedforward_modules, option="feedforward_modules")
-            if not any(self._is_feed_forward(n) for n in layers):
-                raise ValueError(
-                    f"feedforward_modules={self.feedforward_modules!r} names none of the target modules, such as "
-                    f"{next(iter(layers))!r}"
-                )
+            given = self.feedforward_modules
+            named = [f"{p!r} in feedforward_modules" for p in given if not any(matches(n, p) for n in layers)]
+            if isinstance(given, str):
+                named = [] if any(map(self._is_feed_forward, layers)) else [f"feedforward_modules={given!r}"]
+            if named:
+                raise ValueError(f"IA3: {named[0]} names none of the target modules, such as {next(iter(layers))!r}")
         return super().arrange(model, layers)
 
     def peft_config(self, model: Module, placed: Sequence[str]) -> dict[str, Any]:
