@@ -57,6 +57,9 @@ def _task_type(model: Module, record: Record) -> str | None:
     if kind in ("SEQ_CLS", "TOKEN_CLS") and not record.copies and not _is_prompt(record):
         # With this type peft takes a trained classifier for granted and fails where the file has none
         return None
+    if kind is None and _is_prompt(record):
+        # Without a type peft's model loads the prompt and never puts it before the text
+        return "FEATURE_EXTRACTION"
     return kind
 
 

@@ -1,4 +1,4 @@
-"""Prefix tuning beside Hugging Face PEFT's, where one test for all methods cannot say it."""
+"""Prefix tuning, and prompts, beside Hugging Face PEFT's, where one test for all methods cannot say it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from lightning_peft import PrefixTuning, adapt, load_adapter
+from lightning_peft import PrefixTuning, PromptTuning, PTuning, adapt, load_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -82,3 +82,15 @@ def test_peft_writes_the_same_text(build, name, tmp_path):
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(ours.generate(input_ids=ids, **settings), theirs.generate(input_ids=ids, **settings))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [PrefixTuning, PromptTuning, PTuning])
+def test_peft_puts_the_prompt_before_the_text_of_a_model_without_a_head(build, method, tmp_path):
+    ids = torch.arange(12).view(2, 6) + 3
+    ours = build("bert").bert
+    adapt(ours, method(num_virtual_tokens=5)).save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(build("bert").bert, tmp_path / "a").eval()
+    expected = ours(input_ids=ids).last_hidden_state
+    actual = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, -6:]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
