@@ -102,7 +102,7 @@ def problems_of(plain: dict[str, Any]) -> list[str]:
     kind = str(plain["peft_type"])
     found = []
     if kind in _KINDS_THAT_CANNOT_RUN:
-        found.append(f"{kind} cannot run here: {_KINDS_THAT_CANNOT_RUN[kind]}{_native(kind)}")
+        found.append(_why_not(kind))
     start = plain.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING_STARTS):
         found.append(f"init_lora_weights={start!r} changes the base's weights{_native(kind)}")
@@ -112,6 +112,10 @@ def problems_of(plain: dict[str, Any]) -> list[str]:
         found.append("num_transformer_submodules=2 puts a prompt into the decoder too; only 1 is supported")
     found += [f"{o}={plain[o]!r}: {why}" for o, why in _OPTIONS_ON_THE_MODEL.items() if plain.get(o)]
     return found
+
+
+def _why_not(kind: str) -> str:
+    return f"{kind} cannot run here: {_KINDS_THAT_CANNOT_RUN[kind]}{_native(kind)}"
 
 
 def _native(kind: str) -> str:
@@ -128,7 +132,10 @@ def _made(options: dict[str, Any]) -> Any:
     names = [k.value for k in known]
     kind = kind.value if isinstance(kind, enum.Enum) else kind
     if not isinstance(kind, str) or kind not in names:
-        raise ValueError(f"HFPeft: peft_type={kind!r} is none of the installed peft's{nearest(str(kind), names)}")
+        near = nearest(str(kind).upper(), names)
+        raise ValueError(f"HFPeft: peft_type={kind!r} is none of the installed peft's{near}")
+    if kind in _KINDS_THAT_CANNOT_RUN:  # before peft asks for options that would not help
+        raise ValueError(f"HFPeft({kind}): {_why_not(kind)}")
     cls = known[kind]
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
     unknown = [o for o in options if o not in (*fields, *_NOT_OPTIONS)]
