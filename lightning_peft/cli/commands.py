@@ -20,7 +20,7 @@ from lightning_peft.analysis.data_page import NUMBERS, write_data_page
 from lightning_peft.analysis.data_report import print_data
 from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.callbacks.progress_bar import ProgressBar
-from lightning_peft.cli.report import print_exported, print_metrics, print_training, short
+from lightning_peft.cli.report import METRICS, TRAINABLE, print_exported, print_metrics, print_training, short
 from lightning_peft.core.method import Method
 from lightning_peft.data.summary import summarise
 from lightning_peft.formats.folder import refuse_occupied
@@ -72,7 +72,8 @@ def train(config: DictConfig) -> float | None:
     metrics = _numbers(trainer.callback_metrics)
     reached = getattr(trainer.checkpoint_callback, "best_model_score", None)
     score = metrics.get(config.monitor) if reached is None else float(reached)
-    write_json(Path(config.run_dir) / "metrics.json", _defined({**metrics, f"best/{config.monitor}": score}))
+    written = {**metrics, f"best/{config.monitor}": score, TRAINABLE: module.adapter.plan.trainable}
+    write_json(Path(config.run_dir) / METRICS, _defined(written))
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     print_training(config.monitor, score, best, module, folder, list(words))
     return score
@@ -103,7 +104,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     run = trainer.validate if config.split == "validation" else trainer.test
     (metrics,) = run(module, data, verbose=False)
     found = _numbers(metrics)
-    write_json(Path(config.run_dir) / "metrics.json", _defined(found))
+    write_json(Path(config.run_dir) / METRICS, _defined(found))
     print_metrics(found)
     return found
 

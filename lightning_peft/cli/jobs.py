@@ -7,12 +7,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+
+from lightning_peft.cli.report import Reached, print_sweep
 
 _MISTAKES = (ValueError, TypeError, OSError, RuntimeError, ImportError, InstantiationException)
 _FULL = "HYDRA_FULL_ERROR"
@@ -33,12 +36,13 @@ class Jobs:
     given: list[str]
     done: int = 0
     failed: list[str] = field(default_factory=list)
+    reached: list[Reached] = field(default_factory=list)
 
     def __call__(self, config: DictConfig) -> Any:
         """Runs the command; a sweeper or launcher other than Hydra's basic ones gets the error, to count it itself."""
         self.done += 1
         try:
-            return self.command(config)
+            result = self.command(config)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 self._record(error)
@@ -48,15 +52,22 @@ class Jobs:
             if os.environ.get(_FULL) or not isinstance(error, _MISTAKES):
                 raise
             stop(f"{_reason(error)}\n({_FULL}=1 shows where)")
+        if HydraConfig.get().mode == RunMode.MULTIRUN and isinstance(result, float):
+            number, folder = int(HydraConfig.get().job.num), Path(config.run_dir)
+            self.reached.append(Reached(number, self._chosen(), config.monitor, result, folder))
+        return result
+
+    def _chosen(self) -> str:
+        """The words that a run has besides those that were given for all."""
+        # "++" is put before some words where Hydra wants it, not by who typed them
+        typed = [word.removeprefix("++") for word in HydraConfig.get().overrides.task]
+        given = {word.removeprefix("++") for word in self.given}
+        return " ".join([word for word in typed if word not in given] or typed)
 
     def _record(self, error: Exception) -> None:
         """Says at once which run failed, and keeps it for the end, where a long sweep's messages are far above."""
-        job = HydraConfig.get()
-        # "++" is put before some words where Hydra wants it, not by who typed them
-        typed = [word.removeprefix("++") for word in job.overrides.task]
-        given = {word.removeprefix("++") for word in self.given}
-        words = [word for word in typed if word not in given] or typed
-        run = f"run {job.job.num} ({' '.join(words)})" if words else f"run {job.job.num}"
+        number, chosen = HydraConfig.get().job.num, self._chosen()
+        run = f"run {number} ({chosen})" if chosen else f"run {number}"
         reason = _reason(error)
         if os.environ.get(_FULL) or not isinstance(error, _MISTAKES):
             traceback.print_exc()
@@ -64,7 +75,9 @@ class Jobs:
         self.failed.append(f"{run}: {reason.strip().splitlines()[0]}")
 
     def report(self) -> None:
-        """Lists the failed runs of a sweep, if there are any."""
+        """Lists what the runs of a sweep reached, and those that failed."""
+        if len(self.reached) > 1:
+            print_sweep(self.reached)
         if self.failed:
             lines = "".join(f"\n  {line}" for line in self.failed)
             runs = f"{self.done} run{'s' if self.done > 1 else ''}"

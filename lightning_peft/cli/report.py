@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, served_rank
 if TYPE_CHECKING:
     from lightning_peft.module import PeftModule
 
+METRICS = "metrics.json"
+TRAINABLE = "trainable_parameters"
 _OF_ONE_METHOD = ("method", "optimizer", "seed", "ckpt_path", "run_dir")  # not to be carried into a sweep over methods
 
 
@@ -81,6 +85,45 @@ def print_metrics(metrics: dict[str, float]) -> None:
     table.columns[1].justify = "right"
     for name, value in sorted(metrics.items()):
         table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a run of a sweep came to.
+
+    Attributes:
+        run: its number.
+        chosen: the words that the sweep chose for it.
+        monitor: the metric by which its best checkpoint was chosen.
+        score: that metric's best value.
+        folder: the run's.
+    """
+
+    run: int
+    chosen: str
+    monitor: str
+    score: float
+    folder: Path
+
+
+def print_sweep(runs: Sequence[Reached]) -> None:
+    """A table of a sweep's runs, in their order.
+
+    Args:
+        runs: those that were trained to their end.
+    """
+    monitors = {run.monitor for run in runs}
+    only = monitors.pop() if len(monitors) == 1 else None
+    table = Table("run", "chosen", only or "best value", "parameters", "folder")
+    for column in (0, 2, 3):
+        table.columns[column].justify = "right"
+    table.columns[1].overflow = table.columns[4].overflow = "fold"
+    for run in runs:
+        trained = json.loads((run.folder / METRICS).read_text())[TRAINABLE]
+        value = f"{run.score:.4f}" if only else f"{run.monitor} {run.score:.4f}"
+        table.add_row(str(run.run), run.chosen, value, f"{trained:,}", short(run.folder))
+    print()
     Console().print(table)
 
 

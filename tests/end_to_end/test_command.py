@@ -169,12 +169,17 @@ LOGGED = {"csv": _in_csv, "tensorboard": _in_tensorboard, "wandb": _in_wandb, "m
 
 @pytest.mark.slow
 def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path, words):
-    run(*words, "-m", "method=bitfit,prompt_tuning", "trainer.max_epochs=1", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    chosen = ["-m", "method=bitfit,prompt_tuning", "trainer.max_epochs=1", "hydra.sweep.dir=sweep"]
+    done = run(*words, *chosen, cwd=tmp_path)
+    table = done.stdout[done.stdout.rindex("chosen") :]
     for number, method in (("0", "Selective"), ("1", "PromptTuning")):
         folder = tmp_path / "sweep" / number
         assert method in yaml.safe_load((folder / "config.yaml").read_text())["method"]["_target_"]
-        assert (folder / "metrics.json").exists()
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert f"{metrics['best/val/accuracy']:.4f}" in table
+        assert f"{metrics['trainable_parameters']:,}" in table
         assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert "method=bitfit" in table
 
 
 @pytest.mark.slow
