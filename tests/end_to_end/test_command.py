@@ -301,7 +301,7 @@ def test_language_modelling_from_the_command_line(tmp_path, llama_folder):
         (["eval"], "eval needs adapter=..."),
         (["-m", "method=lora,bitfitt"], "method=bitfitt is unknown; did you mean 'bitfit'?"),
         (["data=files"], "train needs data.train_files=..."),
-        (["data=zzz"], "data=zzz is unknown; known: docstrings, files, hub\n"),
+        (["data=zzz"], "data=zzz is unknown; known: docstrings, files, hub, images\n"),
         (["trainer.max_epochs=abc"], "trainer.max_epochs must be a number like 4, but got 'abc'"),
         (["trainer=cpu", "trainer.use_distributed_sampler=si"], "must be true or false, but got 'si'"),
     ],
