@@ -16,7 +16,7 @@ from lightning_peft.core.adapters import require_adapters
 from lightning_peft.core.in_place import base_tensors
 from lightning_peft.core.inject import eject, inject
 from lightning_peft.core.matching import is_within
-from lightning_peft.core.problems import nearest, raise_problems
+from lightning_peft.core.problems import an, nearest, raise_problems
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.handle import Adapter
 from lightning_peft.methods.lora import LoRA
@@ -144,7 +144,7 @@ def _check_adapters(names: Sequence[str], trees: Sequence[AdapterTree]) -> None:
     for name, record in zip(names, (t.record for t in trees), strict=True):
         method = record.method
         if not isinstance(method, LoRA):
-            raise ValueError(f"combine works on LoRA adapters, but {name!r} is a {type(method).__name__}")
+            raise ValueError(f"combine works on LoRA adapters, but {name!r} is {an(type(method).__name__)}")
         reasons = (
             ("a DoRA, whose lengths do not add up", method.use_dora),
             ("a LoRA with lora_bias=True, which has more than two factors", method.lora_bias),

@@ -21,6 +21,7 @@ from lightning_peft.core.matching import is_within
 from lightning_peft.core.merge import merge, unmerge
 from lightning_peft.core.method import DataDriven, Method, Scheduled, require_method
 from lightning_peft.core.mode import evaluating
+from lightning_peft.core.problems import an
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
 from lightning_peft.formats.merged import save_merged, unload_merged
@@ -316,7 +317,7 @@ def adapt(model: Module, method: Method, name: str = "default") -> Adapter:
         52
     """
     if not isinstance(model, Module):
-        got = f"the class {model.__name__} itself" if isinstance(model, type) else f"a {type(model).__name__}"
+        got = f"the class {model.__name__} itself" if isinstance(model, type) else an(type(model).__name__)
         raise TypeError(f"adapt works on a torch.nn.Module, but got {got}")
     require_method(method)
     inject(model, method, name)

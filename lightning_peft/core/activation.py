@@ -80,7 +80,8 @@ def adapter_names(model: Module, names: Sequence[str | None], repeats: int = 1) 
                 f"the adapter {name!r} trains {in_place[0]!r} of the base in place, for all examples alike"
             )
     alone = len(set(names)) == 1
-    routing = Routing(tuple(given)) if alone else Routing((), Rows(tuple(names), repeats))
+    methods = {n: type(adapters.trees[n].record.method).__name__ for n in given}
+    routing = Routing(tuple(given)) if alone else Routing((), Rows(tuple(names), repeats, methods))
     block = tuple(names)
     adapters.switch.blocks.append(block)
     try:

@@ -14,7 +14,7 @@ from torch.nn import Linear, Module, Parameter
 from lightning_peft.core.generated import SITE, adapted_class
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.routing import Routing, Switch, bind
-from lightning_peft.core.rows import Rows, join, refuse_handing_on, refuse_indivisible, take
+from lightning_peft.core.rows import IndivisibleError, Rows, join, refuse_handing_on, refuse_indivisible, take
 from lightning_peft.core.view import with_tensors
 
 
@@ -142,7 +142,7 @@ class Site:
     def _through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         routing = self.switch.routing
         if routing.rows is not None:
-            return bind(_untraced(self._by_rows)(routing.rows, args, kwargs), routing)
+            return bind(_untraced(self._by_rows)(routing, routing.rows, args, kwargs), routing)
         if not args and len(kwargs) == 1 and not self.base.module._modules:
             # a single layer called by its input's name, which is not the adapter layers'
             args, kwargs = tuple(kwargs.values()), {}
@@ -153,27 +153,41 @@ class Site:
                 call = functools.partial(layer, call)
         return bind(call(*args, **kwargs), routing)
 
-    def _by_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Each example through the layer of its own adapter, the original forward once for all of them."""
-        if not any(name in self.layers for name in rows.names):
+    def _by_rows(self, routing: Routing, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Each example through the layer of its own adapter, or a refusal that names the adapters."""
+        here = {n: self.layers[n] for n in rows.methods if n in self.layers}
+        if not here:
             return self.base(*args, **kwargs)
-        handing_on = [self.layers[n] for n in rows.names if n in self.layers and not self.layers[n].divisible]
-        if handing_on:
-            refuse_handing_on(self.base.module, handing_on[0])
+        for name, layer in here.items():
+            if not layer.divisible:
+                refuse_handing_on(name, rows.methods[name])
+        try:
+            return self._parted(routing, rows, args, kwargs)
+        except IndivisibleError as error:
+            raise RuntimeError(f"{error}; {rows.apart(here)}") from None
+
+    def _parted(self, routing: Routing, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original forward once for all examples, and around each group of them its adapter's layer."""
         split = rows.split(self.base.module, args, kwargs)
-        whole = _Once(functools.partial(self.base, *args, **kwargs))
+        whole = _Once(functools.partial(self._whole, routing, args, kwargs))
         outputs, parts = [], []
         for name, index in split.groups.items():
             inputs = take((args, kwargs), index, split.total)
             part = _Part(self, name, whole, inputs, index, split.total)
             layer = None if name is None else self.layers.get(name)
-            outputs.append((part if layer is None else functools.partial(layer, part))(*inputs[0], **inputs[1]))
+            # what a layer calls beside its base, such as a projection inside, gets this group's rows alone
+            with self.switch.pinned(Routing(() if name is None else (name,))):
+                outputs.append((part if layer is None else functools.partial(layer, part))(*inputs[0], **inputs[1]))
             parts.append(part)
             if not part.ran:  # a copy of the module ran instead, on what is its part of the inputs
                 refuse_indivisible(self.base.module, inputs, len(index))
         if all(output is part.given for output, part in zip(outputs, parts, strict=True)):
             return whole()
         return join(self.base.module, outputs, split)
+
+    def _whole(self, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.switch.pinned(routing):
+            return self.base(*args, **kwargs)
 
 
 def _untraced(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from torch.nn import Linear, Module, MultiheadAttention
 
 from lightning_peft.core.adapted import site_of
 from lightning_peft.core.adapters import Adapters
-from lightning_peft.core.problems import nearest
+from lightning_peft.core.problems import an, nearest
 
 ALL_LINEAR = "all-linear"
 
@@ -160,7 +160,7 @@ def match_modules(
             if suits is not None and not any(suits(modules[n]) for n in hits):
                 first = hits[0]
                 raise ValueError(
-                    f"{option}: {pattern} matches {first!r}, a {class_of(modules[first]).__name__}; expected {kinds}"
+                    f"{option}: {pattern} matches {first!r}, {an(class_of(modules[first]).__name__)}; expected {kinds}"
                 )
     if exclude:
         gone = set(_match({n: modules[n] for n in found}, exclude, "exclude_modules"))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.layer import AdapterLayer
+from lightning_peft.core.problems import an
 
 if TYPE_CHECKING:
     from lightning_peft.core.tree import AdapterTree
@@ -71,7 +72,7 @@ def require_method(given: object) -> None:
     if isinstance(given, type) and isinstance(given, Method):
         raise TypeError(f"a method such as {given.__name__}() is expected, but got the class {given.__name__} itself")
     if not isinstance(given, Method):
-        raise TypeError(f"a method such as LoRA(r=8) is expected, but got {given!r}, a {type(given).__name__}")
+        raise TypeError(f"a method such as LoRA(r=8) is expected, but got {given!r}, {an(type(given).__name__)}")
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 
@@ -33,6 +34,20 @@ def _close(name: str, known: list[str], count: int, cutoff: float) -> list[str]:
     found = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
     ratios = [difflib.SequenceMatcher(None, f, name).ratio() for f in found]
     return [f for f, ratio in zip(found, ratios, strict=True) if ratio > ratios[0] - 0.1]
+
+
+def an(name: str) -> str:
+    """The name of a class with the article that is spoken before it.
+
+    Args:
+        name: the name, such as ``"Embedding"``, ``"RMSNorm"`` or ``"Linear"``.
+
+    Returns:
+        ``"an Embedding"``, ``"an RMSNorm"``, ``"a Linear"``.
+    """
+    # the second half: letters that are read one by one, whose names begin with a vowel
+    is_an = re.match(r"(?![Ee]u)[AEIOaeio]|[FHLMNRSX][A-Z]", name) is not None
+    return f"{'an' if is_an else 'a'} {name}"
 
 
 def raise_problems(subject: str, problems: Iterable[str | None]) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+
+from lightning_peft.core.problems import an
+
+
+class IndivisibleError(RuntimeError):
+    """What a batch of several adapters meets where its examples cannot be told apart."""
 
 
 class Split(NamedTuple):
@@ -33,10 +39,12 @@ class Rows:
     Args:
         names: one an example; None is the base.
         repeats: how many consecutive rows an example may have instead of one, as beams do.
+        methods: the name of each adapter's method, for errors.
     """
 
     names: tuple[str | None, ...]
     repeats: int = 1
+    methods: dict[str, str] = field(default_factory=dict, compare=False)
     _splits: dict[tuple[int, torch.device], Split] = field(default_factory=dict, compare=False, repr=False)
 
     def split(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Split:
@@ -48,7 +56,7 @@ class Rows:
             kwargs: its named inputs.
 
         Raises:
-            RuntimeError: if the inputs do not have a row, or the repeats, for each example along dim 0.
+            IndivisibleError: if the inputs do not have a row, or the repeats, for each example along dim 0.
         """
         first = next((t for t in _leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()), None)
         count = None if first is None else first.shape[0]
@@ -64,6 +72,17 @@ class Rows:
         if key not in self._splits:
             self._splits[key] = self._made(*key)
         return self._splits[key]
+
+    def apart(self, adapters: Iterable[str]) -> str:
+        """The end of a refusal's sentence: which adapters the module has layers of, and the way out.
+
+        Args:
+            adapters: their names.
+        """
+        named = [f"{n!r} ({self.methods[n]})" for n in adapters]
+        if len(named) == 1:
+            return f"{named[0]} has a layer there, so run its rows apart from the others"
+        return f"{', '.join(named[:-1])} and {named[-1]} have layers there, so run the rows of each apart"
 
     def _made(self, count: int, device: torch.device) -> Split:
         each = count // len(self.names)
@@ -97,7 +116,7 @@ def join(module: Module, parts: Sequence[Any], split: Split) -> Any:
         split: the groups.
 
     Raises:
-        RuntimeError: if they hold something that has no rows and is not the same for all.
+        IndivisibleError: if they hold something that has no rows and is not the same for all.
     """
     first = parts[0]
     if all(part is first for part in parts):
@@ -116,20 +135,23 @@ def join(module: Module, parts: Sequence[Any], split: Split) -> Any:
         return _sequence(first, [join(module, inner, split) for inner in zip(*parts, strict=True)])
     if isinstance(first, (bool, int, float, str)) and all(part == first for part in parts):
         return first
-    _refuse(module, f"gives each adapter a {type(first).__name__} of its own (for caches pass use_cache=False)")
+    _refuse(module, f"gives each adapter {an(type(first).__name__)} of its own (for caches pass use_cache=False)")
 
 
-def refuse_handing_on(module: Module, layer: Module) -> None:
-    """Refuses a layer that hands something on to others of its adapter, which parting the batch would cut.
+def refuse_handing_on(adapter: str, method: str) -> NoReturn:
+    """Refuses an adapter whose layers hand something on from one to the next, which parting the batch would cut.
 
     Args:
-        module: the adapted module, for errors.
-        layer: the layer.
+        adapter: its name.
+        method: its method's.
 
     Raises:
         RuntimeError: always.
     """
-    _refuse(module, f"has a layer ({type(layer).__name__.lstrip('_')}) that hands on from layer to layer")
+    raise RuntimeError(
+        f"one adapter an example: the adapter {adapter!r} ({method}) cannot be mixed in a batch with others, since its "
+        "layers hand on from one to the next; run its rows apart"
+    )
 
 
 def refuse_indivisible(module: Module, inputs: Any, rows: int) -> None:
@@ -141,13 +163,13 @@ def refuse_indivisible(module: Module, inputs: Any, rows: int) -> None:
         rows: how many rows that part has.
 
     Raises:
-        RuntimeError: if something beside tensors and plain values is among them, such as a cache, or a vector that
+        IndivisibleError: if something beside tensors and plain values is among them, such as a cache, or a vector that
             may be one value an example or one a token.
     """
     leaves = list(_leaves(inputs))
     for leaf in leaves:
         if not isinstance(leaf, (Tensor, bool, int, float, str, torch.dtype, torch.device)) and leaf is not None:
-            _refuse(module, f"would have to share a {type(leaf).__name__} between its adapters")
+            _refuse(module, f"would have to share {an(type(leaf).__name__)} between its adapters")
     dims = {leaf.dim() for leaf in leaves if isinstance(leaf, Tensor)}
     if max(dims, default=0) > 1 and any(isinstance(x, Tensor) and tuple(x.shape) == (rows,) for x in leaves):
         _refuse(module, f"takes a vector of {rows}, which may be one value an example or one a token")
@@ -186,4 +208,4 @@ def _sequence(like: Any, values: list[Any]) -> Any:
 
 
 def _refuse(module: Module, why: str) -> NoReturn:
-    raise RuntimeError(f"one adapter an example: a {type(module).__name__} {why}")
+    raise IndivisibleError(f"one adapter an example: {an(type(module).__name__)} {why}")

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lightning_peft.core.problems import an
+
 _NOTHING: Mapping[str, type] = MappingProxyType({})
 
 
@@ -32,7 +34,7 @@ def read_json(path: Path, needed: Mapping[str, type] = _NOTHING) -> dict[str, An
     except ValueError as error:
         raise ValueError(f"{path} is no JSON, it may be cut short: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, but holds a {type(found).__name__}")
+        raise ValueError(f"{path} must hold a JSON object, but holds {an(type(found).__name__)}")
     wrong = [k for k, kind in needed.items() if not isinstance(found.get(k), kind)]
     if wrong:
         raise ValueError(f"{path} has no {', '.join(wrong)}, or something else there; save the adapter again")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.adapters import tree_of
 from lightning_peft.core.matching import class_of
-from lightning_peft.core.problems import nearest, raise_problems
+from lightning_peft.core.problems import an, nearest, raise_problems
 from lightning_peft.core.tree import Record
 from lightning_peft.formats.base_identity import base_description
 from lightning_peft.formats.card import Card
@@ -207,7 +207,7 @@ def _beyond_lora(model: Module, method: LoRA, record: Record) -> list[str]:
         module = model.get_submodule(place)
         if not is_linear(module):
             # one of a kind is enough to say it
-            return [*found, f"a layer on {place!r}, a {class_of(module).__name__}"]
+            return [*found, f"a layer on {place!r}, {an(class_of(module).__name__)}"]
     return found
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lightning_peft.core.adapted import module_of
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, layer_number
+from lightning_peft.core.problems import an
 from lightning_peft.methods.reader import find_reader
 from lightning_peft.methods.virtual_tokens import first_position, require_room
 
@@ -222,7 +223,7 @@ class PrefixedAttention(AdapterLayer):
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.dim() != 4:
-            what = f"a {tuple(mask.shape)} tensor" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            what = f"a {tuple(mask.shape)} tensor" if isinstance(mask, Tensor) else an(type(mask).__name__)
             raise ValueError(
                 f"{self.method} widens attention masks of (batch, heads, tokens, keys), but got {what}; load the "
                 "model with attn_implementation='sdpa' or 'eager'"

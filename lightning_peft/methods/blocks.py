@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, is_within, layer_number, match_modules
+from lightning_peft.core.problems import an
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -161,7 +162,7 @@ def hidden_size(method: str, model: Module, name: str) -> int:
     widths = [v.numel() for v in vectors if v is not None and v.dim() == 1]
     if not widths:
         raise ValueError(
-            f"{method} cannot tell the width of {name!r}, a {class_of(modules[name]).__name__}; name its "
+            f"{method} cannot tell the width of {name!r}, {an(class_of(modules[name]).__name__)}; name its "
             "last Linear instead"
         )
     return max(widths)

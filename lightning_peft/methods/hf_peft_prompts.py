@@ -15,6 +15,7 @@ from lightning_peft.core.adapted import compute_dtype, module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of
 from lightning_peft.core.method import Placement
+from lightning_peft.core.problems import an
 from lightning_peft.core.twin import bare_twin
 from lightning_peft.methods.hf_peft_layers import PEFT_NAME, TaskIds, task_ids_of_call
 from lightning_peft.methods.reader import find_reader
@@ -165,7 +166,9 @@ class _Prefix(AdapterLayer):
         from transformers import DynamicCache
 
         if given is not None and type(given) is not DynamicCache:
-            raise ValueError(f"{self.name} fills a DynamicCache, but got a {type(given).__name__}; use a dynamic cache")
+            raise ValueError(
+                f"{self.name} fills a DynamicCache, but got {an(type(given).__name__)}; use a dynamic cache"
+            )
         host: Any = module_of(base)
         if self.training and any(getattr(m, "gradient_checkpointing", False) for m in host.modules()):
             raise ValueError(f"{self.name} does not work with gradient checkpointing, which drops the cache")

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
+from lightning_peft.core.problems import an
 from lightning_peft.methods.blocks import ACTIVATIONS
 from lightning_peft.methods.linear import is_linear, sizes
 from lightning_peft.methods.reader import find_reader, input_embedding
@@ -108,7 +109,7 @@ def _refuse_width(method: str, name: str, head: Module, embedding: Embedding) ->
     if width != embedding.embedding_dim:
         raise ValueError(
             f"{method}: the inverse of an adapter of the {embedding.embedding_dim}-wide input embeddings does not fit "
-            f"{name!r}, a {class_of(head).__name__} of width {width}; choose inv_adapter=None"
+            f"{name!r}, {an(class_of(head).__name__)} of width {width}; choose inv_adapter=None"
         )
 
 

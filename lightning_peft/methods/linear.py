@@ -16,7 +16,7 @@ from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import ALL_LINEAR, class_of, is_conv1d, is_within, match_modules
 from lightning_peft.core.method import Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
-from lightning_peft.core.problems import raise_problems, refuse_unknown
+from lightning_peft.core.problems import an, raise_problems, refuse_unknown
 from lightning_peft.core.view import with_tensors
 
 # options that say where the layers go and how they train, which a PEFT file gives in its own way
@@ -82,7 +82,7 @@ class LinearMethod:
         if unfit:
             what = class_of(model.get_submodule(unfit[0])).__name__
             raise ValueError(
-                f"{type(self).__name__}: {unfit[0]!r} is a {what}; expected {self.kinds}, so exclude it "
+                f"{type(self).__name__}: {unfit[0]!r} is {an(what)}; expected {self.kinds}, so exclude it "
                 f"(exclude_modules={unfit[:1]!r}) or name other target_modules"
             )
         # all that is named may train in full

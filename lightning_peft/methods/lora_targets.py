@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn import Linear, Module
 
 from lightning_peft.core.matching import class_of, is_conv1d
-from lightning_peft.core.problems import nearest
+from lightning_peft.core.problems import an, nearest
 
 
 def names(pattern: str, name: str) -> bool:
@@ -59,7 +59,8 @@ def refuse_beyond_linear(model: Module, targets: Sequence[str], asked: Sequence[
         module = model.get_submodule(name)
         if not (isinstance(module, Linear) or is_conv1d(module)):
             raise ValueError(
-                f"LoRA: {asked[0]} is for Linear and Conv1D, but {name!r} is a {class_of(module).__name__}; exclude it"
+                f"LoRA: {asked[0]} is for Linear and Conv1D, but {name!r} is {an(class_of(module).__name__)}; "
+                "exclude it"
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.per_forward import PerForward, labels_of_batch
+from lightning_peft.core.problems import an
 
 
 class Ends(NamedTuple):
@@ -135,7 +136,7 @@ class FindPositions(AdapterLayer):
         if mask is None:
             mask = torch.ones(batch, tokens, dtype=torch.bool, device=source.device)
         if not isinstance(mask, Tensor) or mask.shape != (batch, tokens):
-            what = f"a {tuple(mask.shape)} tensor" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            what = f"a {tuple(mask.shape)} tensor" if isinstance(mask, Tensor) else an(type(mask).__name__)
             raise ValueError(
                 f"{self.method} reads the ends of each row off an attention_mask of (batch, tokens) = "
                 f"({batch}, {tokens}), but got {what}; static caches and packed batches make such masks: use a "

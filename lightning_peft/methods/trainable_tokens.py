@@ -22,7 +22,7 @@ from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
 from lightning_peft.core.method import Placement
 from lightning_peft.core.options import check_types, range_problems
-from lightning_peft.core.problems import raise_problems, refuse_unknown
+from lightning_peft.core.problems import an, raise_problems, refuse_unknown
 from lightning_peft.methods.reader import find_reader, input_embedding
 
 
@@ -192,7 +192,7 @@ def _refuse_unfit(name: str, module: Any, tokens: Sequence[int]) -> None:
     weight = module._parameters.get("weight")
     if not _holds_rows(module) or weight is None or not weight.is_floating_point() or weight.is_meta:
         raise ValueError(
-            f"{name!r}, a {what}, is to read trained rows; expected an Embedding or Linear whose weight is there in "
+            f"{name!r}, {an(what)}, is to read trained rows; expected an Embedding or Linear whose weight is there in "
             "floating point, neither quantized nor offloaded"
         )
     if not tokens:

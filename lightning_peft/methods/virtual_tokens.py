@@ -19,6 +19,7 @@ from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of
 from lightning_peft.core.method import Placement
 from lightning_peft.core.per_forward import PerForward
+from lightning_peft.core.problems import an
 from lightning_peft.methods.reader import find_reader, input_embedding
 
 _TRIMMED = ("logits", "last_hidden_state", "start_logits", "end_logits")
@@ -55,7 +56,7 @@ def place_virtual_tokens(
     embedding = input_embedding(reader.module)
     if embedding is None:
         raise ValueError(
-            f"{method}: the encoder of {class_of(host).__name__}, a {class_of(reader.module).__name__}, embeds no "
+            f"{method}: the encoder of {class_of(host).__name__}, {an(class_of(reader.module).__name__)}, embeds no "
             "tokens, so there is nothing to put virtual tokens before; choose another method for this model"
         )
     layers[names[id(embedding)]] = make(host, embedding)
@@ -156,7 +157,7 @@ class _Prepend(AdapterLayer):
         if given is None:
             given = torch.ones(source.shape[0], length, dtype=torch.long, device=source.device)
         if not isinstance(given, Tensor) or given.dim() != 2:
-            what = f"a {tuple(given.shape)} tensor" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            what = f"a {tuple(given.shape)} tensor" if isinstance(given, Tensor) else an(type(given).__name__)
             raise ValueError(
                 f"{self.method} extends an attention_mask of (batch, tokens), but got {what}; static caches and "
                 "packed batches make such masks: use a dynamic cache and plain padding"
@@ -225,7 +226,7 @@ def _cached_tokens(method: str, cache: Any) -> int:
         return 0
     if getattr(cache, "is_compileable", False):
         raise ValueError(
-            f"{method} cannot use a {type(cache).__name__}: its size was computed without the virtual tokens; "
+            f"{method} cannot use {an(type(cache).__name__)}: its size was computed without the virtual tokens; "
             "use a dynamic cache"
         )
     return int(cache.get_seq_length())

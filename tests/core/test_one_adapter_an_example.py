@@ -14,7 +14,10 @@ from lightning_peft import (
     IA3,
     Adapter,
     BottleneckAdapter,
+    DeepPrompt,
+    LlamaAdapter,
     LoRA,
+    LoReFT,
     PromptTuning,
     Selective,
     VeRA,
@@ -90,7 +93,7 @@ def test_each_example_gets_what_it_gets_alone(row, name, build, perturb):
         with adapter_names(model, NAMES):
             mixed = run(model, batch)
     except RuntimeError as error:
-        if not str(error).startswith("one adapter an example: a "):
+        if not str(error).startswith("one adapter an example: "):
             raise
         pytest.skip(str(error))
     torch.testing.assert_close(mixed, expected, **CLOSE)
@@ -108,6 +111,7 @@ def test_methods_of_every_kind_share_a_batch(build, perturb):
         "vera": VeRA(r=4),
         "head": LoRA(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
         "prompt": PromptTuning(3),
+        "gated": LlamaAdapter(3),
     }
     for by, (name, method) in enumerate(methods.items(), start=1):
         perturb(adapt(model, method, name), 0.05 * by)
@@ -328,6 +332,36 @@ def test_what_cannot_be_parted_by_example_is_refused_by_name(build, perturb):
     x = torch.randn(2, 2, 8)
     with adapter_names(attention, ["a", "b"]), pytest.raises(RuntimeError, match="does not have the batch first"):
         attention["attention"](x, x, x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(LoReFT(r=2), "LoReFT"), (DeepPrompt(), "DeepPrompt")],
+)
+def test_an_adapter_that_cannot_be_mixed_is_named_with_its_method(build, perturb, method, name):
+    model = build("bert")
+    two(model, LoRA(r=2), method, perturb)
+    said = rf"the adapter 'b' \({name}\) cannot be mixed in a batch with others.*run its rows apart"
+    with adapter_names(model, ["a", "b"]), pytest.raises(RuntimeError, match=said):
+        run(model, inputs("bert", 2))
+
+
+@torch.no_grad()
+def test_a_refused_batch_names_the_adapters_at_the_module_and_the_way_out(perturb):
+    model = nn.Sequential(nn.Embedding(9, 4))
+    two(model, LoRA(r=2, target_modules=["0"]), LoRA(r=1, target_modules=["0"]), perturb)
+    said = r"an Embedding was called with 3 rows .*'a' \(LoRA\) and 'b' \(LoRA\) have layers there, so run the rows of"
+    with adapter_names(model, ["a", "b"]), pytest.raises(RuntimeError, match=said):
+        model(torch.zeros(3, 2, dtype=torch.long))
+    model = build_one_sided(perturb)
+    with adapter_names(model, ["a", "b"]), pytest.raises(RuntimeError, match=r"'b' \(LoRA\) has a layer there, so run"):
+        model(torch.zeros(3, 4))
+
+
+def build_one_sided(perturb):
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 4), nn.Linear(4, 4))
+    return two(model, LoRA(r=2, target_modules=["2"]), LoRA(r=1, target_modules=["1"]), perturb)
 
 
 @torch.no_grad()

@@ -99,7 +99,11 @@ def test_what_is_plain_already_is_written_as_it_is(build, perturb, tmp_path):
             LoRA(r=4, target_parameters=["experts.down_proj"]),
             "a layer on 'model.layers.0.mlp.experts', a MixtralExperts",
         ),
-        ("llama", LoRA(r=4, target_modules=["q_proj", "embed_tokens"]), "a layer on 'model.embed_tokens', a Embedding"),
+        (
+            "llama",
+            LoRA(r=4, target_modules=["q_proj", "embed_tokens"]),
+            "a layer on 'model.embed_tokens', an Embedding",
+        ),
         ("convnet", LoRA(r=2, target_modules=["conv1"]), "a layer on 'conv1', a Conv2d"),
         (
             "llama",

@@ -332,7 +332,7 @@ def test_prompts_for_a_cache_or_by_task_say_what_they_need(build):
     with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
         model(input_ids=IDS)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    with pytest.raises(ValueError, match="fills a DynamicCache, but got a EncoderDecoderCache"):
+    with pytest.raises(ValueError, match="fills a DynamicCache, but got an EncoderDecoderCache"):
         model.eval()(input_ids=IDS, past_key_values=cache)
 
 
