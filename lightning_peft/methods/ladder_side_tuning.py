@@ -100,7 +100,7 @@ class LadderSideTuning:
         layers: dict[str, AdapterLayer] = {}
         for n in stack:
             ends = {"first": n == stack[0], "last": n == stack[-1]}
-            layers[n] = _Rung(ladder, device_for(model.get_submodule(n)), n in chosen, **ends)
+            layers[n] = _Rung(ladder, n, device_for(model.get_submodule(n)), n in chosen, **ends)
         return Placement(layers)
 
     def _stack(self, model: Module) -> Layers:
@@ -113,8 +113,11 @@ class LadderSideTuning:
                 rf"name the layers of one, such as layer_modules=r'{re.escape(parents[-1])}\.\d+'"
             )
         if self.layer_modules is not None:
-            widths = {n: hidden_size("LadderSideTuning", model, n) for n in layers.names}
-            if len(set(widths.values())) > 1:
+            widths: dict[str, int | tuple[int, int]] = {}
+            for n in layers.names:
+                taken, given = _width_in(model.get_submodule(n)), hidden_size("LadderSideTuning", model, n)
+                widths[n] = given if taken in (None, given) else (taken or 0, given)
+            if len(set(widths.values())) > 1 or any(isinstance(w, tuple) for w in widths.values()):
                 raise ValueError(
                     f"LadderSideTuning needs layers of one width, but got {widths}; name such in layer_modules"
                 )
@@ -154,9 +157,11 @@ class _Rung(AdapterLayer):
 
     divisible: ClassVar[bool] = False
 
-    def __init__(self, ladder: _Ladder, device: torch.device, mixes: bool, *, first: bool, last: bool) -> None:
+    def __init__(
+        self, ladder: _Ladder, place: str, device: torch.device, mixes: bool, *, first: bool, last: bool
+    ) -> None:
         super().__init__()
-        self.ladder = ladder
+        self.ladder, self.place = ladder, place
         self.mixes, self.first, self.last = mixes, first, last
         hidden, m = ladder.hidden, ladder.width
         if first:
@@ -197,6 +202,12 @@ class _Rung(AdapterLayer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and _has_rung(base)):
             output = base(*args, **kwargs)
         h: Tensor = output[0] if isinstance(output, tuple) else output
+        widths = x.shape[-1], h.shape[-1]
+        if widths != (self.ladder.hidden, self.ladder.hidden):
+            raise RuntimeError(
+                f"LadderSideTuning needs layers of one width, but {self.place!r} takes {widths[0]} and gives "
+                f"{widths[1]}, where the ladder is for {self.ladder.hidden}; name layers of one width in layer_modules"
+            )
         s = self.side(_apart(h), self._state(x))
         if not self.last:
             setattr(h, _STATES, {**getattr(h, _STATES, {}), self.ladder: s})
@@ -227,6 +238,12 @@ class _Rung(AdapterLayer):
         z = mu * self._linear("down", h) + (1 - mu) * s
         change = self._linear("outer", F.gelu(self._linear("inner", self._norm("norm", z))))
         return z + F.dropout(change, self.ladder.dropout, self.training)
+
+
+def _width_in(layer: Module) -> int | None:
+    """The width that a layer takes, where it says one."""
+    width = getattr(layer, "in_features", None)
+    return width if isinstance(width, int) else None
 
 
 def _apart(h: Tensor) -> Tensor:

@@ -319,6 +319,17 @@ def test_a_hidden_state_that_was_replaced_on_the_way_is_an_error():
         model(torch.randn(2, 12))
 
 
+def test_layers_of_unequal_width_are_refused_by_name():
+    said = r"needs layers of one width, but got \{'0': \(8, 12\), '1': 12\}; name such in layer_modules"
+    with pytest.raises(ValueError, match=said):
+        adapt(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 12)), LadderSideTuning(layer_modules=["0", "1"]))
+    # what is inside a layer need not tell how wide it is
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, w)) for w in (8, 6)))
+    adapt(model, LadderSideTuning(layer_modules=r"\d"))
+    with pytest.raises(RuntimeError, match=r"'1' takes 8 and gives 6, where the ladder is for 8; name layers of one"):
+        model(torch.randn(2, 8))
+
+
 @pytest.mark.parametrize(
     ("options", "name", "message"),
     [
@@ -330,7 +341,7 @@ def test_a_hidden_state_that_was_replaced_on_the_way_is_an_error():
             "t5",
             r"one stack of layers, but \S+ has \['decoder.block', 'encoder.block'\]",
         ),
-        ({"layer_modules": ["conv1", "head"]}, "convnet", "needs layers of one width, but got .*'head': 4"),
+        ({"layer_modules": ["conv1", "head"]}, "convnet", "needs layers of one width, but got .*'head': .*4"),
         ({"modules_to_save": ["LayerNorm"]}, "bert", "names .*layer.0.attention.output.LayerNorm', but .* run without"),
         ({"modules_to_save": ["transformer"]}, "gpt2", "names 'transformer', but the backbone's layers"),
     ],
