@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from lightning_peft.core.method import Placement
 from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.methods.blocks import ACTIVATIONS, BlockLayer, Place, find_blocks
-from lightning_peft.methods.linear import SharedTensors
+from lightning_peft.methods.linear import SharedTensors, near_divisors
 
 
 @dataclass(kw_only=True)
@@ -94,6 +95,14 @@ def _rule(n: int, device: torch.device) -> Tensor:
     return torch.randn(n, n, n, dtype=torch.float32, device=device) * 0.5
 
 
+def _way_out(n: int, hidden: int, size: int) -> str:
+    """Which number to choose instead: a factor whose bottleneck is a multiple of n, or an n that divides both."""
+    if hidden % n:
+        return "choose another phm_dim: " + near_divisors(n, math.gcd(hidden, size))
+    fit = next(m for m in range(max(n, size // n * n), 0, -n) if hidden % m == 0)
+    return f"choose another reduction_factor, such as {hidden // fit}"
+
+
 def phm(x: Tensor, rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``x`` times ``sum_i A_i kron (s_i t_i)``, without ever making that matrix.
 
@@ -122,7 +131,7 @@ class _CompacterLayer(BlockLayer):
         if hidden % n or size % n:
             raise ValueError(
                 f"Compacter: phm_dim={n} must divide the hidden size {hidden} and the bottleneck {size} at "
-                f"{place.name!r}; choose another reduction_factor, such as {hidden / max(n, size // n * n):g}"
+                f"{place.name!r}; {_way_out(n, hidden, size)}"
             )
         most = min(hidden, size) // n
         if rank > most:

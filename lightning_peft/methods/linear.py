@@ -199,6 +199,8 @@ def near_divisors(given: int, number: int) -> str:
         number: what it was to divide.
     """
     divisors = [d for d in range(1, number + 1) if number % d == 0]
+    if divisors == [1]:
+        return "only 1 does"
     nearest = sorted(divisors, key=lambda d: abs(d - given))[:2]
     return "the nearest that do are " + " and ".join(str(d) for d in sorted(nearest))
 

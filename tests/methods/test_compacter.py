@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from torch import nn
 
 from lightning_peft import Compacter, adapt
 from lightning_peft.methods.compacter import phm
@@ -29,7 +32,11 @@ def test_the_rule_is_one_for_all_layers_unless_asked_otherwise(build):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"phm_dim": 3, "reduction_factor": 4}, "phm_dim=3 must divide the hidden size 32 and the bottleneck 8"),
+        (
+            {"phm_dim": 3, "reduction_factor": 4},
+            "phm_dim=3 must divide the hidden size 32 and the bottleneck 8 .*nearest .* are 2 and 4",
+        ),
+        ({"phm_dim": 3, "reduction_factor": 32}, "phm_dim=3 must divide .* choose another phm_dim: only 1 does"),
         ({"reduction_factor": 16}, "phm_dim=4 must divide the hidden size 32 and the bottleneck 2 .* such as 8"),
         ({"non_linearity": "gelo"}, "non_linearity 'gelo' is unknown; did you mean 'gelu'"),
         ({"mh_adapter": False, "output_adapter": False}, "choose mh_adapter, output_adapter or both"),
@@ -38,3 +45,17 @@ def test_the_rule_is_one_for_all_layers_unless_asked_otherwise(build):
 def test_what_does_not_fit_is_refused(options, message, build):
     with pytest.raises(ValueError, match=message):
         adapt(build("bert"), Compacter(**options))
+
+
+@pytest.mark.parametrize(("hidden", "options"), [(64, {"phm_dim": 3}), (48, {"reduction_factor": 4.5}), (64, {})])
+def test_the_number_that_a_refusal_names_fits(hidden, options):
+    def model():
+        return nn.Sequential(nn.Linear(hidden, hidden))
+
+    def made(options):
+        return Compacter(feed_forward_modules=["0"], mh_adapter=False, **options)
+
+    with pytest.raises(ValueError, match=r"Compacter: phm_dim=\d must divide") as refusal:
+        adapt(model(), made(options))
+    option, number = re.search(r"choose another (\w+).*?(\d+)$", str(refusal.value)).groups()
+    adapt(model(), made(options | {option: int(number)}))
