@@ -127,7 +127,8 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
         linears=linears,
         covered=covered,
         notes=(
-            *_notes(new, record.originals is None, method, linears, covered, _unreached_stacks(model, tree)),
+            *(_reach(linears, covered, _unreached_stacks(model, tree)) if _changes_weights(tree) else ()),
+            *_notes(new, record.originals is None, method),
             *_costs(merge_bytes),
         ),
     )
@@ -149,7 +150,9 @@ def plan_within(outer: Module, path: str, name: str) -> Plan:
     inside = {id(p) for p in root.parameters()}
     outside = {n: p for n, p in outer.named_parameters() if id(p) not in inside}
     trained = [(n.rpartition(".")[0], p) for n, p in outside.items() if p.requires_grad]
-    beside = _grouped([(o, "outside the adapted submodule, as it is", o, p.numel(), _bytes(p)) for o, p in trained])
+    beside = _grouped(
+        [(o, "outside the adapted submodule, trains as before", o, p.numel(), _bytes(p)) for o, p in trained]
+    )
     return replace(
         plan,
         rows=(*plan.rows, *beside),
@@ -230,21 +233,30 @@ def _unreached_stacks(model: Module, tree: AdapterTree) -> dict[str, int]:
     return found
 
 
-def _notes(
-    new: list[str], no_originals: bool, method: str, linears: int, covered: int, stacks: dict[str, int]
-) -> tuple[str, ...]:
+def _changes_weights(tree: AdapterTree) -> bool:
+    """Whether the method is about weights at all, and not about what goes into a block or comes out of it."""
+    record = tree.record
+    return record.method.mergeable or any(key not in record.new for key in record.in_place)
+
+
+def _reach(linears: int, covered: int, stacks: dict[str, int]) -> list[str]:
+    if not linears or not covered:
+        return []
+    notes = [f"Reaches {covered} of {linears} linear layers, output heads aside"]
+    if stacks:
+        names = sorted({".".join(n.split(".")[-2:]) for n in stacks})
+        notes.append(
+            f"{sum(stacks.values()):,} parameters are experts' stacked weights, which are not reached; LoRA "
+            f"reaches them by name: target_parameters={names}"
+        )
+    return notes
+
+
+def _notes(new: list[str], no_originals: bool, method: str) -> list[str]:
     notes: list[str] = []
-    if linears and covered:
-        notes.append(f"Reaches {covered} of {linears} linear layers, output heads aside")
-        if stacks:
-            names = sorted({".".join(n.split(".")[-2:]) for n in stacks})
-            notes.append(
-                f"{sum(stacks.values()):,} parameters are experts' stacked weights, which are not reached; LoRA "
-                f"reaches them by name: target_parameters={names}"
-            )
     if new:
         shown = ", ".join(new[:4]) + (", ..." if len(new) > 4 else "")
         notes.append(f"New in this model, so trained in full and saved without being asked for: {shown}")
     if no_originals:
         notes.append(f"{method} trains in place and keeps no originals: the base cannot be given back")
-    return tuple(notes)
+    return notes

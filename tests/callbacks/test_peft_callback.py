@@ -220,7 +220,7 @@ def test_the_printed_plan_names_places_from_the_module_and_lists_what_trains_bes
     assert printed[0][2:4] == [str(trained), "parameters"]
     assert f"the model's {total}," in " ".join(printed[0])
     assert " ".join(printed[1]) == "backbone.* LoRA, 2 x, 92 parameters"
-    assert " ".join(printed[2]) == "head outside the adapted submodule, as it is, 1 x, 27 parameters"
+    assert " ".join(printed[2]) == "head outside the adapted submodule, trains as before, 1 x, 27 parameters"
     assert not any("teacher" in line for line in printed)
 
 
