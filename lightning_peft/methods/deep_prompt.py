@@ -24,7 +24,7 @@ from lightning_peft.methods.reader import find_layers
 from lightning_peft.methods.virtual_tokens import VirtualEmbedding, number_problem, place_virtual_tokens
 
 
-@dataclass(kw_only=True)
+@dataclass
 class DeepPrompt:
     """Trains vectors before the text at the input of every layer: ``h[:, prompt] = P_l`` with ``P_l: (n, hidden)``.
 

@@ -22,7 +22,7 @@ _ENCODERS = ("LSTM", "MLP")
 _DESCRIBED = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class PTuning:
     """Trains a network that makes the vectors before the text: ``MLP(E)`` or ``MLP(LSTM(E))`` of ``E: (n, hidden)``.
 

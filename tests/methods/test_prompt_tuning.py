@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from lightning_peft import PromptTuning, adapt
+from lightning_peft import DeepPrompt, PrefixTuning, PromptTuning, PTuning, adapt
 
 MODELS = ("bert", "roberta", "gpt2", "llama", "llama_classifier", "mistral", "qwen3", "t5")
 ROW = torch.tensor([[5, 6, 7]])
@@ -109,3 +109,8 @@ def test_an_encoder_that_reads_no_tokens_is_refused():
     config = WhisperConfig(vocab_size=64, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=4, **sizes)
     with pytest.raises(ValueError, match="WhisperEncoder, embeds no tokens"):
         adapt(WhisperForConditionalGeneration(config), PromptTuning(4))
+
+
+@pytest.mark.parametrize("kind", [PromptTuning, PTuning, PrefixTuning, DeepPrompt])
+def test_how_many_virtual_tokens_needs_no_name(kind):
+    assert kind(5).num_virtual_tokens == 5
