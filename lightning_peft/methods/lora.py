@@ -204,7 +204,8 @@ class LoRA:
             layers[name] = kind(name, module, self)
         layers |= parameter_layers(model, parameters, self)
         for target, ids in self._tokens():
-            rows = token_layers("LoRA", model, target, ids, self.modules_to_save)
+            own = ("trainable_token_indices", "trainable_token_indices")
+            rows = token_layers("LoRA", model, target, ids, self.modules_to_save, options=own)
             twice = sorted(rows.keys() & layers.keys())
             if twice:
                 raise ValueError(

@@ -120,7 +120,9 @@ def token_problem(option: str, tokens: Sequence[int]) -> str | None:
     return f"{option} must name each token once, but {twice[0]} stands twice" if twice else None
 
 
-def token_places(method: str, model: Module, target: list[str] | str | None) -> dict[str, list[str]]:
+def token_places(
+    method: str, model: Module, target: list[str] | str | None, option: str = "target_modules"
+) -> dict[str, list[str]]:
     """Who owns the trained rows, and who else reads the same weight.
 
     Args:
@@ -128,6 +130,7 @@ def token_places(method: str, model: Module, target: list[str] | str | None) -> 
         model: the root.
         target: patterns of modules, or None for the input embedding. Of those that share a weight the first Embedding
             owns the rows.
+        option: the option that holds them, for errors.
 
     Returns:
         Owners, and for each the other modules with its weight, targeted or not.
@@ -140,7 +143,7 @@ def token_places(method: str, model: Module, target: list[str] | str | None) -> 
         embedding = input_embedding(find_reader(method, model).host)
         names = [n for n, m in modules.items() if m is embedding]
     else:
-        names = match_modules(model, target, suits=_holds_rows, kinds="Embedding or Linear")
+        names = match_modules(model, target, suits=_holds_rows, kinds="Embedding or Linear", option=option)
     weights = {n: m._parameters.get("weight") for n, m in modules.items()}
     found: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda n: not isinstance(modules[n], Embedding)):
@@ -150,7 +153,13 @@ def token_places(method: str, model: Module, target: list[str] | str | None) -> 
 
 
 def token_layers(
-    method: str, model: Module, target: list[str] | str | None, tokens: Sequence[int], saved: list[str] | None
+    method: str,
+    model: Module,
+    target: list[str] | str | None,
+    tokens: Sequence[int],
+    saved: list[str] | None,
+    *,
+    options: tuple[str, str] = ("target_modules", "token_indices"),
 ) -> dict[str, AdapterLayer]:
     """The layers on modules that hold rows for tokens, and on those that share their weights.
 
@@ -160,17 +169,18 @@ def token_layers(
         target: patterns of modules, or None for the input embedding.
         tokens: the chosen ids.
         saved: patterns of modules that train in full.
+        options: the options that hold the patterns and the ids, for errors.
 
     Raises:
         ValueError: if the ids are none or beyond the vocabulary, or a module does not suit.
     """
     copies = match_modules(model, saved, option="modules_to_save") if saved else []
     layers: dict[str, AdapterLayer] = {}
-    for owner, tied in token_places(method, model, target).items():
+    for owner, tied in token_places(method, model, target, options[0]).items():
         source: TokenRows | None = None
         for name in (owner, *tied):
             module = model.get_submodule(name)
-            _refuse_unfit(name, module, tokens)
+            _refuse_unfit(name, module, tokens, options[1])
             if is_within(name, copies):
                 raise ValueError(
                     f"{method}: {name!r} reads the trained rows and cannot train in full beside them; leave it out of "
@@ -187,7 +197,7 @@ def _holds_rows(module: Module) -> bool:
     return isinstance(module, (Embedding, Linear))
 
 
-def _refuse_unfit(name: str, module: Any, tokens: Sequence[int]) -> None:
+def _refuse_unfit(name: str, module: Any, tokens: Sequence[int], option: str) -> None:
     what = class_of(module).__name__
     weight = module._parameters.get("weight")
     if not _holds_rows(module) or weight is None or not weight.is_floating_point() or weight.is_meta:
@@ -196,11 +206,9 @@ def _refuse_unfit(name: str, module: Any, tokens: Sequence[int]) -> None:
             "floating point, neither quantized nor offloaded"
         )
     if not tokens:
-        raise ValueError("token_indices is empty; name the ids of the tokens to train, such as [5, 8]")
+        raise ValueError(f"{option} is empty; name the ids of the tokens to train, such as [5, 8]")
     if max(tokens) >= len(weight):
-        raise ValueError(
-            f"token_indices: {max(tokens)} is beyond {name!r}, which has the tokens 0 to {len(weight) - 1}"
-        )
+        raise ValueError(f"{option}: {max(tokens)} is beyond {name!r}, which has the tokens 0 to {len(weight) - 1}")
     if getattr(module, "max_norm", None) is not None:
         raise ValueError(
             f"{name!r} rescales its own rows (max_norm={module.max_norm}), which trained rows cannot follow"

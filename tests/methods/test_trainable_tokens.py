@@ -282,3 +282,17 @@ def test_rows_that_lora_cannot_have_are_refused(options, said, build):
 def test_a_token_that_stands_twice_in_a_lora_is_refused():
     with pytest.raises(ValueError, match="trainable_token_indices must name each token once, but 3 stands twice"):
         LoRA(trainable_token_indices={"wte": [3, 3]})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ({"embed": [1]}, "trainable_token_indices: 'embed' matches no module; did you mean 'embed_tokens'"),
+        ({"norm": [1]}, "trainable_token_indices: 'norm' matches 'model.norm', a LlamaRMSNorm; expected Embedding or"),
+        ([99999], "trainable_token_indices: 99999 is beyond 'model.embed_tokens'"),
+        ([], "trainable_token_indices is empty"),
+    ],
+)
+def test_what_is_wrong_with_rows_beside_lora_is_said_of_loras_option(build, tokens, said):
+    with pytest.raises(ValueError, match=said):
+        adapt(build("llama"), LoRA(r=2, trainable_token_indices=tokens))
