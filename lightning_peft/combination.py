@@ -54,8 +54,8 @@ def combine(
         weights: one each, of any sign.
         name: of the new adapter.
         combination_type: one of the above.
-        svd_rank: rank of the result for ``"svd"`` and the names in ``_svd``, 1 or more; None takes the highest of
-            the combined adapters.
+        svd_rank: rank of the result for ``"svd"`` and the names in ``_svd``, from 1 to the smaller side of any
+            weight; None takes the highest of the combined adapters, and where a weight is smaller its side.
         density: share of the values that TIES, DARE and magnitude pruning keep, above 0 and at most 1.
         seed: for what DARE drops.
 
@@ -82,6 +82,7 @@ def combine(
     merged = [n for n in names if n in adapters.merged]
     if merged:
         raise ValueError(f"combine: the adapter {merged[0]!r} is merged; unmerge() it first")
+    _refuse_rank(svd_rank, names, trees)
     how, kept = COMBINATIONS[combination_type], 1.0 if density is None else density
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
@@ -122,10 +123,11 @@ def _check_options(
     problems = [
         None if names else "name at least one adapter",
         None if len(names) == len(weights) else f"got {len(weights)} weights for {len(names)} adapters",
-        None if all(math.isfinite(w) for w in weights) else f"weights must be finite, but got {list(weights)}",
+        _weights_problem(weights),
     ]
     if known is None:
-        problems.append(f"combination_type {combination_type!r} is unknown{nearest(combination_type, COMBINATIONS)}")
+        near = nearest(combination_type, COMBINATIONS, loosely=False)
+        problems.append(f"combination_type {combination_type!r} is unknown{near}")
     else:
         sparse, ranked = known.sparsify is not None, known.of_products
         if sparse and (density is None or not 0 < density <= 1):
@@ -137,6 +139,24 @@ def _check_options(
         if svd_rank is not None and svd_rank < 1:
             problems.append(f"svd_rank must be 1 or more, but got {svd_rank}")
     raise_problems("combine", problems)
+
+
+def _weights_problem(weights: Sequence[Any]) -> str | None:
+    if not all(hasattr(w, "__float__") for w in weights):  # what a text lacks
+        return f"weights must be numbers, but got {list(weights)}"
+    return None if all(math.isfinite(w) for w in weights) else f"weights must be finite, but got {list(weights)}"
+
+
+def _refuse_rank(svd_rank: int | None, names: Sequence[str], trees: Sequence[AdapterTree]) -> None:
+    """Refuses a rank that some weight has no room for."""
+    sides = {place: min(len(b), a[0].numel()) for place, _, _, ((a, b), *_), _ in _factors(names, trees)}
+    if svd_rank is None or svd_rank <= min(sides.values(), default=svd_rank):
+        return
+    place, limit = min(sides.items(), key=lambda item: item[1])
+    raise ValueError(
+        f"combine: svd_rank={svd_rank} is above {limit}, the smaller side of the weight of {place!r}; lower it to "
+        f"{limit} or less, or leave it out, which takes no more for a weight than it has room for"
+    )
 
 
 def _check_adapters(names: Sequence[str], trees: Sequence[AdapterTree]) -> None:

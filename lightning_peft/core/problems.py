@@ -7,20 +7,21 @@ import re
 from collections.abc import Iterable, Mapping
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+def nearest(name: str, known: Iterable[str], count: int = 3, *, loosely: bool = True) -> str:
     """The end of an error's sentence about an unknown name.
 
     Args:
         name: what was given.
         known: what would have been right.
         count: how many near names to list.
+        loosely: whether a distant likeness counts where there is no close one, as it does in long names of modules.
 
     Returns:
         ``"; did you mean 'a' or 'b'?"``, or the first known names where none is near.
     """
     names = sorted(set(known))
     near = _close(name, names, count, 0.6)
-    if not near:
+    if not near and loosely:
         tail = name.rpartition(".")[2]
         ends = {n.rpartition(".")[2] for n in names}
         near = _close(tail, sorted(ends), count, 0.4)
