@@ -32,7 +32,7 @@ from lightning_peft.methods.lora_experts import (
     peft_place,
     refuse_ranks,
 )
-from lightning_peft.methods.lora_init import doubled, halved, is_apart, start_problems
+from lightning_peft.methods.lora_init import changed_base_problem, doubled, halved, is_apart, start_problems
 from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, layer_for
 from lightning_peft.methods.lora_targets import (
     b_bias_problems,
@@ -295,12 +295,7 @@ class LoRA:
         # these say nothing of a trained adapter, or nothing unless another option, which is refused, is on
         idle = ["fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"]
         refuse_unknown("LoRA", config, known=[*names, *idle])
-        start = config.get("init_lora_weights")
-        if is_apart(start) and start != "orthogonal":
-            raise ValueError(
-                f"LoRA: an adapter with init_lora_weights={start!r} is relative to a base that peft changed; save it "
-                "in peft with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-            )
+        raise_problems("LoRA", [changed_base_problem(config.get("init_lora_weights"))])
         if config.get("target_parameters") and config.get("target_modules") is None:
             # peft writes the names that it found, so there were none
             config = {**config, "target_modules": []}

@@ -41,6 +41,23 @@ def is_apart(name: object) -> bool:
     return isinstance(name, str) and (name in CHANGING or re.fullmatch(r"pissa_niter_\d+", name) is not None)
 
 
+def changed_base_problem(start: object) -> str | None:
+    """What is wrong with a file of PEFT's whose factors stand beside weights that PEFT changed at the start.
+
+    PEFT writes a plain start once it has converted such a file, so this one was not. ``"orthogonal"`` changes the base
+    by rounding alone, ``"eva"``, ``"gaussian"`` and ``"mica"`` not at all.
+
+    Args:
+        start: the file's ``init_lora_weights``.
+    """
+    if not isinstance(start, str) or not start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+        return None
+    said = f"an adapter with init_lora_weights={start!r} is relative to a base that peft changed"
+    if start == "loftq":
+        return f"{said}, namely quantized; merge it in peft (merge_and_unload) and save that model"
+    return f"{said}; save it in peft with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+
+
 @torch.no_grad()
 def starting_factors(name: str, weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """The factors A and B at the start.

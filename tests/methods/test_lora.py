@@ -122,3 +122,25 @@ def test_what_reads_the_weight_is_refused_where_it_is_not_there_as_its_numbers(m
     with pytest.raises(ValueError, match=message):
         adapt(model, method)
     assert len(adapt(model, LoRA(r=2)).state_dict()) == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("pissa_niter_4", "path_initial_model_for_weight_conversion"),
+        ("olora", "path_initial_model_for_weight_conversion"),
+        ("corda", "path_initial_model_for_weight_conversion"),
+        ("lora_ga", "path_initial_model_for_weight_conversion"),
+        ("loftq", "namely quantized; merge it in peft"),
+    ],
+)
+def test_a_file_of_peft_beside_a_base_that_peft_changed_is_refused(start, said):
+    with pytest.raises(
+        ValueError, match=f"init_lora_weights='{start}' is relative to a base that peft changed.*{said}"
+    ):
+        LoRA.from_peft_config({"r": 2, "target_modules": ["q_proj"], "init_lora_weights": start})
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_a_file_of_peft_that_started_beside_its_base_as_it_is_loads(start):
+    assert LoRA.from_peft_config({"r": 2, "target_modules": ["q_proj"], "init_lora_weights": start}).r == 2
