@@ -46,7 +46,8 @@ def adapter_config(model: Module, record: Record, base: dict[str, Any]) -> dict[
         "base_model_name_or_path": base["name"],
         "revision": base["revision"],
         "inference_mode": True,
-        "modules_to_save": record.copies or None,
+        # not every class of PEFT's has the field, and one that has it takes its absence for None
+        **({"modules_to_save": record.copies} if record.copies else {}),
         **method.peft_config(model, record.layers),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning_peft import (
     IA3,
     OFT,
     AdaLoRA,
+    LlamaAdapter,
     LoHa,
     LoKr,
     LoRA,
@@ -19,6 +21,7 @@ from lightning_peft import (
     PromptTuning,
     RandLoRA,
     SparseTuning,
+    TrainableTokens,
     VeRA,
     adapt,
     load_adapter,
@@ -184,3 +187,15 @@ def test_butterfly_factors_that_peft_left_out_are_told_from_what_its_folder_says
     peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match=r"boft_R is \(1, 8, 4, 4\), expected \(2, 8, 4, 4\)"):
         load_adapter(build("llama"), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [TrainableTokens([3, 5]), LlamaAdapter(3), VeRA(r=4), RandLoRA(r=4), LoRA(r=2), IA3(), PromptTuning(3), OFT()],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_folder_has_no_field_that_pefts_class_lacks(method, build, tmp_path):
+    adapt(build("llama"), method).save(tmp_path / "a")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    known = dataclasses.fields(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type])
+    assert written.keys() <= {f.name for f in known}
