@@ -129,6 +129,20 @@ class PeftRepacked(Protocol):
 
 
 @runtime_checkable
+class Seeded(Protocol):
+    """A method with tensors that never train and follow from its options alone, a seed among them.
+
+    Attributes:
+        seeded: their names in the adapter. A Hugging Face PEFT file may leave them out.
+    """
+
+    @property
+    def seeded(self) -> tuple[str, ...]:
+        """As above; with most methods the class's."""
+        ...
+
+
+@runtime_checkable
 class Bounded(Protocol):
     """A method with numbers, such as a rank, that a module bounds."""
 

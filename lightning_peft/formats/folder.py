@@ -16,7 +16,7 @@ from torch.nn import Module
 from lightning_peft.core.adapters import tree_of
 from lightning_peft.core.in_place import base_tensors
 from lightning_peft.core.matching import base_modules, matches
-from lightning_peft.core.method import Method, PeftFormat, PeftRepacked
+from lightning_peft.core.method import Method, PeftFormat, PeftRepacked, Seeded
 from lightning_peft.core.statistics import moving_statistics
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.base_identity import base_description, refuse_another_base
@@ -50,6 +50,7 @@ class SavedAdapter:
         foreign: whether another library wrote the folder.
         prepared: whether the data that the method asks for was seen before it was saved.
         training: how it was trained, where the folder says it.
+        seeded: whether it leaves out the tensors that follow from a seed.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class SavedAdapter:
     foreign: bool
     prepared: bool
     training: TrainingRecord | None = None
+    seeded: bool = False
 
     @property
     def tokenizer(self) -> Path | None:
@@ -194,7 +196,17 @@ def read_folder(path: Path) -> SavedAdapter:
         config = read_json(path / PEFT_CONFIG)
         with naming(path / PEFT_CONFIG):
             method = method_from_peft(config)
-        return SavedAdapter(path, method, config.get("modules_to_save") or [], [], None, {}, True, True)
+        return SavedAdapter(
+            path=path,
+            method=method,
+            copies=config.get("modules_to_save") or [],
+            in_place=[],
+            base=None,
+            info={},
+            foreign=True,
+            prepared=True,
+            seeded=config.get("save_projection") is False,
+        )
     if path.is_file():
         raise NotADirectoryError(
             f"{path} is a file, but an adapter is a folder with {TENSORS} and {MANIFEST} or {PEFT_CONFIG}; a "
@@ -220,22 +232,25 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     if check_base and saved.base is not None:
         refuse_another_base(model, saved.base, f"{saved.path} was trained")
     tree = tree_of(model, name)
-    wanted = file_tensors(model, tree)
+    method = tree.record.method
+    seeded = method.seeded if saved.seeded and isinstance(method, Seeded) else ()
+    absent = {n for k, n in _file_names(model, tree, seeded).items()}
+    wanted = {n: t for n, t in file_tensors(model, tree).items() if n not in absent}
     try:
         stored = load_file(saved.path / TENSORS)
     except SafetensorError as error:
         raise ValueError(f"{saved.path / TENSORS} cannot be read, it may be cut short: {error}") from error
     if saved.foreign:
         stored = _without_repeats(model, stored, set(wanted))
-    _check_tensors(saved.path, wanted, stored)
-    method = tree.record.method
+    _check_tensors(saved, wanted, stored)
     live = _live_tensors(model, tree)
-    own = {k: stored[n] for k, n in _file_names(model, tree, _packed(method, live)).items()}
+    own = {k: stored[n] for k, n in _file_names(model, tree, _packed(method, live)).items() if n not in absent}
     if isinstance(method, PeftRepacked):
         own = method.from_peft(own)
     with torch.no_grad():
         for key, tensor in live.items():
-            tensor.copy_(own[key])
+            if key not in seeded:  # which the seed gave when the layers were made
+                tensor.copy_(own[key])
     tree.record.prepared = saved.prepared
     tree.record.training = saved.training
 
@@ -297,11 +312,12 @@ def _at_tied_modules(model: Module, key: str) -> list[str]:
     return [f"base_model.model.{n}.{leaf}" for n in others]
 
 
-def _check_tensors(path: Path, wanted: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-    problems: list[str] = []
+def _check_tensors(saved: SavedAdapter, wanted: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    path, problems = saved.path, list[str]()
     missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
     if missing:
-        problems.append(f"{len(missing)} missing, such as {missing[0]}")
+        why = " (it was saved with save_projection=False; save it in peft with True)" if saved.seeded else ""
+        problems.append(f"{len(missing)} missing, such as {missing[0]}{why}")
     if extra:
         problems.append(f"{len(extra)} unexpected, such as {extra[0]}")
     both = sorted(set(wanted) & set(stored))

@@ -17,6 +17,8 @@ from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, SharedTensors, above_rank, kaiming_uniform, sizes
 
+_BASES = ("randlora_A", "randlora_B")
+
 
 @dataclass(kw_only=True)
 class RandLoRA(LinearMethod):
@@ -67,6 +69,11 @@ class RandLoRA(LinearMethod):
             ],
         )
 
+    @property
+    def seeded(self) -> tuple[str, ...]:
+        """The bases, where they are those that PEFT draws: it draws dense ones in the dtype that the machine is good at."""
+        return _BASES if self.sparse or self.very_sparse else ()
+
     def beyond(self, name: str, module: Module) -> str | None:
         """A basis of more rank than the weight, of which one more than spans it."""
         return above_rank("r", self.r, min(sizes(module)), name)
@@ -103,7 +110,7 @@ class RandLoRA(LinearMethod):
 
     def peft_name(self, key: str, model: Module) -> str:
         """The bases stand bare in a PEFT file."""
-        return f"base_model.{key}" if key in ("randlora_A", "randlora_B") else super().peft_name(key, model)
+        return f"base_model.{key}" if key in _BASES else super().peft_name(key, model)
 
 
 class _RandLoraLayer(DeltaLayer):

@@ -47,6 +47,7 @@ class VeRA(LinearMethod):
     learning_rate: float = 2e-2
 
     peft_type: ClassVar[str | None] = "VERA"
+    seeded: ClassVar[tuple[str, ...]] = ("vera_A", "vera_B")
     peft_idle: ClassVar[tuple[str, ...]] = ("fan_in_fan_out", "init_weights", "save_projection", "runtime_config")
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class VeRA(LinearMethod):
 
     def peft_name(self, key: str, model: Module) -> str:
         """The pair stands bare in a PEFT file."""
-        return f"base_model.{key}" if key in ("vera_A", "vera_B") else super().peft_name(key, model)
+        return f"base_model.{key}" if key in self.seeded else super().peft_name(key, model)
 
 
 class _VeraLayer(DeltaLayer):

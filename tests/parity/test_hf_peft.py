@@ -189,6 +189,49 @@ def test_butterfly_factors_that_peft_left_out_are_told_from_what_its_folder_says
         load_adapter(build("llama"), tmp_path / "a")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (peft.VeraConfig, {"r": 5, "d_initial": 0.3}),
+        (peft.RandLoraConfig, {"r": 6, "sparse": True}),
+        (peft.RandLoraConfig, {"r": 6, "very_sparse": True}),
+    ],
+    ids=["vera", "randlora_sparse", "randlora_very_sparse"],
+)
+def test_what_a_folder_of_peft_leaves_out_is_drawn_from_its_seed(kind, options, name, build, call, perturb, tmp_path):
+    targets = {"bert": ["query", "intermediate.dense"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj", "up_proj"]}
+    config = kind(target_modules=targets[name], save_projection=False, projection_prng_key=7, **options)
+    theirs = peft.get_peft_model(build(name), config).eval()
+    for key, parameter in theirs.named_parameters():
+        if "lambda" in key or "gamma" in key:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    theirs.save_pretrained(tmp_path / "a")
+    model = build(name)
+    base = call(model, name)
+    load_adapter(model, tmp_path / "a")
+    torch.testing.assert_close(call(model, name), call(theirs, name), **CLOSE)
+    assert not torch.allclose(call(model, name), base, **CLOSE)
+
+
+def test_dense_bases_that_peft_draws_by_what_the_machine_has_are_asked_for(build, tmp_path):
+    config = peft.RandLoraConfig(r=4, target_modules=["q_proj"], save_projection=False)
+    peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"randlora_A \(it was saved with save_projection=False; save it in peft"):
+        load_adapter(build("llama"), tmp_path / "a")
+
+
+def test_projections_that_a_folder_lacks_and_says_it_has_are_missed(build, tmp_path):
+    peft.get_peft_model(
+        build("llama"), peft.VeraConfig(r=4, target_modules=["q_proj"], save_projection=False)
+    ).save_pretrained(tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"save_projection": false', '"save_projection": true'))
+    with pytest.raises(ValueError, match=r"2 missing, such as base_model.vera_A"):
+        load_adapter(build("llama"), tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     "method",
     [TrainableTokens([3, 5]), LlamaAdapter(3), VeRA(r=4), RandLoRA(r=4), LoRA(r=2), IA3(), PromptTuning(3), OFT()],
