@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -11,24 +12,33 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_peft.core.adapted import Base, compute_dtype, module_of
+from lightning_peft.core.adapted import Base, compute_dtype
 from lightning_peft.core.generated import SITE
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.twin import bare_twin
 from lightning_peft.core.view import with_tensors
+from lightning_peft.methods.linear import module_below
 
 PEFT_NAME = "default"
 """The name of the adapter inside PEFT's layers; ours stands above them."""
 
 
 class _Call:
-    """One run of a PEFT layer: the base that it was given, the input's dtype, and whether the layer called the base."""
+    """One run of a PEFT layer: the base that it was given, the input's dtype, and whether the layer called the base.
+
+    Attributes:
+        module: the module behind the base, with the weights that the layers below make: DoRA reads them.
+    """
 
     def __init__(self, base: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self.base = base
         self.dtype = args[0].dtype if args and isinstance(args[0], Tensor) else None
         self.reached = False
+
+    @functools.cached_property
+    def module(self) -> Module:
+        return module_below(self.base)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the base; an input that PEFT has cast for its own tensors is cast back."""
@@ -208,7 +218,7 @@ def _stand_in_class(cls: type[Module]) -> type[Module]:
         call = _call.get(None)
         if call is None:
             raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r} outside a forward")
-        return getattr(module_of(call.base), name)
+        return getattr(call.module, name)
 
     def reduce_ex(self: Module, protocol: Any) -> Any:
         return _rebuild, (cls,), self.__dict__

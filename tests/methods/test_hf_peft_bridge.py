@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_peft import Adapter, HFPeft, LoRA, adapt, load_adapter
+from lightning_peft import Adapter, HFPeft, LoRA, activate, adapt, load_adapter
+from lightning_peft.core.activation import set_trainable
 from lightning_peft.methods.config import method_from_config, method_to_config
 from lightning_peft.methods.hf_peft_tuners import place_tuner
 
@@ -448,3 +449,32 @@ def test_a_prefix_of_peft_writes_behind_padding_and_without_a_cache_what_it_writ
         torch.testing.assert_close(scores(model, read, use_cache=False), expected, rtol=1e-5, atol=1e-5)
     logits = model(input_ids=padded, attention_mask=(padded != 0).long()).logits[:, 3:]
     torch.testing.assert_close(logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_dora_of_peft_over_another_adapter_reads_the_weights_that_this_one_makes(build, call, perturb, name):
+    model = build(name)
+    perturb(adapt(model, LoRA(r=2), "below"), 0.2)
+    above = HFPeft({"peft_type": "LORA", "r": 2, "use_dora": True, "target_modules": "all-linear"})
+    perturb(adapt(model, above, "above"), 0.1)
+    activate(model, "below", "above")
+    apart = call(model, name)
+    Adapter(model, "below").merge()
+    torch.testing.assert_close(call(model, name), apart, rtol=1e-5, atol=1e-5)
+    Adapter(model, "above").merge()
+    torch.testing.assert_close(call(model, name), apart, rtol=1e-5, atol=1e-5)
+
+
+def test_dora_of_peft_over_another_adapter_trains_both(build, call):
+    model = build("llama")
+    adapt(model, LoRA(r=2), "below")
+    adapt(model, HFPeft({"peft_type": "LORA", "r": 2, "use_dora": True, "target_modules": ["q_proj"]}), "above")
+    activate(model, "below", "above")
+    set_trainable(model, "below", True)
+    for name in ("below", "above"):
+        for parameter in Adapter(model, name).parameters():
+            parameter.data.normal_(std=0.1)
+    call(model, "llama").pow(2).sum().backward()
+    for name in ("below", "above"):
+        assert all(p.grad is not None and p.grad.any() for p in Adapter(model, name).parameters())
