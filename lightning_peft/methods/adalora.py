@@ -47,7 +47,8 @@ class AdaLoRA(LinearMethod):
         orth_reg_weight: weight of ``|P^T P - I| + |Q Q^T - I|``, averaged over all factors, in the loss; 0 or more.
         total_step: steps of the training; None takes the Trainer's.
         rank_pattern: which of the ``init_r`` triplets a module has, by module; in files that PEFT has pruned.
-        target_modules: names, suffixes, a regular expression, or ``"all-linear"``.
+        target_modules: names, suffixes, a regular expression, or ``"all-linear"``, which leaves out the output head
+            where transformers says which one it is (elsewhere exclude a small head).
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         modules_to_save: modules that train in full, as copies that the adapter owns.

@@ -30,7 +30,8 @@ class BOFT(LinearMethod):
         boft_block_num: number of blocks, given in place of their size; one of the two must be 0.
         boft_n_butterfly_factor: number of factors m; 1 is OFT with a scale. Blocks must be even in size and
             number, and ``2^(m - 1)`` of them must fit, for more than one.
-        target_modules: names, suffixes, a regular expression, or ``"all-linear"``.
+        target_modules: names, suffixes, a regular expression, or ``"all-linear"``, which leaves out the output head
+            where transformers says which one it is (elsewhere exclude a small head).
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         modules_to_save: modules that train in full, as copies that the adapter owns.

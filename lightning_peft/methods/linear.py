@@ -29,7 +29,8 @@ class LinearMethod:
 
     Args:
         target_modules: a list of exact names or dotted suffixes, a regular expression for the whole name, or
-            ``"all-linear"`` for every linear layer but the output head.
+            ``"all-linear"`` for every linear layer but the output head. Which one is the head only transformers' models
+            say: in another net a small head is for ``exclude_modules``.
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         modules_to_save: modules that train in full, as copies that the adapter owns.

@@ -29,7 +29,8 @@ class LoHa(LinearMethod):
         alpha: strength of the change.
         rank_dropout: share of the change's rows that are left out in training, the rest scaled up.
         module_dropout: how often a module goes without its change in training.
-        target_modules: names, suffixes, a regular expression, or ``"all-linear"``.
+        target_modules: names, suffixes, a regular expression, or ``"all-linear"``, which leaves out the output head
+            where transformers says which one it is (elsewhere exclude a small head).
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         modules_to_save: modules that train in full, as copies that the adapter owns.

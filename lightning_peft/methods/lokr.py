@@ -34,7 +34,8 @@ class LoKr(LinearMethod):
         decompose_both: whether C too may be low-rank.
         decompose_factor: the size wanted for C's sides; -1 takes the most even split of each side.
         init_weights: True starts C at zero, ``"lycoris"`` starts D at zero, as the authors' code does.
-        target_modules: names, suffixes, a regular expression, or ``"all-linear"``.
+        target_modules: names, suffixes, a regular expression, or ``"all-linear"``, which leaves out the output head
+            where transformers says which one it is (elsewhere exclude a small head).
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         modules_to_save: modules that train in full, as copies that the adapter owns.

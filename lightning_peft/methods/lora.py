@@ -55,8 +55,9 @@ class LoRA:
         lora_dropout: share of the input that A does not see in training, from 0 up to but not including 1.
         use_rslora: divide alpha by ``sqrt(r)`` instead of ``r``, which keeps high ranks learning.
         target_modules: a list of exact names or dotted suffixes, a regular expression for the whole name, or
-            ``"all-linear"`` for every linear layer but the output head. All layers is what works best. An empty
-            list leaves modules out, beside ``target_parameters``.
+            ``"all-linear"`` for every linear layer but the output head. All layers is what works best. Which one is
+            the head only transformers' models say: in another net a small head is for ``exclude_modules``, or gets a
+            rank of its own by ``rank_pattern``. An empty list leaves modules out, beside ``target_parameters``.
         target_parameters: parameters by exact name or dotted suffix (``"experts.down_proj"``), for weights that
             belong to no linear layer: the stacked ones of a mixture's experts, each expert with factors of its own.
             What is excluded and which layers count says nothing of them.

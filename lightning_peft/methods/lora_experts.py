@@ -176,8 +176,9 @@ def refuse_ranks(layers: dict[str, AdapterLayer], rank: Callable[[str], int]) ->
         for inside, part in layer.named_modules():
             if not isinstance(part, (LowRank, EmbeddingLayer)):
                 continue
-            name = f"{place}.{inside}" if isinstance(part, ParameterFactors) else place
-            refuse_rank(name, rank(name), part.limit)
+            single = isinstance(part, ParameterFactors)
+            name = f"{place}.{inside}" if single else place
+            refuse_rank(name, rank(name), part.limit, parameter=single)
 
 
 def owner_of(name: str) -> str:

@@ -24,21 +24,23 @@ if TYPE_CHECKING:
     from lightning_peft.methods.lora import LoRA
 
 
-def refuse_rank(name: str, r: int, limit: int) -> None:
+def refuse_rank(name: str, r: int, limit: int, *, parameter: bool = False) -> None:
     """Refuses a rank above the smaller side of a weight, which adds numbers and no change.
 
     Args:
         name: what has the weight.
         r: the rank.
         limit: the smaller side.
+        parameter: whether it is a parameter, not a module.
 
     Raises:
         ValueError: if it is above.
     """
     if r > limit:
+        out = "leave it out of target_parameters" if parameter else f"exclude it (exclude_modules=[{name!r}])"
         raise ValueError(
             f"LoRA: a rank of {r} is above {limit}, the smaller side of the weight of {name!r}; lower r, give it a "
-            f"rank of its own (rank_pattern={{{name!r}: {limit}}}) or exclude it"
+            f"rank of its own (rank_pattern={{{name!r}: {limit}}}) or {out}"
         )
 
 

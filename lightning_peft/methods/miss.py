@@ -40,7 +40,8 @@ class MiSS(LinearMethod):
         init_weights: True for the above; ``"mini"`` shares D over the outputs too, ``(r, mini_r)``; ``"bat"``
             trains ``D: (out / r, r, r)`` and changes each block of the weight by ``W D + D``.
         mini_r: width of D with ``"mini"``; it must divide the number of output features.
-        target_modules: names, suffixes, a regular expression, or ``"all-linear"``.
+        target_modules: names, suffixes, a regular expression, or ``"all-linear"``, which leaves out the output head
+            where transformers says which one it is (elsewhere exclude a small head).
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         modules_to_save: modules that train in full, as copies that the adapter owns.

@@ -31,7 +31,8 @@ class OFT(LinearMethod):
         use_cayley_neumann: whether the inverse is replaced by the first terms of its series: faster, and
             orthogonal as nearly as the terms allow.
         num_cayley_neumann_terms: how many terms, 2 or more; 3 are taken as 4, as Hugging Face PEFT does.
-        target_modules: names, suffixes, a regular expression, or ``"all-linear"``.
+        target_modules: names, suffixes, a regular expression, or ``"all-linear"``, which leaves out the output head
+            where transformers says which one it is (elsewhere exclude a small head).
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         modules_to_save: modules that train in full, as copies that the adapter owns.

@@ -36,7 +36,8 @@ class RandLoRA(LinearMethod):
         projection_prng_key: seed of the random bases, which are the same on every machine.
         sparse: whether the bases hold only -1, 0 and 1 (a sixth, two thirds, a sixth).
         very_sparse: the same with far fewer ones, one in ``sqrt(small)``.
-        target_modules: names, suffixes, a regular expression, or ``"all-linear"``.
+        target_modules: names, suffixes, a regular expression, or ``"all-linear"``, which leaves out the output head
+            where transformers says which one it is (elsewhere exclude a small head).
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         modules_to_save: modules that train in full, as copies that the adapter owns.
@@ -71,7 +72,7 @@ class RandLoRA(LinearMethod):
 
     @property
     def seeded(self) -> tuple[str, ...]:
-        """The bases, where they are those that PEFT draws: it draws dense ones in the dtype that the machine is good at."""
+        """The bases, where they are PEFT's: it draws dense ones in the dtype that the machine is good at."""
         return _BASES if self.sparse or self.very_sparse else ()
 
     def beyond(self, name: str, module: Module) -> str | None:

@@ -48,7 +48,8 @@ class SparseTuning(LinearMethod):
         random_seed: of the random choice, which is the same on every machine and for modules of one shape.
         mask_batches: how many batches ``"gradient"`` looks at, 1 or more; the paper finds a few hundred examples
             enough.
-        target_modules: names, suffixes, a regular expression, or ``"all-linear"``.
+        target_modules: names, suffixes, a regular expression, or ``"all-linear"``, which leaves out the output head
+            where transformers says which one it is (elsewhere exclude a small head).
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         modules_to_save: modules that train in full, as copies that the adapter owns.

@@ -30,7 +30,8 @@ class VeRA(LinearMethod):
         projection_prng_key: seed of the random pair, which is the same on every machine.
         vera_dropout: share of the input that A does not see in training, from 0 up to but not including 1.
         d_initial: where ``d`` starts; the paper's appendix finds small values best.
-        target_modules: names, suffixes, a regular expression, or ``"all-linear"``.
+        target_modules: names, suffixes, a regular expression, or ``"all-linear"``, which leaves out the output head
+            where transformers says which one it is (elsewhere exclude a small head).
         exclude_modules: patterns in the same forms, taken away again.
         layers_to_transform: only the layers of these numbers.
         modules_to_save: modules that train in full, as copies that the adapter owns.

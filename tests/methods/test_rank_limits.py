@@ -16,7 +16,10 @@ def _nets():
 
 
 TOO_HIGH = {
-    "lora": (lp.LoRA(r=25), r"a rank of 25 is above 24.*'linear'; lower r, .*\{'linear': 24\}"),
+    "lora": (
+        lp.LoRA(r=25),
+        r"a rank of 25 is above 24.*'linear'; lower r, .*\{'linear': 24\}\) or exclude it \(exclude",
+    ),
     "lora_pattern": (lp.LoRA(rank_pattern={"linear": 30}), "a rank of 30 is above 24"),
     "lora_embedding": (lp.LoRA(r=17, target_modules=["rows"]), r"a rank of 17 is above 16.*'rows'.*\{'rows': 16\}"),
     "lora_convolution": (lp.LoRA(r=7, target_modules=["conv"]), "a rank of 7 is above 6.*'conv'"),
@@ -57,7 +60,7 @@ def test_a_rank_above_the_weights_sides_names_what_was_given_and_what_fits(metho
     [
         (
             lp.LoRA(r=33, target_modules=[], target_parameters=["experts.down_proj"]),
-            "33 is above 32.*experts.down_proj'",
+            "33 is above 32.*experts.down_proj'.* or leave it out of target_parameters",
         ),
         (lp.LoReFT(r=33), "r=33 is above the hidden size 32 of 'model.layers.0'; lower it to 32"),
         (
@@ -130,3 +133,14 @@ def test_an_adapter_that_peft_made_beyond_the_limit_loads_as_it_is(kind, options
     torch.testing.assert_close(call(again, "llama"), call(ours, "llama"), rtol=0, atol=0)
     back = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "ours").eval()
     torch.testing.assert_close(call(back, "llama"), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_small_head_that_nothing_says_is_one_has_the_ways_out_that_the_refusal_names():
+    def net():
+        return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2))
+
+    said = r"'1'; lower r, .* \(rank_pattern=\{'1': 2\}\) or exclude it \(exclude_modules=\['1'\]\)"
+    with pytest.raises(ValueError, match=said):
+        adapt(net(), lp.LoRA(r=4))
+    assert len(adapt(net(), lp.LoRA(r=4, rank_pattern={"1": 2})).tree.layers_by_module) == 2
+    assert len(adapt(net(), lp.LoRA(r=4, exclude_modules=["1"])).tree.layers_by_module) == 1
