@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,6 +146,8 @@ class PrefixReader(AdapterLayer):
         reader: the module that reads the text.
     """
 
+    divisible: ClassVar[bool] = False
+
     def __init__(self, n: int, reader: Any) -> None:
         super().__init__()
         self.n = n
@@ -189,6 +191,8 @@ class PrefixedAttention(AdapterLayer):
         method: the method's name, for errors.
         module: the attention module.
     """
+
+    divisible: ClassVar[bool] = False
 
     def __init__(self, method: str, module: Module) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from lightning_peft import (
     LlamaAdapter,
     LoRA,
     LoReFT,
+    PrefixTuning,
     PromptTuning,
     Selective,
     VeRA,
@@ -337,7 +338,7 @@ def test_what_cannot_be_parted_by_example_is_refused_by_name(build, perturb):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("method", "name"),
-    [(LoReFT(r=2), "LoReFT"), (DeepPrompt(), "DeepPrompt")],
+    [(LoReFT(r=2), "LoReFT"), (DeepPrompt(), "DeepPrompt"), (PrefixTuning(3), "PrefixTuning")],
 )
 def test_an_adapter_that_cannot_be_mixed_is_named_with_its_method(build, perturb, method, name):
     model = build("bert")
