@@ -103,7 +103,9 @@ class RankedLabel(SingleLabel):
         classes = len(self.number.names)
         top = MulticlassAccuracy(classes, top_k=_RANKED, average="micro", validate_args=False)
         # among five classes every answer would be right
-        return MetricCollection({**self._decisions(), **({"top5": top} if classes > _RANKED else {})})
+        found: dict[str, Any] = {**self._decisions(), **({"top5": top} if classes > _RANKED else {})}
+        # torchmetrics takes metrics whose counts agree on the first batch for one, and from then on updates one only
+        return MetricCollection(found, compute_groups=False)
 
     def answers(self, logits: Tensor) -> list[dict[str, Any]]:
         """The likeliest class, its probability, and the probabilities of the likeliest five."""

@@ -41,6 +41,18 @@ def test_metrics_are_those_of_scikit_learn_and_the_top_five_of_five_are_left_out
     assert found == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_likeliest_five_are_counted_although_the_first_batch_is_all_right():
+    labels = torch.arange(8)
+    sure = torch.eye(8)
+    second = sure + 2 * sure.roll(1, 1)  # the class is the second likeliest
+    metrics = (task := ImageClassification([f"c{i}" for i in range(8)])).metrics()
+    for logits in (sure, second):
+        task._target().update(metrics, logits, labels)
+    assert {name: float(value) for name, value in metrics.compute().items()} == pytest.approx(
+        {"accuracy": 0.5, "f1_macro": 0.5, "top5": 1.0}
+    )
+
+
 @pytest.mark.parametrize("classes", [3, 8])
 def test_an_answer_has_the_likeliest_five_in_their_order(classes):
     logits = torch.randn(4, classes, generator=torch.Generator().manual_seed(0))
