@@ -30,7 +30,10 @@ LENGTH = "length"
 """The feature by which rows of similar length are found: that of the longest list of a row."""
 
 _CHUNK = 1000
-_FORM = 2  # of the files and what is refused; another number makes those of before unknown
+# What transformers keeps beside the tokenizer's own file and tells it when it is called: which end is cut, what comes
+# back, whether special tokens are read in a text, and the languages of NLLB's and mBART's kind
+_SET_AT_A_CALL = ("truncation_side", "model_input_names", "split_special_tokens", "src_lang", "tgt_lang")
+_FORM = 3  # of the files and what is refused; another number makes those of before unknown
 
 
 class Encoder:
@@ -150,6 +153,7 @@ def _noting(found: list[dict[str, Any]], wrong: list[tuple[str, str]], problems:
 def _tokenizer_key(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template]
+    parts += [getattr(tokenizer, name, None) for name in _SET_AT_A_CALL]
     if backend is None:
         parts.append(sorted(tokenizer.get_vocab().items()))
     else:  # how the last call was to cut and pad is no part of it

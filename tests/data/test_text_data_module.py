@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from lightning_peft import LoRA, PeftModule, SupervisedFineTuning, TextClassification, TextDataModule
 from lightning_peft.data import encoding
+from lightning_peft.data.files import Example
 
 pytestmark = pytest.mark.filterwarnings("ignore:no training row has the label")
 
@@ -48,6 +49,26 @@ def test_token_ids_are_made_once_and_again_when_what_they_depend_on_changes(file
     module(**files, max_length=4)
     module(TextClassification(labels=["b", "a"]), **files)
     assert made == [32, 8, 32, 8, 32, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("truncation_side", "left"),
+        ("model_input_names", ["input_ids", "attention_mask"]),
+        ("split_special_tokens", True),
+        ("tgt_lang", "deu_Latn"),
+    ],
+)
+def test_what_a_tokenizer_is_told_when_it_is_called_is_part_of_the_key(tokenizer_folder, name, value):
+    keys = []
+    for told in (False, True):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        if told:
+            setattr(tokenizer, name, value)
+        task = TextClassification(labels=["a", "b"])
+        keys.append(encoding.Encoder(task, tokenizer, 8, training=True).key([Example({"text": "red"}, "line 1")]))
+    assert keys[0] != keys[1]
 
 
 def test_several_processes_give_the_same_token_ids(files, module, monkeypatch, tmp_path):
