@@ -150,7 +150,7 @@ class TextDataModule(RowDataModule):
         if validation is None:
             raise ValueError("streaming cannot split rows off that it does not hold; give validation_files")
         self.task.learn_from([example.row or {} for example in validation])
-        self._examples |= {"validation": validation, "test": self._all("test") or validation}
+        self._examples |= {"validation": validation, "test": self._to_test() or validation}
         if self._source("train") is None:
             raise ValueError(f"the data {self.source!r} has no train split that could be streamed")
         if not self.beginning()[1]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -154,8 +155,21 @@ class RowDataModule(ConnectedDataModule, ABC):
         self._examples |= {
             "train": some_of(train, self.limit, self.seed),
             "validation": validation,
-            "test": self._all("test") or validation,
+            "test": self._to_test() or validation,
         }
+
+    def _to_test(self) -> list[Example] | None:
+        """The test rows; None where there are none, or the source keeps their labels to itself, as GLUE does."""
+        wanted = {self.columns.get(c, c) for shape in self.task.columns for c in shape.targets}
+        if self.files["test"] is not None or not _lack_all(self._source("test"), wanted):
+            return self._all("test")
+        columns = " or ".join(map(repr, sorted(wanted)))
+        warnings.warn(
+            f"data (test, {self.origin('test')}): no row has anything in the column {columns}, so testing uses the "
+            "validation rows",
+            stacklevel=2,
+        )
+        return None
 
     def _split(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
         return split_off(train, self.validation_fraction, self.inputs, self.split_seed)
@@ -267,6 +281,13 @@ class RowDataModule(ConnectedDataModule, ABC):
     def splits(self) -> list[str]:
         """The splits that `setup` has prepared."""
         return list(self._features)
+
+
+def _lack_all(examples: Iterable[Example] | None, columns: set[str]) -> bool:
+    """Whether there are rows, and none of them has anything in any of the columns."""
+    if examples is None or not columns:
+        return False
+    return all(e.row is not None and all(e.row.get(c) is None for c in columns) for e in examples)
 
 
 def too_few(**counts: int | None) -> list[str]:

@@ -94,6 +94,33 @@ def test_rows_that_cannot_be_used_are_left_out_on_demand_and_counted(tmp_path, m
     assert sum(len(b["input_ids"]) for b in data.train_dataloader()) == 18
 
 
+def _saved_with_test_labels(folder, labels):
+    import datasets
+
+    kinds = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    parts = {"train": [0, 1] * 4, "validation": [0, 1], "test": labels}
+    rows = {
+        name: {"text": [f"red {name} {i}" for i in range(len(some))], "label": some} for name, some in parts.items()
+    }
+    datasets.DatasetDict({n: datasets.Dataset.from_dict(r, features=kinds) for n, r in rows.items()}).save_to_disk(
+        folder
+    )
+
+
+def test_a_source_that_keeps_its_test_labels_to_itself_can_be_trained_on(tmp_path, module):
+    _saved_with_test_labels(tmp_path / "glue", [-1, -1, -1])
+    with pytest.warns(UserWarning, match=r"data \(test, .*no row has anything in the column 'label', so testing uses"):
+        data = module(source=str(tmp_path / "glue"))
+    assert data.rows("test") == data.rows("validation")
+    assert len(data.rows("validation")) == 2
+
+
+def test_a_test_row_without_its_label_is_named_where_others_have_theirs(tmp_path, module):
+    _saved_with_test_labels(tmp_path / "mixed", [0, -1, 1])
+    with pytest.raises(ValueError, match="test, row 2 has nothing in the column 'label'"):
+        module(source=str(tmp_path / "mixed"))
+
+
 @pytest.mark.parametrize(("limit", "left"), [(0.25, 8), (5, 5), (1, 1), (400, 32)])
 def test_a_number_or_a_share_of_the_rows(files, module, limit, left):
     assert len(module(**files, limit=limit).rows("train")) == left
