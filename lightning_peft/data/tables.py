@@ -23,6 +23,9 @@ def from_rows(rows: Any, name: str) -> Iterator[Example]:
     """
     import datasets
 
+    rows = rows.with_format(
+        None
+    )  # a data set that was saved as arrays or tensors for another library comes back as those
     features = rows.features or {}
     named = {column: say for column, kind in features.items() if (say := _names(kind)) is not None}
     for column, kind in features.items():

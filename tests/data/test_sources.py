@@ -72,6 +72,17 @@ def test_a_folder_that_datasets_saved_gives_its_splits(tmp_path):
     assert from_dataset(str(tmp_path / "several"), "validation") is None
 
 
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas"])
+def test_a_saved_folder_gives_plain_rows_whatever_form_it_was_saved_in(tmp_path, form):
+    import datasets
+
+    row = {"tokens": ["a", "b"], "tags": [0, 1], "score": 0.5}
+    datasets.Dataset.from_list([row, row]).with_format(form).save_to_disk(tmp_path / "saved")
+    found = [e.row for e in from_dataset(str(tmp_path / "saved"), "train")]
+    assert found == [row, row]
+    assert [type(found[0][c]) for c in row] == [list, list, float]
+
+
 def test_a_hub_name_without_a_network_says_what_to_pass_instead():
     with pytest.raises(ConnectionError, match=r"pass local files .* data\.source=docstrings"):
         from_dataset("nobody/nothing", "train")
