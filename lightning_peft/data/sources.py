@@ -97,8 +97,8 @@ def named(
             problems.add(example.place, f" {_lacks(row, lacking[shape][0], columns, shapes)}")
             continue
         kept = {c: row[columns.get(c, c)] for c in shape.all() if row.get(columns.get(c, c)) is not None}
-        if ID in row:
-            kept.setdefault(ID, row[ID])
+        if (known_as := row.get(columns.get(ID, ID))) is not None:
+            kept.setdefault(ID, known_as)
         yield Example(kept, example.place)
 
 

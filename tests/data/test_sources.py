@@ -23,6 +23,8 @@ def _named(row, columns=None, shapes=TEXTS, training=True):
 def test_columns_are_renamed_and_others_left_out_but_for_the_id():
     row = {"sentence": "a", "class": "x", "id": 5, "more": 1}
     assert _named(row, {"text": "sentence", "label": "class"}) == [{"text": "a", "label": "x", "id": 5}]
+    by_its_name = {"text": "a", "label": "x", "id": 9, "uid": "u5"}
+    assert _named(by_its_name, {"id": "uid"}) == [{"text": "a", "label": "x", "id": "u5"}]
     assert _named({"text": "a"}, training=False) == [{"text": "a"}]
     assert _named({"text": "a", "text_pair": "b", "label": 0}) == [{"text": "a", "text_pair": "b", "label": 0}]
 
