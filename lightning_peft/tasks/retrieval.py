@@ -17,7 +17,8 @@ class Retrieval(Metric):
     """``recall_at_1``, ``recall_at_5``, ``recall_at_10`` and ``mrr``, the mean of 1 over the positive's place.
 
     An anchor's place is counted among the positives of the whole data set. Texts equal to its own positive, and other
-    positives of an equal anchor, are right answers too and do not push it down.
+    positives of an equal anchor, are right answers too and do not push it down; wrong answers that are as near do, or
+    a model that gives all texts one vector would find everything.
     """
 
     full_state_update: bool = False
@@ -56,7 +57,8 @@ def _places(start: int, anchors: Tensor, positives: Tensor, keys: Tensor) -> Ten
     some = slice(start, start + _CHUNK)
     cosines = anchors[some] @ positives.T
     right = (keys[some].unsqueeze(1) == keys.unsqueeze(0)).any(-1)
-    before = (cosines > (anchors[some] * positives[some]).sum(1, keepdim=True)) & ~right
+    own = cosines.diagonal(start).unsqueeze(1)
+    before = (cosines >= own) & ~right
     return before.sum(1) + 1
 
 

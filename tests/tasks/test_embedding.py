@@ -134,6 +134,15 @@ def test_equal_texts_are_right_answers_too():
     assert metric.compute()["recall_at_1"] == pytest.approx(2 / 3)
 
 
+def test_a_model_that_tells_no_text_from_another_finds_nothing():
+    vectors = F.normalize(torch.ones(50, 3), dim=1)
+    metric = Retrieval()
+    metric.update(vectors, vectors, torch.arange(100).view(50, 2))
+    found = metric.compute()
+    assert found["recall_at_10"] == 0
+    assert found["mrr"] == pytest.approx(1 / 50)
+
+
 def test_spearman_is_that_of_scipy(bert_folder, tokenizer):
     from scipy.stats import spearmanr
     from transformers import AutoModel
