@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +100,16 @@ def read_file(path: Path, *, whole_texts: bool = False) -> Iterator[Example]:
     if kind in (".parquet", ".arrow"):
         yield from _read_table(path, kind)
         return
-    with _opened(path) as file:
-        if kind in (".csv", ".tsv"):
-            yield from _read_csv(path, file, "," if kind == ".csv" else "\t")
-        elif kind == ".txt":
-            yield from _read_text(path, file, whole_texts)
-        else:
-            yield from _read_json(path, file, lines=kind == ".jsonl")
+    try:
+        with _opened(path) as file:
+            if kind in (".csv", ".tsv"):
+                yield from _read_csv(path, file, "," if kind == ".csv" else "\t")
+            elif kind == ".txt":
+                yield from _read_text(path, file, whole_texts)
+            else:
+                yield from _read_json(path, file, lines=kind == ".jsonl")
+    except _unpacking_errors(path) as error:
+        raise ValueError(f"{path} cannot be unpacked, it is damaged or cut short: {error}") from error
 
 
 def _opened(path: Path) -> io.TextIOWrapper:
@@ -115,6 +120,17 @@ def _opened(path: Path) -> io.TextIOWrapper:
     options: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     opened: io.TextIOWrapper = fsspec.open(str(path), "rt", compression=packing, **options).open()
     return opened
+
+
+def _unpacking_errors(path: Path) -> tuple[type[Exception], ...]:
+    packing = path.suffix.lower()
+    if packing == ".gz":
+        return (gzip.BadGzipFile, zlib.error, EOFError)
+    if packing == ".zst":
+        import zstandard
+
+        return (zstandard.ZstdError,)
+    return ()
 
 
 def _wrong_encoding(text: str) -> str:

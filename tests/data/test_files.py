@@ -99,6 +99,19 @@ def test_a_file_that_is_none_of_its_kind_says_so(write, name):
         _read(write(name, "[{"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-12]),
+        ("plain.csv.gz", b"text\na\n"),
+        ("plain.jsonl.zst", b'{"text": "a"}\n'),
+    ],
+)
+def test_a_packed_file_that_is_damaged_is_named(write, name, content):
+    with pytest.raises(ValueError, match=rf"{name} cannot be unpacked, it is damaged or cut short: "):
+        _read(write(name, content))
+
+
 def test_names_that_stand_for_nothing_are_errors(write, tmp_path):
     write("texts.jsonl", "")
     write("notes/a.md", "")
