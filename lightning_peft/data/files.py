@@ -149,7 +149,7 @@ def _read_json(path: Path, file: Iterable[str], *, lines: bool) -> Iterator[Exam
         if text.lstrip().startswith("["):
             yield from _read_list(path, text)
             return
-        file = text.splitlines()
+        file = io.StringIO(text)  # at line feeds alone: a string may hold what else Unicode calls a line's end
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -160,7 +160,16 @@ def _read_json(path: Path, file: Iterable[str], *, lines: bool) -> Iterator[Exam
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 problem = f" is no JSON: {error.msg} at column {error.colno}"
+            else:
+                problem = _half_a_character(value) if "\\u" in line else ""
         yield _object(value, place, problem)
+
+
+def _half_a_character(value: Any) -> str:
+    r"""A pair such as ``\ud83d\ude00`` that was cut in two is fine for JSON, but no text that can be encoded."""
+    if _wrong_encoding(json.dumps(value, ensure_ascii=False)):
+        return r" has half a character, such as \ud83d without its other half: mend it or leave the row out"
+    return ""
 
 
 def _read_list(path: Path, text: str) -> Iterator[Example]:
@@ -168,8 +177,10 @@ def _read_list(path: Path, text: str) -> Iterator[Example]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno} is no JSON: {error.msg} at column {error.colno}") from error
+    raw = _wrong_encoding(text)
     for number, value in enumerate(values, start=1):
-        yield _object(value, f"{path}, row {number}", _wrong_encoding(json.dumps(value, ensure_ascii=False)))
+        half = _half_a_character(value)
+        yield _object(value, f"{path}, row {number}", half and (raw or half))
 
 
 def _object(value: Any, place: str, problem: str) -> Example:

@@ -62,6 +62,14 @@ def test_a_plain_text_is_a_row_a_line_or_one_row(write):
     assert _read(path, whole_texts=True) == [{"text": "one\n\ntwo\r\n"}]
 
 
+def test_a_string_may_hold_what_unicode_calls_a_line_end(write):
+    rows = [{"text": "a\u2028b\x85c"}, {"text": "\U0001f600"}]
+    for name in ("a.json", "a.jsonl"):
+        for ascii in (True, False):
+            path = write(name, "".join(json.dumps(r, ensure_ascii=ascii) + "\n" for r in rows))
+            assert _read(path) == rows
+
+
 def test_folders_and_patterns_give_their_files_in_order_and_each_once(write, tmp_path):
     for name in ("parts/b.jsonl", "parts/a.csv", "parts/deep/c.txt.gz", "parts/notes.md"):
         write(name, "")
@@ -84,6 +92,9 @@ def test_folders_and_patterns_give_their_files_in_order_and_each_once(write, tmp
         ("a.csv", b"text,label\ncaf\xe9,x\n", "a.csv, line 2 is not in UTF-8"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl, line 1 is not in UTF-8"),
         ("a.txt", b"caf\xe9\n", "a.txt, line 1 is not in UTF-8"),
+        ("a.json", b'[{"text": "caf\xe9"}]', "a.json, row 1 is not in UTF-8"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}\n', r"a.jsonl, line 2 has half a character, such as \ud83d"),
+        ("a.json", '[{"text": "a"}, {"text": "\\ud83d"}]', r"a.json, row 2 has half a character, such as \ud83d"),
     ],
 )
 def test_a_broken_row_is_named_with_its_line_and_the_others_are_read(write, name, content, said):
