@@ -43,8 +43,8 @@ def find_files(given: Files) -> list[Path]:
     """The files that names, folders and patterns stand for.
 
     Args:
-        given: one or several of: a file; a folder, of which all files that can be read are taken, in the order of
-            their names; a pattern such as ``"parts/*.jsonl.gz"``, ``**`` for any folders.
+        given: one or several of: a file; a folder, of which all files that can be read and are not hidden are taken, in
+            the order of their names; a pattern such as ``"parts/*.jsonl.gz"``, ``**`` for any folders.
 
     Returns:
         The files, each once.
@@ -61,7 +61,7 @@ def find_files(given: Files) -> list[Path]:
                 raise ValueError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(FORMATS)}, or with .gz")
             found.append(path)
             continue
-        inside = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(name), recursive=True))
+        inside = _visible(path) if path.is_dir() else map(Path, glob.glob(str(name), recursive=True))
         some = sorted(p for p in inside if p.is_file() and format_of(p) and p.name not in _SAVED)
         if not some:
             what = "holds no file that" if path.is_dir() else "stands for no file that"
@@ -71,6 +71,11 @@ def find_files(given: Files) -> list[Path]:
             raise FileNotFoundError(f"{str(name)!r} {what} can be read; files end in {', '.join(FORMATS)}, or with .gz")
         found += some
     return list(dict.fromkeys(found))
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """Without hidden files and folders, as patterns leave them out: editors and notebooks keep copies in those."""
+    return (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def format_of(path: Path) -> str | None:

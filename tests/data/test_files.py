@@ -71,7 +71,8 @@ def test_a_string_may_hold_what_unicode_calls_a_line_end(write):
 
 
 def test_folders_and_patterns_give_their_files_in_order_and_each_once(write, tmp_path):
-    for name in ("parts/b.jsonl", "parts/a.csv", "parts/deep/c.txt.gz", "parts/notes.md"):
+    hidden = ("parts/.ipynb_checkpoints/a-checkpoint.csv", "parts/._a.csv")
+    for name in ("parts/b.jsonl", "parts/a.csv", "parts/deep/c.txt.gz", "parts/notes.md", *hidden):
         write(name, "")
     names = [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path / "parts")]
     assert names == ["parts/a.csv", "parts/b.jsonl", "parts/deep/c.txt.gz"]
