@@ -72,6 +72,9 @@ class RowDataModule(ConnectedDataModule, ABC):
                 f"limit must be a number of rows, or a share above 0 and below 1, but got {limit}"
                 if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit)))
                 else None,
+                "limit=1.0 could be one row or all of them: give 1 for one row, or leave it out for all"
+                if isinstance(limit, float) and limit == 1
+                else None,
                 f"validation_fraction must be above 0 and below 1, but got {validation_fraction}"
                 if not 0 < validation_fraction < 1
                 else None,

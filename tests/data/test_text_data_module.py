@@ -202,6 +202,7 @@ def test_what_has_no_meaning_is_said_before_anything_is_read(files, module, opti
     ("options", "said"),
     [
         ({"limit": 1.5}, "limit must be a number of rows, or a share above 0 and below 1, but got 1.5"),
+        ({"limit": 1.0}, r"limit=1\.0 could be one row or all of them"),
         ({"on_error": "ignore"}, "on_error must be raise or skip, but got 'ignore'"),
         ({"streaming": True, "num_workers": 2}, "num_workers must be 0"),
         ({"streaming": True, "limit": 3}, "leave limit out"),
