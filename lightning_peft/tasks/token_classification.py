@@ -100,6 +100,8 @@ class TokenClassification:
     ) -> list[dict[str, Any]]:
         """Token ids, where each word's first piece is among them, and the numbers of the words' tags.
 
+        ``tags`` has those of all words, ``labels`` those of the pieces, -100 on all but the first of a word.
+
         Raises:
             TypeError: if the tokenizer does not tell which piece belongs to which word.
             ValueError: if a row has no list of words, another number of tags, or a tag that training does not know.
@@ -111,6 +113,7 @@ class TokenClassification:
             if all(start == _LOST for start in feature["starts"]):
                 raise ValueError("has no supervised token: no word of it is left")
             feature["tags"] = numbers
+            feature["labels"] = _of_pieces(numbers, feature)
         return features
 
     def _tags(self, row: dict[str, Any], number: ClassNumbers) -> list[int]:
@@ -130,9 +133,7 @@ class TokenClassification:
         batch["starts"] = pad([f["starts"] for f in features], _NO_WORD)
         if training:
             batch["tags"] = pad([f["tags"] for f in features], IGNORED)
-            batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
-            row, word = (batch["starts"] >= 0).nonzero(as_tuple=True)
-            batch["labels"][row, batch["starts"][row, word]] = batch["tags"][row, word]
+            batch["labels"] = pad([f["labels"] for f in features], IGNORED)
         return batch
 
     def outputs(self, model: Any, batch: dict[str, Any]) -> Any:
@@ -183,6 +184,14 @@ class TokenClassification:
                 answer["entities"] = [entity._asdict() for entity in entities(tags, marked=True)]
             answers.append(answer)
         return answers
+
+
+def _of_pieces(numbers: list[int], feature: dict[str, Any]) -> list[int]:
+    labels = [IGNORED] * len(feature["input_ids"])
+    for start, number in zip(feature["starts"], numbers, strict=True):
+        if start != _LOST:
+            labels[start] = number
+    return labels
 
 
 def _tag_names(tags: Any) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lightning_peft import SupervisedFineTuning, TextClassification, TextDataModule
+from lightning_peft import SupervisedFineTuning, TextClassification, TextDataModule, TokenClassification
 from lightning_peft.data.summary import summarise
 
 pytestmark = pytest.mark.filterwarnings("ignore:no training row has the label")
@@ -156,6 +156,22 @@ def test_classes_of_tokens_and_targets_of_their_own_are_told_from_texts_that_go_
     }
     assert found.splits["train"].tokens.supervised == 8
     assert [p.supervised for p in found.examples[0].text.sequences["target"]] == [True]
+
+
+def test_tags_of_words_are_balanced_supervised_and_cut(summary):
+    def rows(*lengths):
+        return [{"tokens": ["red", *["blue"] * (n - 1)], "tags": ["B-X", *["O"] * (n - 1)]} for n in lengths]
+
+    found = summary(TokenClassification(), rows(2, 3, 30), rows(4))
+    train = found.splits["train"]
+    assert train.labels == {"O": 32, "B-X": 3}
+    assert train.tokens.supervised == 2 + 3 + 10  # of twelve tokens two are [CLS] and [SEP]
+    cut = train.tokens.cut
+    assert (cut.rows, cut.tokens_lost, cut.supervised, cut.supervised_lost) == (1, 20, 35, 20)
+    assert any("loses 57.1% of what is learnt" in note for note in found.notes)
+    words = [(p.text.strip(), p.tag) for s in found.examples for p in s.text.sequences["input"] if p.supervised]
+    assert words[0] == ("red", "B-X")
+    assert set(words[1:]) == {("red", "B-X"), ("blue", "O")}
 
 
 def test_looking_changes_neither_the_batches_nor_the_random_state(summary, tmp_path, tokenizer):
