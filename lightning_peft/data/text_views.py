@@ -16,7 +16,7 @@ from lightning_peft.data.parts import LABELS, Part, parts_of, row_lengths, row_s
 from lightning_peft.data.showing import shown
 from lightning_peft.data.views import Look, View, some
 from lightning_peft.tasks.padding import IGNORED, pad_token
-from lightning_peft.tasks.task import Joining
+from lightning_peft.tasks.task import Cutting, Joining
 
 WHOLE = 1_000_000_000
 """Instead of ``max_length``: longer than any text."""
@@ -146,8 +146,9 @@ def _whole(data: TextDataModule, examples: Sequence[Example]) -> list[dict[str, 
     warned = getattr(data.tokenizer, "deprecation_warnings", {})  # transformers' mark that it has warned of length
     before = dict(warned)
     warned["sequence-length-is-longer-than-the-specified-maximum"] = True
+    task = data.task.uncut() if isinstance(data.task, Cutting) else data.task
     try:
-        return data.task.encode([e.row or {} for e in examples], data.tokenizer, WHOLE, training=True)
+        return task.encode([e.row or {} for e in examples], data.tokenizer, WHOLE, training=True)
     finally:
         warned.clear()
         warned.update(before)
@@ -172,4 +173,5 @@ def _lost(data: TextDataModule, name: str, view: View) -> list[str]:
     if cut is None or cut.supervised_lost <= _LOST * cut.supervised:
         return []
     share = percent(cut.supervised_lost, cut.supervised)
-    return [f"{name}: the cut to data.max_length={data.max_length} loses {share} of what is learnt."]
+    limits = f"data.max_length={data.max_length}" + (" and the task's own" if isinstance(data.task, Cutting) else "")
+    return [f"{name}: the cut to {limits} loses {share} of what is learnt."]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +51,10 @@ class Seq2Seq:
     def to_config(self) -> dict[str, Any]:
         """The task's name and options as plain values."""
         return {"name": "seq2seq", **asdict(self)}
+
+    def uncut(self) -> Seq2Seq:
+        """The same task with targets as long as the data lets them be."""
+        return replace(self, max_target_length=None)
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: the head has the vocabulary's size."""

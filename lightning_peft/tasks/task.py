@@ -135,6 +135,15 @@ class Joining(Protocol):
 
 
 @runtime_checkable
+class Cutting(Protocol):
+    """A task that cuts a part of its rows to a length of its own, besides the data's ``max_length``."""
+
+    def uncut(self) -> TextTask:
+        """The same task without that length."""
+        ...
+
+
+@runtime_checkable
 class InOtherUnits(Protocol):
     """A task whose mean loss is also said in other units, such as perplexity."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lightning_peft import SupervisedFineTuning, TextClassification, TextDataModule, TokenClassification
+from lightning_peft import Seq2Seq, SupervisedFineTuning, TextClassification, TextDataModule, TokenClassification
 from lightning_peft.data.summary import summarise
 
 pytestmark = pytest.mark.filterwarnings("ignore:no training row has the label")
@@ -156,6 +156,15 @@ def test_classes_of_tokens_and_targets_of_their_own_are_told_from_texts_that_go_
     }
     assert found.splits["train"].tokens.supervised == 8
     assert [p.supervised for p in found.examples[0].text.sequences["target"]] == [True]
+
+
+def test_what_a_target_loses_by_the_tasks_own_length_is_counted(summary):
+    rows = [{"source": "red", "target": "blue " * n} for n in (2, 20)]
+    found = summary(Seq2Seq(max_target_length=6), rows, rows)
+    train = found.splits["train"]
+    assert train.tokens.supervised == 4 + 6  # [CLS] and [SEP] are targets too
+    assert (train.tokens.cut.rows, train.tokens.cut.supervised, train.tokens.cut.supervised_lost) == (1, 26, 16)
+    assert any("and the task's own loses 61.5% of what is learnt" in note for note in found.notes)
 
 
 def test_tags_of_words_are_balanced_supervised_and_cut(summary):
