@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_peft.data.module import TextDataModule
 from lightning_peft.data.parts import parts_of
+from lightning_peft.data.text_views import without_cut
 from lightning_peft.tasks.padding import IGNORED
 from lightning_peft.tasks.task import Joining
 
@@ -137,19 +138,24 @@ def _writes(model: Any) -> bool:
 
 
 def _expected(data: TextDataModule, row: int) -> str | None:
-    """The last stretch of the row that is learnt: the answer, of a conversation the last one."""
+    """What ends the row and is learnt: the answer, whole; None where a row ends with something else."""
+    import pyarrow as pa
+
     if isinstance(data.task, Joining):
         return None
-    table = data.table("validation").slice(row, 1)
-    learnt = [p.labels for p in parts_of(table) if p.labels is not None and not p.tags]
-    if not learnt:
+    # the prompt has lost its beginning where a conversation that was cut for training has lost its end
+    (feature,) = without_cut(data, [data.examples("validation")[row]])
+    parts = [p for p in parts_of(pa.Table.from_pylist([feature])) if p.labels is not None and not p.tags]
+    if not parts:
         return None
-    labels = table[learnt[0]].to_pylist()[0]
-    ends = [i for i, wanted in enumerate(labels) if wanted != IGNORED]
-    begin = end = ends[-1]
+    labels, ids = feature[str(parts[0].labels)], feature[parts[0].ids]
+    end = 1 + max(i for i, wanted in enumerate(labels) if wanted != IGNORED)
+    if len(labels) == len(ids) and _decoded(ids[end:], data, skip=True).strip():
+        return None  # a conversation that goes on behind the last answer is prompt as a whole
+    begin = end
     while begin > 0 and labels[begin - 1] != IGNORED:
         begin -= 1
-    return _decoded(labels[begin : end + 1], data, skip=True)
+    return _decoded(labels[begin:end], data, skip=True)
 
 
 def _decoded(ids: list[int], data: TextDataModule, *, skip: bool = False) -> str:

@@ -122,7 +122,7 @@ def _targets(data: TextDataModule, view: _Encoded) -> tuple[dict[str, int] | Non
 def _cut(data: TextDataModule, view: _Encoded, sample: int | None) -> Cut:
     chosen = some(len(view.table), sample)
     kept = view.table if len(chosen) == len(view.table) else view.table.take(chosen)
-    whole = _whole(data, [view.examples[i] for i in chosen])
+    whole = without_cut(data, [view.examples[i] for i in chosen])
     before, supervised = np.zeros(len(chosen), dtype=np.int64), 0
     after, supervised_after = np.zeros(len(chosen), dtype=np.int64), 0
     for part in view.parts:
@@ -141,8 +141,13 @@ def _cut(data: TextDataModule, view: _Encoded, sample: int | None) -> Cut:
     )
 
 
-def _whole(data: TextDataModule, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """What the task would make of rows without the cut."""
+def without_cut(data: TextDataModule, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """What the task would make of rows without the cut.
+
+    Args:
+        data: the data, for its tokenizer and its task.
+        examples: rows that the task can use.
+    """
     warned = getattr(data.tokenizer, "deprecation_warnings", {})  # transformers' mark that it has warned of length
     before = dict(warned)
     warned["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -157,7 +162,7 @@ def _whole(data: TextDataModule, examples: Sequence[Example]) -> list[dict[str, 
 def _whole_length(data: TextDataModule, view: _Encoded, row: int) -> int | None:
     if view.joined:
         return None
-    (feature,) = _whole(data, [view.examples[row]])
+    (feature,) = without_cut(data, [view.examples[row]])
     return sum(len(feature[part.ids]) for part in view.parts)
 
 

@@ -8,8 +8,16 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lightning_peft import LoRA, PeftModule, PrefixTuning, PromptTuning, TextClassification, TextDataModule
-from lightning_peft.callbacks.generation_samples import GenerationSamples
+from lightning_peft import (
+    LoRA,
+    PeftModule,
+    PrefixTuning,
+    PromptTuning,
+    SupervisedFineTuning,
+    TextClassification,
+    TextDataModule,
+)
+from lightning_peft.callbacks.generation_samples import GenerationSamples, _expected
 
 WORDS = ("red", "green", "blue", "small", "large")
 
@@ -65,6 +73,30 @@ def test_the_same_rows_are_answered_at_each_validation_beside_what_was_expected(
     said = capsys.readouterr().out
     assert f"written   {lines[-1]['written']}" in said
     assert f"expected  {lines[-1]['expected']}" in said
+
+
+def test_of_a_conversation_the_answer_to_its_own_prompt_is_expected(llama_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    said = [
+        ("short", ["red", "green", "blue", "large small"]),
+        ("cut", ["red", "green", "blue " * 40, "large small"]),
+        ("unanswered", ["red", "green", "blue"]),
+    ]
+    roles = ["user", "assistant", "user", "assistant"]
+    rows = [
+        {"id": name, "messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
+        for name, texts in said
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = TextDataModule(train_files=str(path), validation_files=str(path), max_length=32, cache_dir=tmp_path / "kept")
+    data.connect(SupervisedFineTuning("chatml"), tokenizer)
+    data.setup("fit")
+    expected = {row["id"]: _expected(data, number) for number, row in enumerate(rows)}
+    assert expected == {"short": "large small", "cut": "large small", "unanswered": None}
 
 
 @pytest.mark.parametrize("generation", [{}, {"do_sample": True, "temperature": 3.0}], ids=["greedy", "sampled"])
