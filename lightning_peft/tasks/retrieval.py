@@ -16,9 +16,10 @@ _CHUNK = 1024  # anchors that are compared with everything at once
 class Retrieval(Metric):
     """``recall_at_1``, ``recall_at_5``, ``recall_at_10`` and ``mrr``, the mean of 1 over the positive's place.
 
-    An anchor's place is counted among the positives of the whole data set. Texts equal to its own positive, and other
-    positives of an equal anchor, are right answers too and do not push it down; wrong answers that are as near do, or
-    a model that gives all texts one vector would find everything.
+    An anchor's place is counted among the positives of the whole data set; a pair that comes twice, as where each
+    device evaluates all rows, is one. Texts equal to its own positive, and other positives of an equal anchor, are
+    right answers too and do not push it down; wrong answers that are as near do, or a model that gives all texts one
+    vector would find everything.
     """
 
     full_state_update: bool = False
@@ -46,19 +47,20 @@ class Retrieval(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The shares and the mean over all anchors, from 0 to 1."""
         anchors, positives, keys = (dim_zero_cat(state) for state in (self.anchors, self.positives, self.keys))
-        starts = range(0, len(anchors), _CHUNK)
-        places = torch.cat([_places(i, anchors, positives, keys) for i in starts])
+        distinct, own = keys.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+        numbers = torch.arange(len(keys), device=keys.device)
+        first = numbers.new_full((len(distinct),), len(keys)).scatter_reduce(0, own, numbers, "amin")
+        parts = zip(*(torch.split(part, _CHUNK) for part in (anchors, keys, own)), strict=True)
+        places = torch.cat([_places(a, k, o, positives[first], keys[first]) for a, k, o in parts])
         found = {f"recall_at_{k}": (places <= k).float().mean() for k in _CUTS}
         return {**found, "mrr": places.float().reciprocal().mean()}
 
 
-def _places(start: int, anchors: Tensor, positives: Tensor, keys: Tensor) -> Tensor:
-    """The place of each of some anchors' own positives, from 1 on."""
-    some = slice(start, start + _CHUNK)
-    cosines = anchors[some] @ positives.T
-    right = (keys[some].unsqueeze(1) == keys.unsqueeze(0)).any(-1)
-    own = cosines.diagonal(start).unsqueeze(1)
-    before = (cosines >= own) & ~right
+def _places(anchors: Tensor, keys: Tensor, own: Tensor, among: Tensor, their_keys: Tensor) -> Tensor:
+    """The place of each of some anchors' own positives, from 1 on, among those of all pairs that differ."""
+    cosines = anchors @ among.T
+    right = (keys.unsqueeze(1) == their_keys.unsqueeze(0)).any(-1)
+    before = (cosines >= cosines.gather(1, own.unsqueeze(1))) & ~right
     return before.sum(1) + 1
 
 

@@ -134,6 +134,17 @@ def test_equal_texts_are_right_answers_too():
     assert metric.compute()["recall_at_1"] == pytest.approx(2 / 3)
 
 
+def test_pairs_that_come_twice_push_nothing_down():
+    torch.manual_seed(0)
+    anchors, positives = (F.normalize(torch.randn(30, 4), dim=1) for _ in range(2))
+    keys = torch.arange(60).view(30, 2)
+    once, twice = Retrieval(), Retrieval()
+    once.update(anchors, positives, keys)
+    for _ in range(2):  # as two devices that both see all rows
+        twice.update(anchors, positives, keys)
+    assert {n: float(v) for n, v in twice.compute().items()} == {n: float(v) for n, v in once.compute().items()}
+
+
 def test_a_model_that_tells_no_text_from_another_finds_nothing():
     vectors = F.normalize(torch.ones(50, 3), dim=1)
     metric = Retrieval()
