@@ -16,8 +16,8 @@ from lightning_peft.tasks.padding import IGNORED
 class Throughput(Callback):
     """Logs the learning rate, tokens a second and the supervised tokens so far, for loggers and progress bars.
 
-    Padding is not counted. The counts stay on the device between two steps that are logged, so that a GPU is not
-    waited for.
+    Neither padding nor the time of a validation, and of what is saved or written after it, is counted. The counts stay
+    on the device between two steps that are logged, so that a GPU is not waited for.
     """
 
     def __init__(self) -> None:
@@ -25,12 +25,23 @@ class Throughput(Callback):
         self._supervised: Tensor | int = 0
         self._all_supervised = 0
         self._since = 0.0
+        self._paused: float | None = None
         self._last = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tokens = self._supervised = 0
-        self._last, self._since = trainer.global_step, time.perf_counter()
+        self._last, self._since, self._paused = trainer.global_step, time.perf_counter(), None
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._paused is not None:
+            self._since += time.perf_counter() - self._paused
+            self._paused = None
 
     @override
     def on_train_batch_end(

@@ -59,3 +59,23 @@ def test_a_language_models_run_logs_them_and_goes_on_counting_when_resumed(llama
     assert run(2, tmp_path / "1.ckpt")[0]["train/supervised_tokens"] == 2 * supervised
     header = (tmp_path / "1" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"lr", "train/tokens_per_second", "train/supervised_tokens"} <= set(header)
+
+
+def test_the_time_of_a_validation_is_none_of_the_training(monkeypatch):
+    class Logged:
+        def log_dict(self, values, **options):
+            self.values = values
+
+    class Trainer:
+        global_step, log_every_n_steps, optimizers = 0, 1, ()
+
+    clock = iter([0.0, 2.0, 7.0, 9.0])  # begin, validation, next batch, its end
+    monkeypatch.setattr("lightning_peft.callbacks.throughput.time.perf_counter", lambda: next(clock))
+    callback, trainer, module = Throughput(), Trainer(), Logged()
+    batch = {"attention_mask": torch.ones(2, 10, dtype=torch.long)}
+    callback.on_train_start(trainer, module)
+    callback.on_validation_start(trainer, module)
+    callback.on_train_batch_start(trainer, module, batch, 0)
+    trainer.global_step = 1
+    callback.on_train_batch_end(trainer, module, None, batch, 0)
+    assert module.values["train/tokens_per_second"] == 20 / 4
