@@ -106,6 +106,7 @@ class ResumableLoader(DataLoader[Any]):
         super().__init__(rows, batch_sampler=self._remaining, generator=generator, **options)  # type: ignore[arg-type]
 
     def __iter__(self) -> Any:
+        self._remaining.rejoin()  # before workers are started, which get a copy of the rows with the order's epoch
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
@@ -123,12 +124,16 @@ class _Remaining(Sampler[list[int]]):
         self.sampler = batches
         self.trainer = trainer
 
+    def rejoin(self) -> int:
+        """Chooses the epoch that the trainer is in; gives how many of its batches are done."""
+        if self.trainer is None:
+            return 0
+        epoch, done = progress_of(self.trainer)
+        self.sampler.set_epoch(epoch)
+        return done % max(1, len(self))
+
     def __iter__(self) -> Iterator[list[int]]:
-        done = 0
-        if self.trainer is not None:
-            epoch, done = progress_of(self.trainer)
-            self.sampler.set_epoch(epoch)
-        yield from self.sampler.batches()[done % max(1, len(self)) :]
+        yield from self.sampler.batches()[self.rejoin() :]
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -293,7 +293,7 @@ def test_an_augmentation_depends_on_seed_epoch_and_image_alone_and_only_training
 def test_a_run_that_is_resumed_within_an_epoch_sees_what_it_would_have_seen(draw, vit_folder, trainer, tmp_path):
     folder = draw(each=8)
 
-    def run(path=None, workers=0):
+    def run(path=None, workers=0, steps=-1):
         seen = []
 
         class Seen(L.Callback):
@@ -303,16 +303,22 @@ def test_a_run_that_is_resumed_within_an_epoch_sees_what_it_would_have_seen(draw
         L.seed_everything(0, verbose=False)
         module = PeftModule(str(vit_folder), LoRA(r=2), "image_classification", scheduler={"name": "constant"})
         data = ImageDataModule(str(folder), batch_size=4, transform=_jittered, num_workers=workers)
-        keep = L.pytorch.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=3, save_top_k=-1)
+        keep = L.pytorch.callbacks.ModelCheckpoint(
+            tmp_path / f"kept{steps}", "{step}", every_n_train_steps=3, save_top_k=-1
+        )
         callbacks = [Seen()] if path else [Seen(), keep]
-        t = trainer(*callbacks, max_epochs=2, limit_val_batches=0, enable_checkpointing=not path)
+        length = {"max_epochs": 2} if steps < 0 else {"max_epochs": -1, "max_steps": steps}
+        t = trainer(*callbacks, **length, limit_val_batches=0, enable_checkpointing=not path)
         t.fit(module, data, ckpt_path=path, weights_only=True if path else None)
+        t.save_checkpoint(tmp_path / "last.ckpt")
         return seen
 
     whole = run()  # five batches an epoch
     assert len(whole) == 10
     for step, workers in ((3, 0), (3, 1), (6, 0)):
-        assert run(tmp_path / "kept" / f"step={step}.ckpt", workers) == whole[step:]
+        assert run(tmp_path / "kept-1" / f"step={step}.ckpt", workers) == whole[step:]
+    run(steps=7)  # ended within an epoch, not only saved there
+    assert run(tmp_path / "last.ckpt", workers=1, steps=10) == whole[7:]
 
 
 @pytest.mark.parametrize(("limit", "left"), [(0.25, 6), (5, 5), (400, 24)])
