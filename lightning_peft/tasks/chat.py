@@ -40,7 +40,7 @@ def template_text(given: str) -> str:
     if given in shipped:
         return shipped[given].read_text(encoding="utf-8")
     if not given.endswith(".jinja"):
-        raise ValueError(f"chat_template {given!r} is unknown{nearest(given, shipped)}, or a file that ends in .jinja")
+        raise ValueError(f"chat_template {given!r} is unknown{nearest(given, shipped)} (a file's name ends in .jinja)")
     if not Path(given).is_file():
         raise FileNotFoundError(f"chat_template: there is no file {given!r}")
     return Path(given).read_text(encoding="utf-8")
