@@ -25,4 +25,5 @@ class EpochLines(Callback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1 and k.count("/") < 2}
         shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
         passed = time.perf_counter() - self._began
-        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {passed:.0f} s  {shown}", flush=True)
+        last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"  # -1: until max_steps
+        print(f"epoch {trainer.current_epoch + 1}{last}  {passed:.0f} s  {shown}", flush=True)
