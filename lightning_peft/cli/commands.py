@@ -220,7 +220,7 @@ def _trainer(config: DictConfig) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     watched = sys.stdout.isatty()
     chosen = [c for c in (config.get("callbacks") or {}).values() if c is not None]
-    callbacks = [instantiate(c, _convert_="all") for c in chosen]
+    callbacks = [instantiate(_each_named(c), _convert_="all") for c in chosen]
     if not watched:
         callbacks.append(EpochLines())
     loggers = [instantiate(c, _convert_="all") for c in (config.get("logger") or {}).values()]
@@ -232,6 +232,14 @@ def _trainer(config: DictConfig) -> L.Trainer:
         callbacks.append(ProgressBar())
     options["enable_checkpointing"] = bool(config.get("callbacks"))
     return cast(L.Trainer, instantiate(options, callbacks=callbacks, logger=loggers or False, _convert_="all"))
+
+
+def _each_named(callback: DictConfig) -> DictConfig:
+    """A callback that keeps several checkpoints, with a name for each: under one name the last would replace them."""
+    kept, name = callback.get("save_top_k", 1), callback.get("filename")
+    if kept in (0, 1) or name is None or "{" in name:
+        return callback
+    return cast(DictConfig, OmegaConf.merge(callback, {"filename": f"{name}-{{step}}"}))
 
 
 def _precision(given: str | int | None) -> str | int | None:

@@ -69,8 +69,10 @@ def _options(name: str, config: Any) -> dict[str, Any]:
     if name.endswith("Classification"):
         plain = {i: f"LABEL_{i}" for i in range(config.num_labels)}  # what transformers calls them by itself
         if config.id2label != plain and config.num_labels <= _NAMED:
-            return {"id2label": dict(config.id2label)}
-        return {"num_labels": config.num_labels} if config.num_labels != 2 else {}
+            head: dict[str, Any] = {"id2label": dict(config.id2label)}
+        else:
+            head = {"num_labels": config.num_labels} if config.num_labels != 2 else {}
+        return {**head, "ignore_mismatched_sizes": True}  # the base may have a head for other classes
     # an encoder such as BERT that is made to write
     if name.endswith(("ForCausalLM", "LMHeadModel")) and getattr(config, "is_decoder", False):
         return {"is_decoder": True}

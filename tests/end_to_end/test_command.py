@@ -168,6 +168,18 @@ LOGGED = {"csv": _in_csv, "tensorboard": _in_tensorboard, "wandb": _in_wandb, "m
 
 
 @pytest.mark.slow
+def test_several_best_checkpoints_are_kept_and_the_best_of_them_is_exported(tmp_path, words):
+    chosen = ["callbacks.checkpoint.save_top_k=2", "trainer.max_epochs=3", "monitor=val/loss", "mode=min"]
+    done = run(*words, *chosen, "optimizer.lr=0.5", "scheduler=constant_with_warmup", "hydra.run.dir=run", cwd=tmp_path)
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("best-step=*.ckpt"))
+    assert len(kept) == 2
+    losses = [float(line.split("val/loss ")[1].split()[0]) for line in done.stdout.splitlines() if "epoch " in line]
+    best = json.loads((tmp_path / "run" / "metrics.json").read_text())["best/val/loss"]
+    assert len(losses) == 3
+    assert best == pytest.approx(min(losses), rel=1e-3)
+
+
+@pytest.mark.slow
 def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path, words):
     chosen = ["-m", "method=bitfit,prompt_tuning", "trainer.max_epochs=1", "hydra.sweep.dir=sweep"]
     done = run(*words, *chosen, cwd=tmp_path)
