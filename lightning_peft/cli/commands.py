@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft.analysis.data_page import NUMBERS, write_data_page
 from lightning_peft.analysis.data_report import print_data
+from lightning_peft.callbacks.check_monitor import CheckMonitor
 from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.callbacks.progress_bar import ProgressBar
 from lightning_peft.cli.report import METRICS, TRAINABLE, print_exported, print_metrics, print_training, short
@@ -221,6 +222,8 @@ def _trainer(config: DictConfig) -> L.Trainer:
     watched = sys.stdout.isatty()
     chosen = [c for c in (config.get("callbacks") or {}).values() if c is not None]
     callbacks = [instantiate(_each_named(c), _convert_="all") for c in chosen]
+    if config.get("monitor") is not None:
+        callbacks.append(CheckMonitor(config.monitor))
     if not watched:
         callbacks.append(EpochLines())
     loggers = [instantiate(c, _convert_="all") for c in (config.get("logger") or {}).values()]

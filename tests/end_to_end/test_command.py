@@ -379,6 +379,7 @@ def test_entries_of_dictionaries_and_options_of_swept_methods_are_given_like_any
         (["ckpt_path=texts.jsonl"], "texts.jsonl (27 bytes) is no checkpoint, or one that is cut short"),
         (["method.target_modules=all_linear"], "did you mean 'all-linear'"),
         (["model=hf", "model.name_or_path=held"], "the folder 'held' has no config.json and no tokenizer"),
+        (["monitor=val/acuracy", "mode=max"], "is logged by no validation; did you mean 'val/accuracy'"),
         (["+method=lora"], "method"),
         (["hydra.run.dir=held"], "held/adapter already holds an adapter"),
     ],
