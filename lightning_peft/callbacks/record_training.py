@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.analysis.data_summary import DataSummary
+from lightning_peft.callbacks.epoch_lines import numbers_of
 from lightning_peft.callbacks.show_data import ShowData
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.tree import Record
@@ -89,7 +90,7 @@ class RecordTraining(Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         assert self.record is not None
-        found = _numbers(trainer)
+        found = numbers_of(trainer)
         self._judged |= found.keys() - self._known
         self.record.add_metrics(trainer.global_step, {n: v for n, v in found.items() if n in self._judged})
 
@@ -97,7 +98,7 @@ class RecordTraining(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for adapter in _adapters(pl_module):
             if adapter.training is not None:
-                adapter.training.add_metrics(adapter.training.step, _numbers(trainer))
+                adapter.training.add_metrics(adapter.training.step, numbers_of(trainer))
 
     def describe_data(self, adapter: Adapter) -> None:
         """Adds to the notes what the adapter was trained on, if that is one of our data modules and not told yet.
@@ -160,11 +161,6 @@ def told_of(summary: DataSummary) -> dict[str, Any]:
 def _adapters(module: LightningModule) -> list[Record]:
     roots = [adapters_of(m) for m in module.modules()]
     return [tree.record for root in roots if root is not None for tree in root.trees.values()]
-
-
-def _numbers(trainer: Trainer) -> dict[str, float]:
-    """The metrics that are one number; those of one class among many are left to the loggers."""
-    return {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1 and k.count("/") < 2}
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -23,9 +23,8 @@ def from_rows(rows: Any, name: str) -> Iterator[Example]:
     """
     import datasets
 
-    rows = rows.with_format(
-        None
-    )  # a data set that was saved as arrays or tensors for another library comes back as those
+    # a data set that was saved as arrays or tensors for another library comes back as those
+    rows = rows.with_format(None)
     features = rows.features or {}
     named = {column: say for column, kind in features.items() if (say := _names(kind)) is not None}
     for column, kind in features.items():
@@ -55,7 +54,7 @@ def _images(rows: Any, column: str, name: str) -> Iterator[StoredImage | None]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    alone = rows.select_columns([column]).with_format(None)
+    alone = rows.select_columns([column])
     number = 0
     for batch in alone.with_format("arrow").iter(1000):
         values = batch[column]

@@ -67,12 +67,9 @@ def prompt_of(row: dict[str, Any], tokenizer: Any, chat_for: ChatFor, max_length
     prompt, paired = row.get("prompt"), "rejected" in row and not isinstance(row["chosen"], str)
     if isinstance(prompt, str) and not paired:
         ids = before_text(tokenizer) + _ids(prompt, tokenizer)
-    elif paired:
-        tools = read_tools(row.get("tools"))
-        ids = chat_for(bool(tools)).encode_prompt(_messages(row)[0], tools)
-    elif prompt is not None:
-        tools = read_tools(row.get("tools"))
-        ids = chat_for(bool(tools)).encode_prompt(read_messages(prompt, "prompt"), tools)
+    elif paired or prompt is not None:
+        messages, tools = _messages(row)[0] if paired else read_messages(prompt, "prompt"), read_tools(row.get("tools"))
+        ids = chat_for(bool(tools)).encode_prompt(messages, tools)
     else:
         raise ValueError("has no column 'prompt'")
     return without_beginning(ids, tokenizer, max_length)
