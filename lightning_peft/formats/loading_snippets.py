@@ -54,6 +54,12 @@ def _unloaded(facts: CardFacts) -> str:
     return "" if _base(facts, "model") else f"`model` is the base as it was adapted, a `{facts.model.name}`:\n\n"
 
 
+def _on_base(facts: CardFacts, base: list[str], imported: str, call: str) -> str:
+    """Code that loads the base, or takes it as given, and puts the adapter on it."""
+    loader = [f"from transformers import {facts.model.loader}"] if base else []
+    return _unloaded(facts) + _block(imported, *loader, "", *base, call)
+
+
 def _knows_its_base(facts: CardFacts) -> bool:
     """Whether the folder says all that `PeftModule` needs."""
     return facts.form == "adapter" and {"task", "model"} <= facts.info.keys()
@@ -68,11 +74,8 @@ def _here(facts: CardFacts) -> str:
             f"module = PeftModule.from_adapter({_quoted(facts.folder)}){note}",
         ]
         return "### Here\n\n" + _block(*lines)
-    base = _base(facts, "model")
-    lines = ["from lightning_peft import load_adapter"]
-    lines += [f"from transformers import {facts.model.loader}"] if base else []
-    lines += ["", *base, f"adapter = load_adapter(model, {_quoted(facts.folder)})"]
-    return f"### Here\n\n{_unloaded(facts)}" + _block(*lines)
+    call = f"adapter = load_adapter(model, {_quoted(facts.folder)})"
+    return "### Here\n\n" + _on_base(facts, _base(facts, "model"), "from lightning_peft import load_adapter", call)
 
 
 def _peft(facts: CardFacts) -> str:
@@ -82,10 +85,8 @@ def _peft(facts: CardFacts) -> str:
             "form and loads here alone."
         )
     base = _base(facts, "base")
-    lines = ["from peft import PeftModel"]
-    lines += [f"from transformers import {facts.model.loader}"] if base else []
-    lines += ["", *base, f"model = PeftModel.from_pretrained({'base' if base else 'model'}, {_quoted(facts.folder)})"]
-    return f"### With Hugging Face PEFT\n\n{_unloaded(facts)}" + _block(*lines)
+    call = f"model = PeftModel.from_pretrained({'base' if base else 'model'}, {_quoted(facts.folder)})"
+    return "### With Hugging Face PEFT\n\n" + _on_base(facts, base, "from peft import PeftModel", call)
 
 
 def _merged(facts: CardFacts) -> str:
