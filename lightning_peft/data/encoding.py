@@ -33,7 +33,7 @@ _CHUNK = 1000
 # What transformers keeps beside the tokenizer's own file and tells it when it is called: which end is cut, what comes
 # back, whether special tokens are read in a text, and the languages of NLLB's and mBART's kind
 _SET_AT_A_CALL = ("truncation_side", "model_input_names", "split_special_tokens", "src_lang", "tgt_lang")
-_FORM = 4  # of the files and what is refused; another number makes those of before unknown
+_FORM = 5  # of the files and what is refused; another number makes those of before unknown
 
 
 class Encoder:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_peft.core.problems import nearest
+from lightning_peft.tasks.answer_tokens import AS_IT_IS, tokens_of
 from lightning_peft.tasks.messages import Message
 from lightning_peft.tasks.padding import IGNORED
 
@@ -18,8 +19,6 @@ _SHIPPED = Path(__file__).parent / "chat_templates"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # private characters, one for each message, that stand in no text which templates look into
 _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD
-# a template writes its own beginning, and how long a text may be is no question of it
-_AS_IT_IS: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
 
 Span = tuple[int, int]
 
@@ -73,6 +72,7 @@ class Chat:
     first token that ends a turn; what follows that token, such as a line's end, is not the assistant's. Templates that
     write earlier turns otherwise once later ones follow (thoughts left out, the system prompt moved) are followed in
     the whole conversation: a second rendering in which every message carries an invisible mark shows where each lies.
+    Tokens are those that a model meets when it is asked: none begins before an answer and ends within it.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
@@ -157,11 +157,14 @@ class Chat:
             ValueError: as `with_answers`.
         """
         text, spans = self.with_answers(messages, tools, first)
-        found = self.tokenizer(text, return_offsets_mapping=True, **_AS_IT_IS)
-        ids, begins = np.array(found["input_ids"]), np.array(found["offset_mapping"])[:, 0]
+        ids, begins = tokens_of(self.tokenizer, text, [start for start, _ in spans])
         # a token that begins before the answer, such as a header that swallows the space behind it, is the header's
         counts = np.any([(begins >= start) & (begins < end) for start, end in spans], axis=0)
         return ids.tolist(), np.where(counts, ids, IGNORED).tolist()
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, **AS_IT_IS)["input_ids"]
+        return ids
 
     def encode_prompt(self, messages: list[Message], tools: Any = None) -> list[int]:
         """A conversation that is to be answered, as token ids.
@@ -173,8 +176,7 @@ class Chat:
         Raises:
             ValueError: as `text`.
         """
-        ids: list[int] = self.tokenizer(self.text(messages, tools, prompt=True), **_AS_IT_IS)["input_ids"]
-        return ids
+        return self._encode(self.text(messages, tools, prompt=True))
 
     def _marked(self, messages: list[Message], tools: Any) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -194,8 +196,7 @@ class Chat:
         question = [{"role": "user", "content": "x"}]
         prompt = self.text(question, prompt=True)
         before, _, after = self.text([*question, {"role": "assistant", "content": answer}]).partition(answer)
-        found = self.tokenizer(after, add_special_tokens=False)["input_ids"]
-        ends = [i for i in found if i in self.tokenizer.added_tokens_decoder]
+        ends = [i for i in self._encode(after) if i in self.tokenizer.added_tokens_decoder]
         if not ends:
             raise RuntimeError(
                 f"the chat template writes {after!r} behind an answer, which is no single token of this tokenizer, so "

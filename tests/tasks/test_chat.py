@@ -356,6 +356,32 @@ def test_a_thought_that_the_prompt_opens_is_no_part_of_the_header():
     assert [text[a:b] for a, b in spans] == ["<thing><|im_end|>", "second<|im_end|>"]
 
 
+SPACED = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+SPACED += "{% if add_generation_prompt %}assistant: {% endif %}"
+SAID = "{{ m.content }}<|im_end|>"
+MARKS = "{% if m.role == 'assistant' %}{% generation %}" + SAID + "{% endgeneration %}{% else %}" + SAID + "{% endif %}"
+
+
+@pytest.mark.parametrize("template", [SPACED, SPACED.replace(SAID, MARKS)], ids=["unmarked", "marked"])
+def test_an_answer_behind_a_space_is_learnt_from_its_first_token_as_it_is_asked_for(template):
+    tokenizer = tokenizer_of("chatml")
+    assert len(tokenizer(" hello")["input_ids"]) == 1  # which swallows the space
+    chat = Chat(tokenizer, template)
+    messages = turns("one", "hello", "two", "hello")
+    ids, labels = chat.encode(messages)
+    runs = learnt("chatml", {"input_ids": ids, "labels": labels})
+    assert [tokenizer.decode(run) for run in runs] == ["hello<|im_end|>"] * 2
+    asked = chat.encode_prompt(messages[:1])
+    assert ids[: len(asked)] == asked
+    assert tokenizer.decode(ids) == chat.text(messages)
+
+
+def test_an_answer_whose_space_a_tokenizer_cannot_leave_to_the_prompt_is_refused():
+    template = SPACED.replace("<|im_end|>", "</s>")
+    with pytest.raises(ValueError, match=r"first token begins before it, within '.*assistant: ': .* write the space"):
+        Chat(tokenizer_of("zephyr"), template).encode(turns("one", "says"))
+
+
 def test_a_long_conversation_loses_its_end_and_one_without_an_answer_is_refused():
     long = turns("one", "first", "two " * 40, "second")
     row = encoded("chatml", long, 40)
