@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ Row = dict[str, Any]
 Files = str | Path | Sequence[str | Path]
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
-_PACKED = (".gz", ".zst")
+_PACKED = {".gz": "gzip", ".zst": "zstd"}
 # What `datasets` writes beside its Arrow files
 _SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")
 
@@ -113,29 +111,20 @@ def read_file(path: Path, *, whole_texts: bool = False) -> Iterator[Example]:
                 yield from _read_text(path, file, whole_texts)
             else:
                 yield from _read_json(path, file, lines=kind == ".jsonl")
-    except _unpacking_errors(path) as error:
+    except OSError as error:
+        if path.suffix.lower() not in _PACKED:
+            raise
         raise ValueError(f"{path} cannot be unpacked, it is damaged or cut short: {error}") from error
 
 
 def _opened(path: Path) -> io.TextIOWrapper:
-    import fsspec
+    import pyarrow as pa
 
-    packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    # Arrow's streams say that a file was cut short, which zstandard's do not
+    packing = _PACKED.get(path.suffix.lower())
+    file: Any = path.open("rb") if packing is None else pa.input_stream(path, compression=packing)
     # bytes that are no UTF-8 become lone surrogates, so that the line they stand in can be named
-    options: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-    opened: io.TextIOWrapper = fsspec.open(str(path), "rt", compression=packing, **options).open()
-    return opened
-
-
-def _unpacking_errors(path: Path) -> tuple[type[Exception], ...]:
-    packing = path.suffix.lower()
-    if packing == ".gz":
-        return (gzip.BadGzipFile, zlib.error, EOFError)
-    if packing == ".zst":
-        import zstandard
-
-        return (zstandard.ZstdError,)
-    return ()
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _wrong_encoding(text: str) -> str:

@@ -6,6 +6,7 @@ import gzip
 import json
 
 import pytest
+import zstandard
 
 from lightning_peft.data.files import find_files, read_file
 
@@ -31,7 +32,6 @@ def test_every_format_gives_the_same_rows(write, tmp_path):
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import zstandard
 
     lines = "".join(json.dumps(r) + "\n" for r in ROWS).encode()
     table = pa.Table.from_pylist(ROWS)
@@ -115,6 +115,8 @@ def test_a_file_that_is_none_of_its_kind_says_so(write, name):
     ("name", "content"),
     [
         ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-12]),
+        ("cut.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' * 9)[:-3]),
+        ("half.csv.zst", zstandard.compress(b"text\n" + b"a\n" * 99_999)[:20]),
         ("plain.csv.gz", b"text\na\n"),
         ("plain.jsonl.zst", b'{"text": "a"}\n'),
     ],
