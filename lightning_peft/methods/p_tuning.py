@@ -48,7 +48,7 @@ class PTuning:
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
     modules_to_save: list[str] | None = None
-    learning_rate: float = 3e-2
+    learning_rate: float = 6e-2
 
     peft_type: ClassVar[str | None] = "P_TUNING"
     mergeable: ClassVar[bool] = False
