@@ -21,6 +21,7 @@ from lightning_peft.callbacks.adaptation import (
     checkpoint_record,
     default_dtype,
 )
+from lightning_peft.callbacks.hyperparameters import log_hyperparameters
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.loading import require_peft_module
 from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
@@ -223,6 +224,7 @@ class PeftModule(EvaluatedModule):
     @override
     def on_fit_start(self) -> None:
         self._checked = False
+        log_hyperparameters(self.trainer, self.hparams)
         if isinstance(self.task, Checking):
             self.task.check_model(self.model)
         rank_zero_only(print_plan)(self.adapter.plan)

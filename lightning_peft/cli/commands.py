@@ -21,6 +21,7 @@ from lightning_peft.analysis.data_report import print_data
 from lightning_peft.callbacks.check_monitor import CheckMonitor
 from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.callbacks.progress_bar import ProgressBar
+from lightning_peft.callbacks.validate_at_end import ValidateAtEnd
 from lightning_peft.cli.report import METRICS, TRAINABLE, print_exported, print_metrics, print_training, short
 from lightning_peft.core.method import Method
 from lightning_peft.data.summary import summarise
@@ -73,7 +74,9 @@ def train(config: DictConfig) -> float | None:
     metrics = _numbers(trainer.callback_metrics)
     reached = getattr(trainer.checkpoint_callback, "best_model_score", None)
     score = metrics.get(config.monitor) if reached is None else float(reached)
-    written = {**metrics, f"best/{config.monitor}": score, TRAINABLE: module.adapter.plan.trainable}
+    written = {**metrics, TRAINABLE: module.adapter.plan.trainable}
+    if score is not None:
+        written[f"best/{config.monitor}"] = score
     write_json(Path(config.run_dir) / METRICS, _defined(written))
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     print_training(config.monitor, score, best, module, folder, list(words))
@@ -120,10 +123,11 @@ def predict(config: DictConfig) -> Path:
     said = [row for batch in batches for row in batch]
     inputs = [c for shape in module.task.columns for c in (*shape.inputs, *shape.optional)]
     with written_file(output) as scratch, scratch.open("w", encoding="utf-8") as file:
-        for number, (row, answer) in enumerate(zip(data.rows("predict"), said, strict=True)):
-            line = {"id": row.get("id", number), **{c: row[c] for c in inputs if c in row}, **answer}
+        for example, row, answer in zip(data.examples("predict"), data.rows("predict"), said, strict=True):
+            line = {"id": row.get("id", example.number), **{c: row[c] for c in inputs if c in row}, **answer}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(f"{len(said)} predictions in {output}")
+    of = "" if config.data.predict_files else " of the rows that validate (data.predict_files=... for others)"
+    print(f"{len(said)} predictions{of} in {output}")
     return output
 
 
@@ -223,7 +227,7 @@ def _trainer(config: DictConfig) -> L.Trainer:
     chosen = [c for c in (config.get("callbacks") or {}).values() if c is not None]
     callbacks = [instantiate(_each_named(c), _convert_="all") for c in chosen]
     if config.get("monitor") is not None:
-        callbacks.append(CheckMonitor(config.monitor))
+        callbacks += [CheckMonitor(config.monitor), ValidateAtEnd()]
     if not watched:
         callbacks.append(EpochLines())
     loggers = [instantiate(c, _convert_="all") for c in (config.get("logger") or {}).values()]

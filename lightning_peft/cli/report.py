@@ -33,8 +33,8 @@ def print_training(
 
     Args:
         monitor: the metric by which the best checkpoint was chosen.
-        score: its best value.
-        best: the best checkpoint.
+        score: its best value; None where nothing validated.
+        best: the best checkpoint, or the last one.
         module: the trained module.
         folder: the exported adapter.
         words: the words of the command line that made this run.
@@ -47,7 +47,7 @@ def print_training(
         print(f"{_spoken(monitor)}  {score:.4f}")
     if best is not None:
         full = 3 * 4 * plan.total
-        print(f"best checkpoint      {shown_best}")
+        print(f"{'last' if score is None else 'best'} checkpoint      {shown_best}")
         print(
             f"  its size           {size(best.stat().st_size)} (the full model's: {size(full)} with optimizer states)"
         )

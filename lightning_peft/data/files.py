@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.core.problems import nearest
+from lightning_peft.core.problems import an, nearest
 
 Row = dict[str, Any]
 Files = str | Path | Sequence[str | Path]
@@ -30,11 +30,13 @@ class Example:
         row: column to value; None where the place holds no row.
         place: file and line, for errors.
         problem: why there is no row.
+        number: how many rows were read before it, once it has the task's names.
     """
 
     row: Row | None
     place: str
     problem: str = ""
+    number: int = 0
 
 
 def find_files(given: Files) -> list[Path]:
@@ -179,7 +181,7 @@ def _read_list(path: Path, text: str) -> Iterator[Example]:
 
 def _object(value: Any, place: str, problem: str) -> Example:
     if not problem and not isinstance(value, dict):
-        problem = f" is a {type(value).__name__}; expected an object with columns"
+        problem = f" is {an(type(value).__name__)}; expected an object with columns"
     return Example(None, place, problem) if problem else Example(value, place)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lightning_peft.core.problems import an
 from lightning_peft.data.batching import LengthGroupedBatches
 from lightning_peft.data.encoding import in_chunks, told_apart
 from lightning_peft.data.files import Example, Files, Row
@@ -46,13 +47,13 @@ class ImageDataModule(RowDataModule):
         train_files: one or several folders of images, or files (.jsonl, .json, .csv, .tsv, .parquet, .arrow) whose
             column ``image`` holds paths, relative to the file's folder, or in tables the images' bytes; or patterns.
         validation_files: the same; without them a share of the training rows is split off.
-        test_files: the same; without them testing uses the validation rows.
+        test_files: the same; the rows that are tested with.
         predict_files: the same, or images, such as ``photos/*.jpg``. Without them predicting uses the validation rows.
         columns: the data's name for each of the task's columns.
         batch_size: images in a training batch.
         eval_batch_size: images in other batches; None takes ``batch_size``.
-        validation_fraction: the share split off, above 0 and below 1; images of the same bytes never land on both
-            sides.
+        validation_fraction: the share split off, below 1; images of the same bytes never land on both sides. 0 trains
+            on all images.
         split_seed: fixes which rows are split off; apart from ``seed``, so that runs with several seeds compare.
         num_workers: processes that open images; 0 does it in the main one.
         seed: fixes the training order, what ``limit`` takes, and what is random in ``transform``.
@@ -225,7 +226,9 @@ def _note(example: Example, problems: RowProblems) -> None:
     """Takes note of an example without an image, or with one that cannot be opened."""
     image = (example.row or {})[IMAGE]
     if not isinstance(image, StoredImage):
-        problems.add(example.place, f" has a {type(image).__name__} as its image; expected a path, or an image's bytes")
+        problems.add(
+            example.place, f" has {an(type(image).__name__)} as its image; expected a path, or an image's bytes"
+        )
     elif image.seen.problem:
         which = "" if example.place == str(image) else f" names the image {str(image)!r}, which"
         problems.add(example.place, f"{which} cannot be opened: {image.seen.problem}")

@@ -39,14 +39,14 @@ class TextDataModule(RowDataModule):
         train_files: one or several files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, each also with .gz or
             .zst), folders of them, or patterns such as ``parts/*.jsonl``.
         validation_files: the same; without them a share of the training rows is split off.
-        test_files: the same; without them testing uses the validation rows.
+        test_files: the same; the rows that are tested with.
         predict_files: the same; only the task's input columns are needed. Without them predicting uses the
             validation rows.
         columns: the data's name for each of the task's columns.
         batch_size: rows in a training batch.
         eval_batch_size: rows in other batches; None takes ``batch_size``.
         max_length: tokens that a row is cut to.
-        validation_fraction: the share split off, above 0 and below 1; equal inputs never land on both sides.
+        validation_fraction: the share split off, below 1; equal inputs never land on both sides. 0 trains on all rows.
         split_seed: fixes which rows are split off; apart from ``seed``, so that runs with several seeds compare.
         num_workers: processes that collate; 0 does it in the main one.
         num_proc: processes that tokenize; 1 does it in the main one, where fast tokenizers use all cores anyway.
@@ -138,19 +138,22 @@ class TextDataModule(RowDataModule):
         return None if rows is None else (Example(dict(row), f"docstring {i}") for i, row in enumerate(rows, start=1))
 
     @override
-    def _read(self) -> None:
+    def _read(self, stage: str) -> None:
         if self.streaming:
             self._read_streamed()
         else:
-            super()._read()
+            super()._read(stage)
 
     def _read_streamed(self) -> None:
         """Everything but the training rows, whose labels the others tell."""
         validation = self._all("validation")
-        if validation is None:
-            raise ValueError("streaming cannot split rows off that it does not hold; give validation_files")
-        self.task.learn_from([example.row or {} for example in validation])
-        self._examples |= {"validation": validation, "test": self._to_test() or validation}
+        if validation is not None:
+            self.task.learn_from([example.row or {} for example in validation])
+            self._examples["validation"] = validation
+        elif self.validation_fraction:
+            raise ValueError(
+                "streaming cannot split rows off that it does not hold; give validation_files, or validation_fraction=0"
+            )
         if self._source("train") is None:
             raise ValueError(f"the data {self.source!r} has no train split that could be streamed")
         if not self.beginning()[1]:

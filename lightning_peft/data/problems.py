@@ -47,11 +47,13 @@ class RowProblems:
         if self.count == 1:
             said = f"{what}: {self.first[0]}"
         else:
-            more = f"; and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
-            said = f"{what}: {self.count} of {self.count + rows} rows cannot be used: {'; '.join(self.first)}{more}"
+            more = [f"and {self.count - len(self.first)} more"] if self.count > len(self.first) else []
+            lines = [f"{what}: {self.count} of {self.count + rows} rows cannot be used", *self.first, *more]
+            said = "\n  ".join(lines)
+        gap = " " if self.count == 1 else "\n"
         if not self.skip:
-            raise ValueError(f"{said} (data.on_error=skip leaves such rows out)")
+            raise ValueError(f"{said}{gap}(data.on_error=skip leaves such rows out)")
         if rows == 0:
-            raise ValueError(f"{said}; no row is left")
-        warnings.warn(f"{said}; left out", stacklevel=2)
+            raise ValueError(f"{said}{gap}(no row is left)")
+        warnings.warn(f"{said}{gap}(left out)", stacklevel=2)
         self.count, self.first, self.places = 0, [], set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,7 +35,7 @@ class RowDataModule(ConnectedDataModule, ABC):
         columns: the data's name for each of the task's columns.
         batch_size: rows in a training batch.
         eval_batch_size: rows in other batches; None takes ``batch_size``.
-        validation_fraction: the share of the training rows that validates where nothing else does.
+        validation_fraction: the share of the training rows that validates where nothing else does; 0 trains on all.
         split_seed: fixes which.
         num_workers: processes that make batches; 0 does it in the main one.
         seed: fixes the training order and what ``limit`` takes.
@@ -75,14 +74,12 @@ class RowDataModule(ConnectedDataModule, ABC):
                 "limit=1.0 could be one row or all of them: give 1 for one row, or leave it out for all"
                 if isinstance(limit, float) and limit == 1
                 else None,
-                f"validation_fraction must be above 0 and below 1, but got {validation_fraction}"
-                if not 0 < validation_fraction < 1
+                f"validation_fraction must be 0 or more and below 1, but got {validation_fraction}"
+                if not 0 <= validation_fraction < 1
                 else None,
                 f"num_workers must be 0 or more, but got {num_workers}" if num_workers < 0 else None,
                 f"on_error must be raise or skip, but got {on_error!r}" if on_error not in ("raise", "skip") else None,
-                "give a source or train_files"
-                if source is None and not files["train"] and not files["predict"]
-                else None,
+                "give a source or train_files" if source is None and not any(files.values()) else None,
                 *problems,
             ],
         )
@@ -137,42 +134,49 @@ class RowDataModule(ConnectedDataModule, ABC):
         self.connect_to_trainer()
         if stage == "predict" and self.files["predict"] is not None:
             self._examples["predict"] = self._all("predict", training=False) or []
-        elif not self._examples.get("validation"):
-            self._read()
-        splits = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-        for split in splits.get(stage, ()):
-            if split not in self._features and split in self._examples:
-                self._prepare(split, training=True)
-        if stage == "predict":
-            self._examples.setdefault("predict", self._examples.get("validation", []))
-            self._prepare("predict", training=False)
+        elif self._examples.keys().isdisjoint(("train", "validation")):
+            self._read(stage)
+        if stage == "validate" and "validation" not in self._examples:
+            raise ValueError("there are no rows to validate with: give validation_files")
+        if stage == "test" and "test" not in self._examples:
+            self._examples["test"] = self._to_test()
+        if stage == "predict" and "predict" not in self._examples:
+            if "validation" not in self._examples:
+                raise ValueError("there are no rows to predict: give predict_files or validation_files")
+            self._examples["predict"] = self._examples["validation"]
+        for split in {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,)):
+            if split in self._examples and (split == "predict" or split not in self._features):
+                self._prepare(split, training=split != "predict")
 
-    def _read(self) -> None:
+    def _read(self, stage: str) -> None:
         train, validation = self._all("train"), self._all("validation")
-        if train is None:
-            raise ValueError(f"the data {self.source!r} has no train split")
-        known = train  # before the split and the limit: a rare label may be in none of the rows that they leave
-        if validation is None:
-            train, validation = self._split(train)
-        self.task.learn_from([example.row or {} for example in known])
-        self._examples |= {
-            "train": some_of(train, self.limit, self.seed),
-            "validation": validation,
-            "test": self._to_test() or validation,
-        }
+        if train is not None:
+            known = train  # before the split and the limit: a rare label may be in none of the rows that they leave
+            if validation is None and self.validation_fraction:
+                train, validation = self._split(train)
+            self.task.learn_from([example.row or {} for example in known])
+            self._examples["train"] = some_of(train, self.limit, self.seed)
+        elif stage == "fit":
+            raise ValueError(
+                "there are no rows to train on: give train_files"
+                if self.source is None
+                else f"the data {self.source!r} has no train split"
+            )
+        if validation is not None:
+            self._examples["validation"] = validation
 
-    def _to_test(self) -> list[Example] | None:
-        """The test rows; None where there are none, or the source keeps their labels to itself, as GLUE does."""
+    def _to_test(self) -> list[Example]:
+        """The test rows, unless there are none, or the source keeps their labels to itself, as GLUE does."""
         wanted = {self.columns.get(c, c) for shape in self.task.columns for c in shape.targets}
-        if self.files["test"] is not None or not _lack_all(self._source("test"), wanted):
-            return self._all("test")
-        columns = " or ".join(map(repr, sorted(wanted)))
-        warnings.warn(
-            f"data (test, {self.origin('test')}): no row has anything in the column {columns}, so testing uses the "
-            "validation rows",
-            stacklevel=2,
+        lacking = "there are no rows to test with"
+        if self.files["test"] is None and _lack_all(self._source("test"), wanted):
+            columns = " or ".join(map(repr, sorted(wanted)))
+            lacking = f"no row of the test split of {self.source!r} has anything in the column {columns}"
+        elif (found := self._all("test")) is not None:
+            return found
+        raise ValueError(
+            f"{lacking}: give test_files; the rows that validate are evaluated by Trainer.validate, or split=validation"
         )
-        return None
 
     def _split(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
         return split_off(train, self.validation_fraction, self.inputs, self.split_seed)
@@ -231,9 +235,9 @@ class RowDataModule(ConnectedDataModule, ABC):
         return ResumableLoader(rows, order, self.trainer, num_workers=self.num_workers, collate_fn=collate)
 
     @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation rows, in order."""
-        return self._in_order("validation", training=True)
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The validation rows, in order; an empty list where all rows are trained on."""
+        return self._in_order("validation", training=True) if "validation" in self._features else []
 
     @override
     def test_dataloader(self) -> DataLoader[Any]:

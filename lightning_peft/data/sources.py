@@ -34,7 +34,7 @@ def from_dataset(name: str, split: str, *, streaming: bool = False) -> Iterator[
 
     Args:
         name: the folder, or ``"owner/name"``, or ``"owner/name:configuration"``.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``, or what `datasets` takes for the same, such as ``"dev"``.
         streaming: read the hub's files as they come instead of fetching all first.
 
     Returns:
@@ -42,12 +42,16 @@ def from_dataset(name: str, split: str, *, streaming: bool = False) -> Iterator[
 
     Raises:
         ConnectionError: if the name cannot be fetched.
+        ValueError: if it is a file.
     """
     import datasets
+    from datasets.data_files import SPLIT_KEYWORDS
 
     folder = Path(name)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         loaded: Any = datasets.load_from_disk(name)
+    elif folder.is_file():
+        raise ValueError(f"source={name} is a file: give it as train_files")
     else:
         path, _, configuration = name.partition(":")
         try:
@@ -61,9 +65,8 @@ def from_dataset(name: str, split: str, *, streaming: bool = False) -> Iterator[
             ) from error
     if not isinstance(loaded, dict):
         loaded = {"train": loaded}
-    if split not in loaded:
-        return None
-    return from_rows(loaded[split], f"{name}, {split}")
+    named = next((n for n in SPLIT_KEYWORDS[split] if n in loaded), None)
+    return None if named is None else from_rows(loaded[named], f"{name}, {named}")
 
 
 def named(
@@ -86,7 +89,7 @@ def named(
     Yields:
         The rows that can be used.
     """
-    for example in examples:
+    for number, example in enumerate(examples):
         row = example.row
         if row is None:
             problems.add(example.place, example.problem)
@@ -99,7 +102,7 @@ def named(
         kept = {c: row[columns.get(c, c)] for c in shape.all() if row.get(columns.get(c, c)) is not None}
         if (known_as := row.get(columns.get(ID, ID))) is not None:
             kept.setdefault(ID, known_as)
-        yield Example(kept, example.place)
+        yield Example(kept, example.place, number=number)
 
 
 def _lacks(row: Row, column: str, columns: dict[str, str], shapes: Sequence[Columns]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_peft.core.problems import nearest
+from lightning_peft.core.problems import an, nearest
 from lightning_peft.tasks.answer_tokens import AS_IT_IS, tokens_of
 from lightning_peft.tasks.messages import Message
 from lightning_peft.tasks.padding import IGNORED
@@ -84,7 +84,7 @@ class Chat:
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         if not tokenizer.is_fast:
-            raise RuntimeError(f"conversations need a fast tokenizer, but this is a {type(tokenizer).__name__}")
+            raise RuntimeError(f"conversations need a fast tokenizer, but this is {an(type(tokenizer).__name__)}")
         self.tokenizer = tokenizer
         self.template = template
         self.is_marked = _MARKS.search(template) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lightning_peft.core.problems import nearest
+from lightning_peft.core.problems import an, nearest
 
 Message = dict[str, Any]
 
@@ -98,7 +98,7 @@ def _message(given: Any, where: str) -> Message:
     if isinstance(content, list):
         content = "".join(_text(part, where) for part in content)
     if not isinstance(content, str):
-        raise ValueError(f"has a {type(content).__name__} as content in {where}; expected a text")
+        raise ValueError(f"has {an(type(content).__name__)} as content in {where}; expected a text")
     calls = message.pop("tool_calls", None)
     if calls:
         if role != "assistant":
@@ -132,7 +132,7 @@ def _list(value: Any, column: str) -> list[Any]:
     if isinstance(value, str):
         value = _json(value, repr(column))
     if not isinstance(value, list):
-        raise ValueError(f"has a {type(value).__name__} in {column!r}; expected a list")
+        raise ValueError(f"has {an(type(value).__name__)} in {column!r}; expected a list")
     if not value:
         raise ValueError(f"has an empty list in {column!r}")
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lightning_peft.core.problems import an
 from lightning_peft.tasks.chat import Chat
 from lightning_peft.tasks.language_model import before_text, end_of_text, prompt_that_fits, without_beginning
 from lightning_peft.tasks.messages import Message, read_messages, read_tools
@@ -91,7 +92,7 @@ def _texts(row: dict[str, Any], tokenizer: Any) -> tuple[Ids, Answer, Answer]:
 
 
 def _mixed(row: dict[str, Any]) -> ValueError:
-    kinds = ", ".join(f"{c} is a {type(row[c]).__name__}" for c in ("prompt", "chosen", "rejected") if c in row)
+    kinds = ", ".join(f"{c} is {an(type(row[c]).__name__)}" for c in ("prompt", "chosen", "rejected") if c in row)
     return ValueError(f"mixes texts and messages: {kinds}")
 
 

@@ -86,7 +86,7 @@ def test_folders_and_patterns_give_their_files_in_order_and_each_once(write, tmp
     [
         ("a.jsonl", '{"text": "a"}\n\n{"text": \n', "a.jsonl, line 3 is no JSON: Expecting value at column"),
         ("a.jsonl", '["a"]\n', "a.jsonl, line 1 is a list; expected an object with columns"),
-        ("a.json", '[{"text": "a"}, 3]', "a.json, row 2 is a int; expected an object"),
+        ("a.json", '[{"text": "a"}, 3]', "a.json, row 2 is an int; expected an object"),
         ("a.csv", "text,label\na,x\nb\n", "a.csv, line 3 has 1 fields, but the header has 2"),
         ("a.csv", "text,label\na,x,z\n", "a.csv, line 2 has 3 fields, but the header has 2"),
         ("a.csv", 'text,label\n"a" b,x\n', "a.csv, line 2 is no row of a table"),

@@ -52,11 +52,14 @@ def test_the_first_problems_are_shown_and_all_are_counted():
     problems = RowProblems(skip=False)
     for i in range(9):
         problems.add(f"line {i}", " is odd")
-    with pytest.raises(ValueError, match=r"9 of 29 rows cannot be used: line 0 is odd; .*line 4 is odd; and 4 more \("):
+    with pytest.raises(ValueError, match="9 of 29 rows cannot be used") as refused:
         problems.settle("data", 20)
+    first, *lines, last = str(refused.value).splitlines()
+    assert lines == [*(f"  line {i} is odd" for i in range(5)), "  and 4 more"]
+    assert (first, last) == ("data: 9 of 29 rows cannot be used", "(data.on_error=skip leaves such rows out)")
     problems = RowProblems(skip=True)
     problems.add("line 3", " is odd")
-    with pytest.warns(UserWarning, match="data: line 3 is odd; left out"):
+    with pytest.warns(UserWarning, match=r"data: line 3 is odd \(left out\)"):
         problems.settle("data", 20)
     problems.add("line 3", " is odd")
     with pytest.raises(ValueError, match="no row is left"):
@@ -69,6 +72,8 @@ def test_a_folder_that_datasets_saved_gives_its_splits(tmp_path):
     part = datasets.Dataset.from_list([{"text": "a", "label": "x"}])
     part.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "several")
+    datasets.DatasetDict({"train": part, "valid": part}).save_to_disk(tmp_path / "short")
+    assert [e.place[-12:] for e in from_dataset(str(tmp_path / "short"), "validation")] == ["valid, row 1"]
     assert [e.row for e in from_dataset(str(tmp_path / "one"), "train")] == [{"text": "a", "label": "x"}]
     assert len(list(from_dataset(str(tmp_path / "several"), "test"))) == 1
     assert from_dataset(str(tmp_path / "several"), "validation") is None
@@ -88,6 +93,12 @@ def test_a_saved_folder_gives_plain_rows_whatever_form_it_was_saved_in(tmp_path,
 def test_a_hub_name_without_a_network_says_what_to_pass_instead():
     with pytest.raises(ConnectionError, match=r"pass local files .* data\.source=docstrings"):
         from_dataset("nobody/nothing", "train")
+
+
+def test_a_file_as_a_source_says_where_files_go(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"source=.*rows\.jsonl is a file: give it as train_files"):
+        from_dataset(str(tmp_path / "rows.jsonl"), "train")
 
 
 def test_the_embedded_data_is_there_and_the_same_every_time():

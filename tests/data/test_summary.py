@@ -110,7 +110,7 @@ def test_of_a_stream_its_beginning_is_looked_at(summary):
     assert (found["train"].examples, found["validation"].examples) == (8, 31)
 
 
-@pytest.mark.filterwarnings("ignore:.*left out")
+@pytest.mark.filterwarnings("ignore:(?s).*left out")
 def test_rows_that_are_left_out_do_not_shift_the_others(summary):
     pairs = [{"prompt": f"say {i}", "completion": "" if i == 1 else f"red {i}"} for i in range(4)]
     found = summary(SupervisedFineTuning(), pairs, pairs, examples=3, on_error="skip")

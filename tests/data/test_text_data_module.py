@@ -109,16 +109,48 @@ def _saved_with_test_labels(folder, labels):
 
 def test_a_source_that_keeps_its_test_labels_to_itself_can_be_trained_on(tmp_path, module):
     _saved_with_test_labels(tmp_path / "glue", [-1, -1, -1])
-    with pytest.warns(UserWarning, match=r"data \(test, .*no row has anything in the column 'label', so testing uses"):
-        data = module(source=str(tmp_path / "glue"))
-    assert data.rows("test") == data.rows("validation")
+    data = module(source=str(tmp_path / "glue"))
     assert len(data.rows("validation")) == 2
+    with pytest.raises(ValueError, match=r"no row of the test split of '.*glue' has anything in the column 'label'"):
+        data.setup("test")
 
 
 def test_a_test_row_without_its_label_is_named_where_others_have_theirs(tmp_path, module):
     _saved_with_test_labels(tmp_path / "mixed", [0, -1, 1])
     with pytest.raises(ValueError, match="test, row 2 has nothing in the column 'label'"):
-        module(source=str(tmp_path / "mixed"))
+        module(source=str(tmp_path / "mixed")).setup("test")
+
+
+def test_a_model_is_judged_on_the_rows_that_are_given_and_on_no_others(files, tokenizer_folder, tmp_path):
+    def data(**options):
+        made = TextDataModule(None, cache_dir=tmp_path / "kept", **options)
+        made.connect(TextClassification(labels=["a", "b"]), AutoTokenizer.from_pretrained(tokenizer_folder))
+        return made
+
+    held_out = files["validation_files"]
+    for stage, split in (("validate", "validation"), ("test", "test")):
+        alone = data(**{f"{split}_files": held_out})
+        alone.setup(stage)
+        assert (len(alone.rows(split)), alone.splits) == (8, [split])
+    for stage, said in (
+        ("fit", "no rows to train on: give train_files"),
+        ("validate", "no rows to validate with: give validation_files"),
+        ("predict", "no rows to predict: give predict_files or validation_files"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            data(test_files=held_out).setup(stage)
+    with pytest.raises(ValueError, match=r"no rows to test with: give test_files; .* split=validation"):
+        data(**files).setup("test")
+    with pytest.raises(ValueError, match="give a source or train_files"):
+        TextDataModule(None)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_all_rows_are_trained_on_where_no_share_validates(files, module, streaming):
+    task = TextClassification(labels=["a", "b"])
+    data = module(task, train_files=files["train_files"], validation_fraction=0, streaming=streaming)
+    assert sum(len(b["labels"]) for b in data.train_dataloader()) == 32
+    assert data.val_dataloader() == []
 
 
 @pytest.mark.parametrize(("limit", "left"), [(0.25, 8), (5, 5), (1, 1), (400, 32)])
@@ -182,7 +214,7 @@ def test_a_stream_stops_at_a_row_that_cannot_be_used(files, module, tmp_path):
     with pytest.raises(ValueError, match=r"train\.jsonl, line 33 has no column 'label'"):
         list(data.train_dataloader())
     data = module(**files, streaming=True, on_error="skip")
-    with pytest.warns(UserWarning, match="line 33 has no column 'label'.*left out"):
+    with pytest.warns(UserWarning, match=r"line 33 has no column 'label'.*left out"):
         assert len(list(data.train_dataloader())) == 8
 
 
@@ -267,3 +299,4 @@ def test_predictions_stand_beside_the_rows_that_were_kept(tmp_path, tokenizer_fo
         data.setup("predict")
     assert [str(r["prompt"]) for r in data.rows("predict")] == ["red", "3", "green"]
     assert len(data.features("predict")) == 3
+    assert [e.number for e in data.examples("predict")] == [0, 1, 3], "places among the rows of the file"

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from lightning.fabric.utilities.logger import _flatten_dict
 
 COMMAND = [sys.executable, "-m", "lightning_peft.cli.main"]
 
@@ -132,27 +133,37 @@ def test_a_tuner_of_peft_trains_evaluates_and_merges_like_any_method(tmp_path, w
 def test_a_run_is_logged_where_it_was_asked_for(tmp_path, words, kind):
     offline = ["logger.wandb.offline=true"] if kind == "wandb" else []
     run(*words, f"logger={kind}", *offline, "trainer.log_every_n_steps=1", "hydra.run.dir=run", cwd=tmp_path)
-    assert LOGGED[kind](tmp_path / "run") >= METRICS
+    metrics, options = LOGGED[kind](tmp_path / "run")
+    assert metrics >= METRICS
+    assert options >= OPTIONS
 
 
+OPTIONS = {"method/r", "data/batch_size", "data/train_files", "optimizer/lr", "trainer/max_epochs", "seed"}
 METRICS = {"train/loss", "val/loss", "val/accuracy", "lr", "train/tokens_per_second"}
 
 
 def _in_csv(folder):
-    return set((folder / "logs" / "metrics.csv").read_text().splitlines()[0].split(","))
+    options = yaml.safe_load((folder / "logs" / "hparams.yaml").read_text())
+    metrics = (folder / "logs" / "metrics.csv").read_text().splitlines()[0]
+    return set(metrics.split(",")), set(_flatten_dict(options))
 
 
 def _in_tensorboard(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     events = EventAccumulator(str(folder / "logs"))
     events.Reload()
-    return set(events.Tags()["scalars"])
+    given = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    options = HParamsPluginData.FromString(given).session_start_info.hparams
+    return set(events.Tags()["scalars"]), set(options)
 
 
 def _in_wandb(folder):
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    return {name for name in METRICS if name.encode() in path.read_bytes()}
+    kept = path.read_bytes()
+    found = {name for name in METRICS if name.encode() in kept}
+    return found, {name for name in OPTIONS if all(word.encode() in kept for word in name.split("/"))}
 
 
 def _in_mlflow(folder):
@@ -161,7 +172,7 @@ def _in_mlflow(folder):
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (experiment,) = (e for e in client.search_experiments() if e.name == "lightning-peft")
     (logged,) = client.search_runs([experiment.experiment_id])
-    return set(logged.data.metrics)
+    return set(logged.data.metrics), set(logged.data.params)
 
 
 LOGGED = {"csv": _in_csv, "tensorboard": _in_tensorboard, "wandb": _in_wandb, "mlflow": _in_mlflow}

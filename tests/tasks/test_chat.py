@@ -405,7 +405,7 @@ def test_a_long_conversation_loses_its_end_and_one_without_an_answer_is_refused(
         ("chatml", [], "empty list in 'messages'"),
         ("chatml", "not json", "no JSON in 'messages'"),
         ("chatml", {"role": "user"}, "a dict in 'messages'; expected a list"),
-        ("chatml", [*turns("a"), {"role": "assistant", "content": 3}], "a int as content in message 2"),
+        ("chatml", [*turns("a"), {"role": "assistant", "content": 3}], "an int as content in message 2"),
         ("chatml", CALLING, "left out by the chat template"),
         (
             "zephyr",
