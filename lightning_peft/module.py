@@ -73,7 +73,7 @@ class PeftModule(EvaluatedModule):
 
     def __init__(
         self,
-        model: str | dict[str, Any] | Module,
+        model: str | Path | dict[str, Any] | Module,
         method: Method | dict[str, Any],
         task: Task | str | dict[str, Any] = "text_classification",
         optimizer: dict[str, Any] | None = None,

@@ -53,7 +53,7 @@ class BaseModel:
     config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, value: str | dict[str, Any] | BaseModel) -> BaseModel:
+    def of(cls, value: str | Path | dict[str, Any] | BaseModel) -> BaseModel:
         """A specification from a name, a dictionary of the fields, or one as it is.
 
         Args:
@@ -64,8 +64,8 @@ class BaseModel:
         """
         if isinstance(value, BaseModel):
             return value
-        if isinstance(value, str):
-            return cls(value)
+        if isinstance(value, str | Path):
+            return cls(str(value))
         known = ["name_or_path", "revision", "tokenizer", "config"]
         unknown = [k for k in value if k not in known]
         if unknown:

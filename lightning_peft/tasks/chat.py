@@ -79,7 +79,7 @@ class Chat:
         template: a Jinja template.
 
     Raises:
-        RuntimeError: if the tokenizer tells no places, or the template ends no turn with a token.
+        RuntimeError: if the tokenizer tells no places, or the template is none, or ends no turn with a token.
     """
 
     def __init__(self, tokenizer: Any, template: str) -> None:
@@ -101,13 +101,16 @@ class Chat:
 
         Raises:
             ValueError: if the template refuses the conversation; its own message is passed on.
+            RuntimeError: if the template is no template.
         """
-        from jinja2.exceptions import TemplateError
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
         try:
             rendered: str = self.tokenizer.apply_chat_template(
                 messages, tools=tools, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
             )
+        except TemplateSyntaxError as error:
+            raise RuntimeError(f"the chat template is no Jinja: {error.message} (its line {error.lineno})") from error
         except (TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(f"is refused by the chat template: {error}") from error
         return rendered

@@ -11,6 +11,17 @@ Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 
+# as others call them; templates know the four alone
+_OTHER_NAMES = {
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function": "tool",
+    "ipython": "tool",
+}
+
 _SHAREGPT = {
     "system": "system",
     "human": "user",
@@ -57,7 +68,9 @@ def read_sharegpt(value: Any, system: Any = None) -> list[Message]:
     for number, turn in enumerate(_list(value, "conversations"), start=1):
         where = f"turn {number} of 'conversations'"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise ValueError(f"has no 'from' and 'value' in {where}: {_short(turn)}")
+            is_message = isinstance(turn, dict) and "role" in turn
+            hint = "; name the column of messages with data.columns.messages=conversations" if is_message else ""
+            raise ValueError(f"has no 'from' and 'value' in {where}: {_short(turn)}{hint}")
         speaker = str(turn["from"])
         if speaker not in _SHAREGPT:
             raise ValueError(f"has an unknown 'from' {speaker!r} in {where}{nearest(speaker, _SHAREGPT)}")
@@ -93,7 +106,8 @@ def _message(given: Any, where: str) -> Message:
     message: Message = {k: v for k, v in given.items() if v is not None}
     role = str(message["role"])
     if role not in ROLES:
-        raise ValueError(f"has an unknown role {role!r} in {where}{nearest(role, ROLES)}")
+        meant = f"; did you mean {_OTHER_NAMES[role]!r}?" if role in _OTHER_NAMES else nearest(role, ROLES)
+        raise ValueError(f"has an unknown role {role!r} in {where}{meant}")
     content = message.get("content", "")
     if isinstance(content, list):
         content = "".join(_text(part, where) for part in content)

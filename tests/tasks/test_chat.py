@@ -399,6 +399,11 @@ def test_a_long_conversation_loses_its_end_and_one_without_an_answer_is_refused(
             [{"role": "user", "content": "a"}, {"role": "assitant", "content": "b"}],
             "did you mean 'assistant'",
         ),
+        (
+            "chatml",
+            [{"role": "developer", "content": "a"}, *turns("a", "b")],
+            "'developer' in message 1 .*mean 'system'",
+        ),
         ("chatml", [{"role": "user", "content": "a"}], "no turn of an assistant to learn from, only of user"),
         ("chatml", turns("a", " "), "empty content of role 'assistant' in message 2"),
         ("chatml", [{"content": "a"}], "no 'role' in message 1"),
@@ -438,6 +443,14 @@ def test_tools_that_the_template_does_not_write_are_refused():
 def test_a_template_whose_end_is_no_token_is_refused():
     with pytest.raises(RuntimeError, match=r"writes '<\|im_end\|>\\n' behind an answer, which is no single token"):
         Chat(tokenizer_of("zephyr"), template_text("chatml"))
+
+
+def test_a_template_that_is_no_jinja_is_one_error_and_not_one_for_each_row():
+    broken = "{% for m in messages %}{{ m.content }}"
+    with pytest.raises(RuntimeError, match=r"the chat template is no Jinja: .*endfor.* \(its line 1\)"):
+        SupervisedFineTuning(chat_template=broken).encode(
+            [{"messages": turns("a", "b")}] * 2, tokenizer_of("chatml"), 99, training=True
+        )
 
 
 def test_a_template_is_named_or_a_file_or_jinja(tmp_path):
