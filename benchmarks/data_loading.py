@@ -1,6 +1,8 @@
 """How long training waits for its data, and how fast rows become token ids, on the embedded model and data.
 
-Writes one JSON object: ``python benchmarks/data_loading.py`` (two minutes on two cores).
+    python benchmarks/data_loading.py
+
+One minute on two cores. The figures go to ``benchmarks/results/data_loading.json``.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import tempfile
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,7 +22,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from typing_extensions import override
 
 from lightning_peft import CausalLM, LoRA, PeftModule, TextClassification, TextDataModule
-from lightning_peft.data.docstrings import completion_examples
+from lightning_peft.data.docstrings import examples_with
 from lightning_peft.data.encoding import Encoder
 from lightning_peft.data.files import Example
 from lightning_peft.data.problems import RowProblems
@@ -67,7 +70,7 @@ def waiting(steps: int, threads: int) -> dict[str, Any]:
 def tokenizing(num_proc: int, copies: int) -> dict[str, Any]:
     """Tokens a second from rows to features, over all and after the first row, for which processes have to start."""
     tokenizer = BaseModel().load_tokenizer()
-    rows, _ = completion_examples()
+    rows, _ = examples_with("text")
     examples = [Example(row, str(i)) for i, row in enumerate(rows * copies)]
     encoder = Encoder(CausalLM(), tokenizer, 512, training=True)
     began = time.perf_counter()
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of training")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch")
     parser.add_argument("--copies", type=int, default=5, help="of the docstrings, to tokenize")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "data_loading.json")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     found = {
@@ -115,7 +119,9 @@ def main() -> None:
         "tokenizing": [tokenizing(n, options.copies) for n in (1, 2)],
         "data_setup": reading_kept(),
     }
-    print(json.dumps(found, indent=2))
+    written = json.dumps(found, indent=2)
+    options.output.write_text(f"{written}\n")
+    print(written)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,22 @@
+"""The benchmarks run, in small; what they measure is no business of a test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_data_loading_writes_its_figures(tmp_path):
+    small = ["--steps", "2", "--copies", "1", "--output", str(tmp_path / "found.json")]
+    subprocess.run([sys.executable, FOLDER / "data_loading.py", *small], cwd=tmp_path, check=True, capture_output=True)
+    found, kept = (json.loads(p.read_text()) for p in (tmp_path / "found.json", FOLDER / "results/data_loading.json"))
+    assert found.keys() == kept.keys()
+    assert 0 < found["training"]["waiting_share"] < 1
+    assert [some["num_proc"] for some in found["tokenizing"]] == [1, 2]
