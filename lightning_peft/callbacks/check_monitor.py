@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from typing_extensions import override
 
 from lightning_peft.core.problems import nearest
@@ -30,9 +30,9 @@ class CheckMonitor(Callback):
         if stage != "fit" or validates or not self.monitor.startswith("val/"):
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if getattr(callback, "monitor", None) != self.monitor:
+            if not isinstance(callback, ModelCheckpoint | EarlyStopping) or callback.monitor != self.monitor:
                 continue
-            if not isinstance(callback, ModelCheckpoint) or callback.save_top_k not in (0, 1):
+            if isinstance(callback, EarlyStopping) or callback.save_top_k not in (0, 1):
                 raise ValueError(
                     f"{type(callback).__name__} goes by {self.monitor}, but no rows validate; give validation_files or "
                     "a validation_fraction above 0"

@@ -55,7 +55,7 @@ class RecordTraining(Callback):
         else:
             record = before
             record.up_to(step)
-        record.setup = self._setup(trainer)
+        record.setup = [*_task(pl_module), *self._setup(trainer)]
         record.versions = installed_versions()
         record.monitor = self._monitor(trainer)
         record.epoch_steps = _epoch_steps(trainer)
@@ -133,6 +133,15 @@ class RecordTraining(Callback):
             "seed": os.environ.get("PL_GLOBAL_SEED", ""),
         }
         return [[name, words] for name, words in found.items() if words]
+
+
+def _task(module: LightningModule) -> list[list[str]]:
+    """One of our tasks, with its options that are numbers, such as DPO's beta."""
+    config: dict[str, Any] = getattr(getattr(module, "task", None), "to_config", dict)()
+    if "name" not in config:
+        return []
+    numbers = [f"{k} {v:g}" for k, v in config.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    return [["task", f"{config['name']} ({', '.join(numbers)})" if numbers else str(config["name"])]]
 
 
 def told_of(summary: DataSummary) -> dict[str, Any]:

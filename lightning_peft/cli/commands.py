@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from transformers.utils.logging import disable_progress_bar
 
 from lightning_peft.analysis.data_page import NUMBERS, write_data_page
 from lightning_peft.analysis.data_report import print_data
@@ -46,6 +47,9 @@ def train(config: DictConfig) -> float | None:
     epochs = config.trainer.get("max_epochs")
     if epochs is not None and epochs != -1 and epochs < 1:
         raise ValueError(f"trainer.max_epochs must be 1 or more, or -1 for no end, but got {epochs}")
+    for option in ("max_steps", "limit_train_batches"):
+        if config.trainer.get(option) == 0:
+            raise ValueError(f"trainer.{option}=0 trains nothing; lightning-peft data and eval do without training")
     L.seed_everything(config.seed, workers=True, verbose=False)
     method = _method(config)
     data: RowDataModule = instantiate(config.data, _convert_="all")
@@ -63,6 +67,9 @@ def train(config: DictConfig) -> float | None:
     trainer.fit(module, data, ckpt_path=_existing(config.ckpt_path), weights_only=True)
     if trainer.state.status != "finished" or config.trainer.fast_dev_run:
         return None
+    for stopper in trainer.early_stopping_callbacks:
+        if stopper.stopping_reason_message is not None:
+            print(f"stopped early: {stopper.stopping_reason_message}")
     kept = getattr(trainer.checkpoint_callback, "best_model_path", "")
     best = Path(kept) if kept else None
     if best is not None:
@@ -145,6 +152,8 @@ def export(config: DictConfig) -> Path:
     folder = Path(config.to)
     if config.format == "merged":
         assert module.model is not None
+        if not sys.stderr.isatty():  # transformers draws its bars into files too
+            disable_progress_bar()
         module.model.eval()
         module.adapter.save_merged(folder, module.processing_class)
     elif consumer is not None:

@@ -185,8 +185,9 @@ def setup_section(training: TrainingRecord) -> str:
     """
     rows = [(name, words) for name, words in training.setup]
     if training.step:
-        epochs = f" ({training.step / training.epoch_steps:.3g} epochs)" if training.epoch_steps else ""
-        rows.append(("steps", f"{training.step:,}{epochs}"))
+        epochs = f"{training.step / training.epoch_steps:.3g}" if training.epoch_steps else ""
+        said = f" ({epochs} epoch{'s' * (epochs != '1')})" if epochs else ""
+        rows.append(("steps", f"{training.step:,}{said}"))
     if not rows:
         return ""
     before = f"The adapter had been trained for {training.earlier:,} steps before." if training.earlier else ""

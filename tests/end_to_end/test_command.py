@@ -191,6 +191,28 @@ def test_several_best_checkpoints_are_kept_and_the_best_of_them_is_exported(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chosen", "said", "kept"),
+    [
+        (["data.validation_fraction=0", "trainer.max_epochs=1"], "last checkpoint ", False),
+        (["trainer.max_steps=2"], "validation accuracy", True),
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=1e-9"],
+            "stopped early: Monitored metric val/accuracy did not improve in the last 1 records",
+            True,
+        ),
+    ],
+    ids=["no rows validate", "fewer steps than an epoch has", "stopped early"],
+)
+def test_a_run_ends_with_a_checkpoint_and_its_adapter(tmp_path, words, chosen, said, kept):
+    done = run(*words, "method=bitfit", *chosen, "hydra.run.dir=run", cwd=tmp_path)
+    assert said in done.stdout
+    assert (tmp_path / "run" / "adapter" / "README.md").exists()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert ("best/val/accuracy" in metrics) == kept
+
+
+@pytest.mark.slow
 def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path, words):
     chosen = ["-m", "method=bitfit,prompt_tuning", "trainer.max_epochs=1", "hydra.sweep.dir=sweep"]
     done = run(*words, *chosen, cwd=tmp_path)
@@ -384,6 +406,8 @@ def test_entries_of_dictionaries_and_options_of_swept_methods_are_given_like_any
         (["method.target_modules=[qurey]"], "'qurey' matches no module; did you mean 'query'"),
         (["trainer.max_epochs=0"], "trainer.max_epochs must be 1 or more, or -1 for no end, but got 0"),
         (["trainer.precision=bf16"], "trainer.precision=bf16 could be bf16-mixed (weights in 32 bits) or bf16-true"),
+        (["trainer.limit_train_batches=0"], "trainer.limit_train_batches=0 trains nothing"),
+        (["data.validation_fraction=0", "callbacks=early_stopping"], "EarlyStopping goes by val/accuracy, but no rows"),
         (["trainer.precision=16"], "trainer.precision=16 could be 16-mixed"),
         (["optimizer.lr=-1"], "optimizer.lr must be above 0, but got -1"),
         (["data=files", "data.train_files=empty.jsonl"], "empty.jsonl, line 2 has nothing in the column 'label'"),

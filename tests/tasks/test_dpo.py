@@ -273,6 +273,7 @@ def test_held_out_pairs_are_ordered_right_after_training_and_by_chance_before(fo
     said = t.predict(module, data)
     assert all(set(row) == {"completion"} for batch in said for row in batch)
     module.save_adapter(tmp_path / "adapter")
+    assert "| task | dpo (beta 0.1" in (tmp_path / "adapter" / "README.md").read_text()
     again = PeftModule.from_adapter(tmp_path / "adapter")
     assert again.task == DPO()
     assert trainer().predict(again, data) == said
