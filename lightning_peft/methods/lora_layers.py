@@ -19,6 +19,7 @@ from lightning_peft.methods.linear import is_readable, module_below, oriented, s
 from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import starting_factors
 from lightning_peft.ops.lora_linear import count, lora_linear
+from lightning_peft.ops.row_norms import row_norms
 
 if TYPE_CHECKING:
     from lightning_peft.methods.lora import LoRA
@@ -129,7 +130,8 @@ class LinearLayer(LowRank):
         if weight is not None and isinstance(base, Base):
             count("fused")
             bias = base.module._parameters["bias"]
-            return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale)
+            p = self.p if self.training else 0.0
+            return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
         count("plain")
         y: Tensor = base(x)
         seen = self.dropped(x).to(y.dtype)
@@ -150,7 +152,8 @@ class LinearLayer(LowRank):
 
     def _is_plain(self) -> bool:
         extra = self._parameters.keys() - {"lora_A", "lora_B"} or self._buffers.keys() - {"lora_A"}
-        return not extra and not (self.p and self.training)
+        # a compiled graph cannot set a generator back; its compiler draws masks again by itself
+        return not extra and not (self.p and self.training and torch.compiler.is_compiling())
 
     @staticmethod
     def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -177,8 +180,11 @@ class LinearLayer(LowRank):
 
     @torch.no_grad()
     def _norm(self, module: Module) -> Tensor:
-        norm: Tensor = (weight_of(module).to(self.lora_B.dtype) + self._difference()).norm(dim=1)
-        return norm
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
+        if "lora_A0" in self._buffers:
+            a, b = torch.cat([a, self.get_buffer("lora_A0")]), torch.cat([b, -self.get_buffer("lora_B0")], dim=1)
+        return row_norms(weight_of(module), a, b, self.scale)
 
     def deltas(self, module: Any) -> dict[str, Tensor]:
         """The change of the weight."""

@@ -1,6 +1,6 @@
 """A frozen linear layer and its low-rank change as one autograd function.
 
-``y = x W^T + b + s (x A^T) B^T`` with ``W: (out, in)``, ``A: (r, in)``, ``B: (out, r)`` (LoRA, arXiv 2106.09685).
+``y = x W^T + b + s (drop(x) A^T) B^T`` with ``W: (out, in)``, ``A: (r, in)``, ``B: (out, r)`` (LoRA, arXiv 2106.09685).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def count(path: str) -> None:
         calls[path] += 1
 
 
-def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def lora_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float = 0.0
+) -> Tensor:
     """The same in plain PyTorch; the fused function is held to it.
 
     Args:
@@ -36,25 +38,31 @@ def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Ten
         a: ``(r, in)``.
         b: ``(out, r)``.
         scale: the factor ``s`` on the change.
+        p: the share of the change's inputs that is dropped.
 
     Returns:
         ``(..., out)``.
     """
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, a), b) * scale
+    return F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, p), a), b) * scale
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Saves the input and the rank-sized product; adds the change into the output without a full-size temporary."""
+    """Saves the input and the rank-sized product; adds the change into the output without a full-size temporary.
+
+    What dropout left of the input is not saved: the backward pass draws the same mask again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        ctx.generator = _generator_state(x.device) if p else None
+        h = (F.dropout(rows, p) if p else rows) @ a.T
         y = F.linear(rows, weight, bias)
-        h = rows @ a.T
         y.addmm_(h, b.T, alpha=scale)
         ctx.save_for_backward(rows, weight, a, b, h)
-        ctx.scale = scale
-        ctx.shape = x.shape
+        ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -63,16 +71,45 @@ class _LoRALinear(torch.autograd.Function):
         rows, weight, a, b, h = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         gb = g @ b
+        mask = _mask_again(rows, ctx.p, ctx.generator) if ctx.p else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (g @ weight).addmm_(gb, a, alpha=ctx.scale).view(ctx.shape)
+            grad_x = g @ weight
+            if mask is None:
+                grad_x.addmm_(gb, a, alpha=ctx.scale)
+            else:
+                grad_x.addcmul_(gb @ a, mask, value=ctx.scale)
+            grad_x = grad_x.view(ctx.shape)
         grad_bias = g.sum(0) if ctx.needs_input_grad[2] else None
-        grad_a = gb.T @ rows * ctx.scale if ctx.needs_input_grad[3] else None
+        grad_a = None
+        if ctx.needs_input_grad[3]:
+            grad_a = gb.T @ (rows if mask is None else mask.mul_(rows)) * ctx.scale
         grad_b = g.T @ h * ctx.scale if ctx.needs_input_grad[4] else None
-        return grad_x, None, grad_bias, grad_a, grad_b, None
+        return grad_x, None, grad_bias, grad_a, grad_b, None, None
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _generator_state(device: torch.device) -> Tensor:
+    """Where the random numbers of a device stand; asking waits for nothing."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = getattr(torch, device.type).get_rng_state(device)
+    return state
+
+
+def _mask_again(rows: Tensor, p: float, state: Tensor) -> Tensor:
+    """The factors that dropout drew from there, ``0`` and ``1 / (1 - p)``; the generators stay as they are."""
+    kind = rows.device.type
+    with torch.random.fork_rng([] if kind == "cpu" else [rows.device], device_type="cuda" if kind == "cpu" else kind):
+        if kind == "cpu":
+            torch.set_rng_state(state)
+        else:
+            getattr(torch, kind).set_rng_state(state, rows.device)
+        return F.dropout(torch.ones_like(rows), p)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float = 0.0
+) -> Tensor:
     """A frozen linear layer plus its low-rank change, fused.
 
     The tensors are cast to the compute dtype, autocast's or the input's, so that what is kept for the backward
@@ -85,6 +122,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
         a: ``(r, in)``.
         b: ``(out, r)``.
         scale: the factor ``s`` on the change.
+        p: the share of the change's inputs that is dropped, from 0 up to but not including 1. What is drawn is what
+            ``torch.nn.functional.dropout`` draws.
 
     Returns:
         ``(..., out)`` in the compute dtype.
@@ -93,12 +132,13 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return _apply(x.to(dtype), weight, bias, a, b, scale)
-    return _apply(x, weight, bias, a, b, scale)
+            return _apply(x.to(dtype), weight, bias, a, b, scale, p)
+    return _apply(x, weight, bias, a, b, scale, p)
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
     dtype = x.dtype
     bias = None if bias is None else bias.to(dtype)
-    out: Tensor = _LoRALinear.apply(x, weight.to(dtype), bias, a.to(dtype), b.to(dtype), scale)  # type: ignore[no-untyped-call]
+    factors = a.to(dtype), b.to(dtype)
+    out: Tensor = _LoRALinear.apply(x, weight.to(dtype), bias, *factors, scale, p)  # type: ignore[no-untyped-call]
     return out

@@ -17,12 +17,15 @@ def _tensors(dtype=torch.float64, bias=True):
     return make(2, 3, 5), make(4, 5).detach(), make(4) if bias else None, make(2, 5), make(4, 2)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_are_those_of_the_reference(bias):
+def test_values_and_gradients_are_those_of_the_reference(bias, p):
     results = []
     for function in (lora_linear, lora_linear_reference):
         x, w, b, a, up = _tensors(bias=bias)
-        y = function(x, w, b, a, up, 1.7)
+        torch.manual_seed(3)
+        y = function(x, w, b, a, up, 1.7, p)
+        torch.manual_seed(4)  # the mask is that of the forward pass, whatever is drawn in between
         y.pow(2).sum().backward()
         results.append([y, x.grad, a.grad, up.grad, b.grad if bias else y])
     for one, other in zip(*results, strict=True):
@@ -32,6 +35,25 @@ def test_values_and_gradients_are_those_of_the_reference(bias):
 def test_gradients_are_those_of_finite_differences():
     x, w, b, a, up = _tensors()
     assert torch.autograd.gradcheck(lambda x, b, a, up: lora_linear(x, w, b, a, up, 0.3), (x, b, a, up))
+
+
+def test_the_backward_pass_of_dropout_draws_nothing_from_the_generator():
+    x, w, b, a, up = _tensors()
+    y = lora_linear(x, w, b, a, up, 0.3, 0.5)
+    before = torch.get_rng_state()
+    y.sum().backward()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_with_dropout_nothing_is_kept_for_the_backward_pass_that_is_not_kept_without():
+    kept = []
+    for p in (0.0, 0.5):
+        saved = []
+        x, w, b, a, up = _tensors()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            lora_linear(x, w, b, a, up, 0.3, p)
+        kept.append([t.shape for t in saved])
+    assert kept[0] == kept[1]
 
 
 def test_sixteen_bit_inputs_keep_sixteen_bit_tensors_for_the_backward_pass():
