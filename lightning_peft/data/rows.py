@@ -237,7 +237,11 @@ class RowDataModule(ConnectedDataModule, ABC):
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation rows, in order; an empty list where all rows are trained on."""
-        return self._in_order("validation", training=True) if "validation" in self._features else []
+        if "validation" in self._features:
+            return self._in_order("validation", training=True)
+        # Lightning asks whether that was the intention; somebody has asked for it
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return []
 
     @override
     def test_dataloader(self) -> DataLoader[Any]:

@@ -110,7 +110,7 @@ def test_the_weights_of_a_checkpoint_have_the_numbers_of_their_step(module, data
         record = loaded.adapter.tree.record.training
         assert (record.step, record.reached["val/loss"], record.last_step) == (step, loss, step)
         text = (loaded.save_adapter(tmp_path / str(step)) / "README.md").read_text()
-        assert f"| steps | {step} ({step // 4} epochs) |" in text
+        assert f"| steps | {step} ({'1 epoch' if step == 4 else '2 epochs'}) |" in text
         assert "From `texts.jsonl`" in text
 
 
@@ -140,7 +140,7 @@ def test_a_test_run_is_on_the_card(module, data, trainer, tmp_path):
     it = module()
     run = trainer()
     run.fit(it, data())
-    (found,) = run.test(it, data(), verbose=False)
+    (found,) = run.test(it, data(test_files=tmp_path / "texts.jsonl"), verbose=False)
     card = ModelCard.load(it.save_adapter(tmp_path / "out") / "README.md")
     assert f"| test accuracy | {found['test/accuracy']:.4g} |" in card.text
     assert {r.dataset_split for r in card.data.eval_results} == {"validation", "test"}
