@@ -95,8 +95,8 @@ def read_file(path: Path, *, whole_texts: bool = False) -> Iterator[Example]:
         whole_texts: take a ``.txt`` file as one row; otherwise each of its lines is one.
 
     Yields:
-        The rows in order. A JSON object a line, or one list of objects; a table's rows by its header; of a plain text
-        the column is ``text``.
+        The rows in order. A JSON object a line, or one list of objects, or one object; a table's rows by its header; of
+        a plain text the column is ``text``.
 
     Raises:
         ValueError: if the file as a whole cannot be read.
@@ -145,6 +145,10 @@ def _read_json(path: Path, file: Iterable[str], *, lines: bool) -> Iterator[Exam
         if text.lstrip().startswith("["):
             yield from _read_list(path, text)
             return
+        if (alone := _one_object(text)) is not None:
+            half = _half_a_character(alone)
+            yield _object(alone, f"{path}, row 1", half and (_wrong_encoding(text) or half))
+            return
         file = io.StringIO(text)  # at line feeds alone: a string may hold what else Unicode calls a line's end
     for number, line in enumerate(file, start=1):
         if not line.strip():
@@ -159,6 +163,14 @@ def _read_json(path: Path, file: Iterable[str], *, lines: bool) -> Iterator[Exam
             else:
                 problem = _half_a_character(value) if "\\u" in line else ""
         yield _object(value, place, problem)
+
+
+def _one_object(text: str) -> Any:
+    """What a text holds that is a single object, over several lines perhaps; None where it is lines or broken."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
 
 
 def _half_a_character(value: Any) -> str:

@@ -62,6 +62,11 @@ def test_a_plain_text_is_a_row_a_line_or_one_row(write):
     assert _read(path, whole_texts=True) == [{"text": "one\n\ntwo\r\n"}]
 
 
+def test_one_object_over_several_lines_is_one_row(write):
+    assert _read(write("one.json", json.dumps(ROWS[0], indent=2))) == ROWS[:1]
+    assert _read(write("line.json", json.dumps(ROWS[0]))) == ROWS[:1]
+
+
 def test_a_string_may_hold_what_unicode_calls_a_line_end(write):
     rows = [{"text": "a\u2028b\x85c"}, {"text": "\U0001f600"}]
     for name in ("a.json", "a.jsonl"):
