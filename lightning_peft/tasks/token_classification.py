@@ -15,6 +15,7 @@ from lightning_peft.core.problems import raise_problems
 from lightning_peft.tasks.class_names import ClassNumbers, class_name, in_order, readable
 from lightning_peft.tasks.columns import Columns
 from lightning_peft.tasks.entities import OUTSIDE, EntityScores, entities, mark_entities
+from lightning_peft.tasks.labelled import named_classes
 from lightning_peft.tasks.padding import IGNORED, pad, pad_inputs
 from lightning_peft.tasks.word_pieces import first_pieces
 
@@ -49,16 +50,10 @@ class TokenClassification:
 
     def __post_init__(self) -> None:
         self._given = self.labels is not None
-        if self.labels is not None:
-            self.labels = [class_name(label) for label in self.labels]
-            twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
-            raise_problems(
-                "TokenClassification",
-                [
-                    f"labels names {twice[0]!r} twice" if twice else None,
-                    f"labels needs two tags or more, but got {self.labels}" if len(self.labels) < 2 else None,
-                ],
-            )
+        self.labels, wrong = named_classes(self.labels)
+        if self.labels is not None and len(self.labels) == 1:
+            wrong.append(f"labels needs two tags or more, but got {self.labels}")
+        raise_problems("TokenClassification", wrong)
 
     def to_config(self) -> dict[str, Any]:
         """The task's name and tags as plain values."""
