@@ -18,7 +18,7 @@ from lightning_peft.core.problems import raise_problems
 from lightning_peft.methods.linear import is_readable, module_below, oriented, sizes, weight_of
 from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import starting_factors
-from lightning_peft.ops.lora_linear import count, lora_linear
+from lightning_peft.ops.lora_linear import can_draw_again, count, lora_linear
 from lightning_peft.ops.row_norms import row_norms
 
 if TYPE_CHECKING:
@@ -126,11 +126,12 @@ class LinearLayer(LowRank):
         """
         if self.awaits_data and self.training:
             self._require_data()
-        weight = base.plain_weight(x) if isinstance(base, Base) and self._is_plain() else None
+        p = self.p if self.training else 0.0
+        fused = self._is_plain() and (not p or can_draw_again(x.device))
+        weight = base.plain_weight(x) if isinstance(base, Base) and fused else None
         if weight is not None and isinstance(base, Base):
             count("fused")
             bias = base.module._parameters["bias"]
-            p = self.p if self.training else 0.0
             return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
         count("plain")
         y: Tensor = base(x)
@@ -151,9 +152,7 @@ class LinearLayer(LowRank):
             raise RuntimeError(UNSEEN)
 
     def _is_plain(self) -> bool:
-        extra = self._parameters.keys() - {"lora_A", "lora_B"} or self._buffers.keys() - {"lora_A"}
-        # a compiled graph cannot set a generator back; its compiler draws masks again by itself
-        return not extra and not (self.p and self.training and torch.compiler.is_compiling())
+        return not (self._parameters.keys() - {"lora_A", "lora_B"} or self._buffers.keys() - {"lora_A"})
 
     @staticmethod
     def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -88,22 +88,28 @@ class _LoRALinear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_a, grad_b, None, None
 
 
+def can_draw_again(device: torch.device) -> bool:
+    """Whether the backward pass can draw dropout's mask as the forward pass has drawn it.
+
+    Args:
+        device: of the input. A compiled graph can set no generator back; its compiler draws masks again by itself.
+    """
+    return device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
+
+
 def _generator_state(device: torch.device) -> Tensor:
     """Where the random numbers of a device stand; asking waits for nothing."""
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    state: Tensor = getattr(torch, device.type).get_rng_state(device)
-    return state
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
 
 
 def _mask_again(rows: Tensor, p: float, state: Tensor) -> Tensor:
     """The factors that dropout drew from there, ``0`` and ``1 / (1 - p)``; the generators stay as they are."""
-    kind = rows.device.type
-    with torch.random.fork_rng([] if kind == "cpu" else [rows.device], device_type="cuda" if kind == "cpu" else kind):
-        if kind == "cpu":
+    on_cpu = rows.device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [rows.device]):
+        if on_cpu:
             torch.set_rng_state(state)
         else:
-            getattr(torch, kind).set_rng_state(state, rows.device)
+            torch.cuda.set_rng_state(state, rows.device)
         return F.dropout(torch.ones_like(rows), p)
 
 
@@ -122,8 +128,8 @@ def lora_linear(
         a: ``(r, in)``.
         b: ``(out, r)``.
         scale: the factor ``s`` on the change.
-        p: the share of the change's inputs that is dropped, from 0 up to but not including 1. What is drawn is what
-            ``torch.nn.functional.dropout`` draws.
+        p: the share of the change's inputs that is dropped, from 0 up to but not including 1; above 0 only where
+            `can_draw_again`. What is drawn is what ``torch.nn.functional.dropout`` draws.
 
     Returns:
         ``(..., out)`` in the compute dtype.
