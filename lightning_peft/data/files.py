@@ -142,12 +142,9 @@ def _wrong_encoding(text: str) -> str:
 def _read_json(path: Path, file: Iterable[str], *, lines: bool) -> Iterator[Example]:
     if not lines:
         text = "".join(file)
-        if text.lstrip().startswith("["):
-            yield from _read_list(path, text)
-            return
-        if (alone := _one_object(text)) is not None:
-            half = _half_a_character(alone)
-            yield _object(alone, f"{path}, row 1", half and (_wrong_encoding(text) or half))
+        values = _list_in(path, text)
+        if values is not None:
+            yield from _in_list(path, text, values)
             return
         file = io.StringIO(text)  # at line feeds alone: a string may hold what else Unicode calls a line's end
     for number, line in enumerate(file, start=1):
@@ -165,12 +162,15 @@ def _read_json(path: Path, file: Iterable[str], *, lines: bool) -> Iterator[Exam
         yield _object(value, place, problem)
 
 
-def _one_object(text: str) -> Any:
-    """What a text holds that is a single object, over several lines perhaps; None where it is lines or broken."""
+def _list_in(path: Path, text: str) -> list[Any] | None:
+    """The rows of a list, or of one object, over several lines perhaps; None where each line is for itself."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("["):
+            raise ValueError(f"{path}, line {error.lineno} is no JSON: {error.msg} at column {error.colno}") from error
         return None
+    return value if isinstance(value, list) else [value]
 
 
 def _half_a_character(value: Any) -> str:
@@ -180,11 +180,7 @@ def _half_a_character(value: Any) -> str:
     return ""
 
 
-def _read_list(path: Path, text: str) -> Iterator[Example]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno} is no JSON: {error.msg} at column {error.colno}") from error
+def _in_list(path: Path, text: str, values: list[Any]) -> Iterator[Example]:
     raw = _wrong_encoding(text)
     for number, value in enumerate(values, start=1):
         half = _half_a_character(value)

@@ -34,7 +34,8 @@ def from_dataset(name: str, split: str, *, streaming: bool = False) -> Iterator[
 
     Args:
         name: the folder, or ``"owner/name"``, or ``"owner/name:configuration"``.
-        split: ``"train"``, ``"validation"`` or ``"test"``, or what `datasets` takes for the same, such as ``"dev"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``; in the data its name may be another that `datasets` takes
+            for the same, such as ``"dev"``.
         streaming: read the hub's files as they come instead of fetching all first.
 
     Returns:
@@ -65,8 +66,8 @@ def from_dataset(name: str, split: str, *, streaming: bool = False) -> Iterator[
             ) from error
     if not isinstance(loaded, dict):
         loaded = {"train": loaded}
-    named = next((n for n in SPLIT_KEYWORDS[split] if n in loaded), None)
-    return None if named is None else from_rows(loaded[named], f"{name}, {named}")
+    found = next((n for n in SPLIT_KEYWORDS[split] if n in loaded), None)
+    return None if found is None else from_rows(loaded[found], f"{name}, {found}")
 
 
 def named(

@@ -165,10 +165,6 @@ class Chat:
         counts = np.any([(begins >= start) & (begins < end) for start, end in spans], axis=0)
         return ids.tolist(), np.where(counts, ids, IGNORED).tolist()
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, **AS_IT_IS)["input_ids"]
-        return ids
-
     def encode_prompt(self, messages: list[Message], tools: Any = None) -> list[int]:
         """A conversation that is to be answered, as token ids.
 
@@ -180,6 +176,10 @@ class Chat:
             ValueError: as `text`.
         """
         return self._encode(self.text(messages, tools, prompt=True))
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, **AS_IT_IS)["input_ids"]
+        return ids
 
     def _marked(self, messages: list[Message], tools: Any) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template

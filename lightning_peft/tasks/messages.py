@@ -11,17 +11,6 @@ Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 
-# as others call them; templates know the four alone
-_OTHER_NAMES = {
-    "developer": "system",
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function": "tool",
-    "ipython": "tool",
-}
-
 _SHAREGPT = {
     "system": "system",
     "human": "user",
@@ -34,6 +23,8 @@ _SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
+# roles as others call them; templates know the four alone
+_OTHER_NAMES = {**_SHAREGPT, "developer": "system", "bot": "assistant", "function": "tool", "ipython": "tool"}
 
 
 def read_messages(value: Any, column: str = "messages") -> list[Message]:
