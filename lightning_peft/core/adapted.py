@@ -81,11 +81,24 @@ class Base:
         if self.cls is not Linear or self.instance_forward is not None:
             return None
         weight = self.module._parameters.get("weight")
-        if type(weight) is not Parameter or weight.requires_grad or weight.device != x.device:
-            return None
-        if "weight" in self.in_place or weight.layout is not torch.strided:
-            return None
-        return weight
+        frozen = is_frozen_here(weight) and "weight" not in self.in_place
+        return weight if frozen and weight is not None and weight.device == x.device else None
+
+
+def is_frozen_here(weight: Tensor | None) -> bool:
+    """Whether a weight is a dense one of this process that does not train."""
+    return type(weight) is Parameter and not weight.requires_grad and weight.layout is torch.strided
+
+
+def is_frozen_linear(module: Module) -> bool:
+    """Whether a module is a Linear as PyTorch has it, not adapted, watched or replaced, whose parameters rest.
+
+    Args:
+        module: any module.
+    """
+    if type(module) is not Linear or "forward" in module.__dict__ or module._forward_hooks:
+        return False
+    return is_frozen_here(module.weight) and (module.bias is None or is_frozen_here(module.bias))
 
 
 def innermost(base: Callable[..., Any]) -> Base:

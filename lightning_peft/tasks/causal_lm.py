@@ -12,10 +12,10 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.tasks.columns import Columns
+from lightning_peft.tasks.counted import Counted
 from lightning_peft.tasks.language_model import (
     NextToken,
     before_text,
-    counted,
     end_of_text,
     without_beginning,
     write,
@@ -30,7 +30,13 @@ class CausalLM(NextToken):
     A block's first token is the last one of the block before, so that every token of every text is predicted exactly
     once, from what stands before it in its block; the last block may be short. Validation and test run in the same
     blocks. A model may look across the end of a text into the one before, as in pretraining.
+
+    Args:
+        all_logits: whether logits are computed for all tokens, as the model does by itself, not only for those that
+            the loss counts and in chunks. Results are the same; it takes more memory and time.
     """
+
+    all_logits: bool = False
 
     columns: ClassVar[tuple[Columns, ...]] = (Columns(("text",)),)
     whole_texts: ClassVar[bool] = True
@@ -94,10 +100,10 @@ class CausalLM(NextToken):
         """The share of tokens that the model would have written itself, and how many bytes a token stands for."""
         return MetricCollection({"token_accuracy": MeanMetric(), "bytes_per_token": MeanMetric()}, compute_groups=False)
 
-    def update(self, metrics: MetricCollection, outputs: Any, batch: dict[str, Any]) -> None:
+    def update(self, metrics: MetricCollection, outputs: Counted, batch: dict[str, Any]) -> None:
         """Adds a batch to the metrics."""
         super().update(metrics, outputs, batch)
-        tokens = counted(outputs.logits, batch["labels"])[1].numel()
+        tokens = outputs.labels.numel()
         metrics["bytes_per_token"].update(batch["bytes"].sum() / max(tokens, 1), weight=tokens)
 
     def predict(self, model: Any, batch: dict[str, Any], tokenizer: Any, **generation: Any) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from lightning_peft.core.mode import evaluating
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.tasks.columns import Columns
 from lightning_peft.tasks.conversing import Conversing
+from lightning_peft.tasks.counted import counted
 from lightning_peft.tasks.language_model import write
 from lightning_peft.tasks.padding import IGNORED, pad, pad_inputs
 from lightning_peft.tasks.preferences import pair_of, prompt_of
@@ -57,6 +58,8 @@ class DPO(Conversing):
             below 0.5.
         chat_template: the form of conversations: ``"chatml"``, ``"zephyr"`` or ``"alpaca"``, a ``.jinja`` file, or
             Jinja; after construction it is the template's text. None takes the tokenizer's own.
+        all_logits: whether logits are computed for all tokens, as the model does by itself, not only for those that
+            the loss counts and in chunks. Results are the same; it takes more memory and time.
 
     Raises:
         ValueError: if an option is out of its range, or the template's name is unknown.
@@ -67,6 +70,7 @@ class DPO(Conversing):
     loss_type: LossType = "sigmoid"
     label_smoothing: float = 0.0
     chat_template: str | None = None
+    all_logits: bool = False
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
@@ -98,8 +102,10 @@ class DPO(Conversing):
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The task's name and options as plain values."""
-        return {"name": "dpo", **asdict(self)}
+        """The task's name and what is learnt, as plain values."""
+        options = asdict(self)
+        del options["all_logits"]
+        return {"name": "dpo", **options}
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: a language model's head has the vocabulary's size."""
@@ -168,12 +174,10 @@ class DPO(Conversing):
         return LogRatios(*ratios.chunk(2))
 
     def _log_likelihoods(self, model: Any, batch: dict[str, Any]) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        ahead = batch["labels"][:, 1:]
-        where = ahead != IGNORED
-        lost = F.cross_entropy(logits[:, :-1][where].float(), ahead[where], reduction="none")
-        rows = where.nonzero()[:, 0]
-        return -lost.new_zeros(len(ahead)).index_add(0, rows, lost)
+        said = counted(model, batch, all_logits=self.all_logits)
+        rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
+        lost = said.losses()
+        return -lost.new_zeros(len(batch["labels"])).index_add(0, rows, lost)
 
     def loss(self, outputs: LogRatios, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The sum of the pairs' losses and the number of pairs."""

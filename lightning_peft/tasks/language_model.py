@@ -7,19 +7,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from lightning_peft.tasks.padding import IGNORED, pad_token
+from lightning_peft.tasks.counted import Counted, counted
+from lightning_peft.tasks.padding import pad_token
 
 
 class NextToken:
-    """Cross-entropy of the tokens that count, each predicted from those before it."""
+    """Cross-entropy of the tokens that count, each predicted from those before it.
+
+    Attributes:
+        all_logits: whether logits are computed for all tokens, not for those alone that count.
+    """
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     monitor: ClassVar[str] = "val/loss"
     mode: ClassVar[str] = "min"
+    all_logits: bool
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: a language model's head has the vocabulary's size."""
@@ -28,20 +33,17 @@ class NextToken:
     def learn_from(self, rows: list[dict[str, Any]]) -> None:
         """Nothing: the task knows all that it needs."""
 
-    def outputs(self, model: Any, batch: dict[str, Any]) -> Any:
-        """What the model says to a batch; the loss is taken outside of it, so that it can be summed."""
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    def outputs(self, model: Any, batch: dict[str, Any]) -> Counted:
+        """What the model says about the tokens that count; the loss is taken outside of it, to be summed."""
+        return counted(model, batch, all_logits=self.all_logits)
 
-    def loss(self, outputs: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy and the number of tokens that count; logits are ``(batch, tokens, vocabulary)``."""
-        logits, labels = counted(outputs.logits, batch["labels"])
-        total = F.cross_entropy(logits.float(), labels, reduction="sum")
-        return total, torch.tensor(labels.numel(), device=labels.device)
+    def loss(self, outputs: Counted, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy and the number of tokens that count."""
+        return outputs.total(), torch.tensor(outputs.labels.numel(), device=outputs.labels.device)
 
-    def update(self, metrics: MetricCollection, outputs: Any, batch: dict[str, Any]) -> None:
+    def update(self, metrics: MetricCollection, outputs: Counted, batch: dict[str, Any]) -> None:
         """Adds a batch to the share of tokens that the model would have written itself."""
-        logits, labels = counted(outputs.logits, batch["labels"])
-        metrics["token_accuracy"].update((logits.argmax(-1) == labels).float())
+        metrics["token_accuracy"].update((outputs.logits.argmax(-1) == outputs.labels).float())
 
     def from_loss(self, loss: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Perplexity, and bits a byte where the bytes were counted.
@@ -54,13 +56,6 @@ class NextToken:
         if "bytes_per_token" in values:
             found["bits_per_byte"] = loss / math.log(2) / values["bytes_per_token"]
         return found
-
-
-def counted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and labels where a token is predicted that counts: ``(counted, vocabulary)``, ``(counted,)``."""
-    ahead = labels[:, 1:]
-    where = ahead != IGNORED
-    return logits[:, :-1][where], ahead[where]
 
 
 def before_text(tokenizer: Any) -> list[int]:

@@ -37,6 +37,8 @@ class SupervisedFineTuning(Conversing, NextToken):
             Jinja; after construction it is the template's text. None takes the tokenizer's own.
         predict_with_generate: whether validation and test also write the last answer of every row and compare it with
             the expected one (exact match, BLEU, chrF, ROUGE). Off by default, since writing takes many times as long.
+        all_logits: whether logits are computed for all tokens, as the model does by itself, not only for those that
+            the loss counts and in chunks. Results are the same; it takes more memory and time.
 
     Raises:
         ValueError: if the template's name is unknown.
@@ -45,6 +47,7 @@ class SupervisedFineTuning(Conversing, NextToken):
 
     chat_template: str | None = None
     predict_with_generate: bool = False
+    all_logits: bool = False
 
     columns: ClassVar[tuple[Columns, ...]] = (
         Columns(("prompt",), ("completion",), ("tools",)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_peft import CausalLM, LoRA, PeftModule, TextDataModule
+from lightning_peft.tasks.counted import of_logits
 
 TEXTS = ["The cat sat.", "Grüße, 你好 🦊! " * 5, "  two  spaces ", "a"]
 
@@ -81,7 +81,7 @@ def test_the_metrics_are_those_of_all_texts_whatever_the_batches(tokenizer):
         metrics, total, count = task.metrics(), 0.0, 0
         for i in range(0, len(blocks), size):
             batch = task.collate(blocks[i : i + size], tokenizer, training=True)
-            outputs = SimpleNamespace(logits=table[batch["input_ids"]])
+            outputs = of_logits(table[batch["input_ids"]], batch["labels"])
             task.update(metrics, outputs, batch)
             part, n = task.loss(outputs, batch)
             total, count = total + part.item(), count + int(n)

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -14,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lightning_peft import LoRA, PeftModule, SupervisedFineTuning, TextDataModule
+from lightning_peft.tasks.counted import of_logits
 from lightning_peft.tasks.messages import read_messages, read_sharegpt
 
 
@@ -55,7 +55,7 @@ def test_the_loss_is_the_sum_that_transformers_means(tokenizer, build):
     labels[:, :4] = -100
     labels[1, 6:] = -100
     outputs = model(input_ids=ids, labels=labels)
-    total, count = SupervisedFineTuning().loss(SimpleNamespace(logits=outputs.logits), {"labels": labels})
+    total, count = SupervisedFineTuning().loss(of_logits(outputs.logits, labels), {"labels": labels})
     assert int(count) == 4 + 2 + 4
     torch.testing.assert_close(total / count, outputs.loss)
 

@@ -1,0 +1,219 @@
+"""What a language model says about the tokens that count: no logits are computed for the others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn import functional as F
+
+from lightning_peft.core.activation import active_adapters
+from lightning_peft.core.adapted import is_frozen_linear
+from lightning_peft.core.adapters import adapters_of
+from lightning_peft.core.probing import probing
+from lightning_peft.tasks.padding import IGNORED
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+Way = Literal["hidden", "logits", "all"]
+
+_CHUNK = 2**24  # logits that exist at a time while a model is trained, 64 MiB of them in float32
+_PROBED = (2, 8)  # rows and tokens of a batch on which the ways are compared
+_ways: WeakKeyDictionary[Module, dict[tuple[Any, ...], Way]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class LogitsAt:
+    """Logits of the tokens that count.
+
+    Attributes:
+        logits: ``(counted, vocabulary)``.
+        labels: ``(counted,)``.
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+    def losses(self) -> Tensor:
+        """Each token's cross-entropy, ``(counted,)``."""
+        return F.cross_entropy(_wide(self.logits), self.labels, reduction="none")
+
+    def total(self) -> Tensor:
+        """The sum of the tokens' cross-entropies."""
+        return F.cross_entropy(_wide(self.logits), self.labels, reduction="sum")
+
+
+@dataclass(frozen=True)
+class HiddenAt:
+    """What the head reads of the tokens that count: the loss is taken in chunks, and logits are made on demand.
+
+    Attributes:
+        hidden: ``(counted, hidden)``.
+        labels: ``(counted,)``.
+        weight: of the head, ``(vocabulary, hidden)``.
+        bias: of the head, ``(vocabulary,)``, or None.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def logits(self) -> Tensor:
+        """``(counted, vocabulary)``."""
+        return F.linear(self.hidden, self.weight, self.bias)
+
+    def losses(self) -> Tensor:
+        """Each token's cross-entropy, ``(counted,)``."""
+        return _wide(self._chunked("none"))
+
+    def total(self) -> Tensor:
+        """The sum of the tokens' cross-entropies."""
+        # in 16 bits a sum would keep three digits, and so what is logged
+        return self.losses().sum() if self._dtype.itemsize < 4 else self._chunked("sum")
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        kind = self.hidden.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.hidden.dtype
+
+    def _chunked(self, reduction: str) -> Tensor:
+        if not len(self.labels):
+            return self.hidden.sum() if reduction == "sum" else self.hidden.sum(1)
+        hidden, weight = self.hidden.to(self._dtype), self.weight.to(self._dtype)
+        bias = None if self.bias is None else self.bias.to(self._dtype)
+        rows = min(len(hidden), max(1, _CHUNK // len(weight)))
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear_cross_entropy(
+                hidden, weight, self.labels, linear_bias=bias, reduction=reduction, options=options
+            )
+
+
+Counted = LogitsAt | HiddenAt
+
+
+def of_logits(logits: Tensor, labels: Tensor) -> LogitsAt:
+    """What a model's logits say about the tokens that count, each predicted from those before it.
+
+    Args:
+        logits: ``(batch, tokens, vocabulary)``.
+        labels: ``(batch, tokens)``, -100 where a token does not count.
+    """
+    ahead = labels[:, 1:]
+    where = ahead != IGNORED
+    return LogitsAt(logits[:, :-1][where], ahead[where])
+
+
+def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False) -> Counted:
+    """Runs a causal language model with its head on the tokens that count alone.
+
+    A head that is a plain frozen Linear is left out and its weight read; any other head is called with those tokens
+    only. Which of the two gives the model's own logits, or neither where something comes behind the head that needs
+    them all, is tried on a few tokens of the first batch, with other values in the adapter: at its start it may do
+    nothing.
+
+    Args:
+        model: a Hugging Face model with a language model's head.
+        batch: ``input_ids``, ``attention_mask`` or ``position_ids``, and ``labels``, which are -100 where a token does
+            not count, all ``(batch, tokens)``.
+        all_logits: computes those of all tokens, as the model does by itself.
+
+    Returns:
+        What it says there.
+    """
+    inputs, labels = {name: batch[name] for name in _INPUTS if name in batch}, batch["labels"]
+    way = "all" if all_logits else _way(model, inputs)
+    if way == "all":
+        return of_logits(model(**inputs).logits, labels)
+    head = model.get_output_embeddings()
+    ahead = labels[:, 1:]
+    where = ahead != IGNORED
+    tokens, read = labels.shape[1], list[Tensor]()
+
+    def at_labels(hidden: Tensor) -> Tensor:
+        # virtual tokens stand before the text
+        read.append(hidden[:, -tokens:][:, :-1][where])
+        return hidden[:, :0] if way == "hidden" else read[0].unsqueeze(0)
+
+    with _before(head, at_labels):
+        outputs = model(**inputs)
+    if way == "logits":
+        return LogitsAt(outputs.logits.squeeze(0), ahead[where])
+    return HiddenAt(read[0], ahead[where], head.weight, head.bias)
+
+
+@contextmanager
+def _before(head: Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Changes what the head is given, in this thread alone: another one may be serving the model."""
+    here = threading.get_ident()
+
+    def changed(_: Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (change(args[0]), *args[1:]) if args and threading.get_ident() == here else None
+
+    handle = head.register_forward_pre_hook(changed)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _way(model: Any, inputs: dict[str, Any]) -> Way:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        return "all"  # a compiled graph takes no hook that comes and goes
+    active = active_adapters(model) if adapters_of(model) is not None else ()
+    key = (type(head), is_frozen_linear(head), active)
+    ways = _ways.setdefault(model, {})
+    if key not in ways:
+        ways[key] = _tried(model, head, inputs)
+    return ways[key]
+
+
+def _tried(model: Any, head: Module, inputs: dict[str, Any]) -> Way:
+    """The first way that gives the model's own logits on a few tokens."""
+    few = {k: v[: _PROBED[0], : _PROBED[1]] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    read = list[Tensor]()
+
+    def noted(hidden: Tensor) -> Tensor:
+        read.append(hidden)
+        return hidden
+
+    def flat(hidden: Tensor) -> Tensor:
+        return hidden.flatten(0, 1).unsqueeze(0)
+
+    with probing(model):
+        with _before(head, noted):
+            own = model(**few).logits
+        if len(read) != 1 or read[0].dim() != 3:
+            return "all"
+        hidden = read[0][:, -own.shape[1] :]
+        if _readable(head, hidden) and _agree(F.linear(hidden, head.weight, head.bias), own):  # type: ignore[arg-type]
+            return "hidden"
+        if read[0].shape[1] != own.shape[1]:
+            return "all"
+        with _before(head, flat):
+            some = model(**few).logits
+        return "logits" if _agree(some, flat(own)) else "all"
+
+
+def _readable(head: Module, hidden: Tensor) -> bool:
+    return is_frozen_linear(head) and head.weight.device == hidden.device
+
+
+def _agree(found: Tensor, own: Tensor) -> bool:
+    if found.shape != own.shape:
+        return False
+    exact = 1e-4 if found.dtype.itemsize >= 4 else 2e-2
+    return bool((found.double() - own.double()).norm() <= exact * own.double().norm())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
