@@ -46,6 +46,7 @@ from lightning_peft.tasks.optimization import (
     make_schedule,
     spoken_schedule,
 )
+from lightning_peft.tasks.packing import packs
 from lightning_peft.tasks.task import Checking, Templated, Writing
 from lightning_peft.tasks.token_mean import TokenMean
 
@@ -144,6 +145,15 @@ class PeftModule(EvaluatedModule):
         if self.model is None:
             raise RuntimeError("the model is not built yet; call configure_model(), which Trainer does")
         return Adapter(self.model)
+
+    @property
+    def runs_without_padding(self) -> bool:
+        """Whether the rows of a training batch are packed: the task allows it, and the adapted model keeps them apart.
+
+        Raises:
+            RuntimeError: if the model is not built yet.
+        """
+        return bool(getattr(self.task, "packing", False)) and packs(self.adapter.model)
 
     @override
     def configure_model(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict
 
 from lightning_peft.core.problems import nearest
-from lightning_peft.core.routing import Switch
+from lightning_peft.core.routing import Routing, Switch
 from lightning_peft.core.tree import AdapterTree
 
 
@@ -47,6 +47,16 @@ def adapters_of(model: Module) -> Adapters | None:
     """The model's adapters, or None if it is not the root of an adapted model."""
     found = model._modules.get("adapters")
     return found if isinstance(found, Adapters) else None
+
+
+def routing_of(model: Module) -> Routing | None:
+    """What a forward of the model would run with here and now, or None if it is not adapted.
+
+    Args:
+        model: the root.
+    """
+    adapters = adapters_of(model)
+    return None if adapters is None else adapters.switch.routing
 
 
 def require_adapters(model: Module, names: Iterable[str] = ()) -> Adapters:

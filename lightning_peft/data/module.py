@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_peft.data.batching import LengthGroupedBatches
 from lightning_peft.data.docstrings import examples_with
 from lightning_peft.data.encoding import LENGTH, Encoder, default_folder, kept_on_disk
 from lightning_peft.data.files import Example, Files
@@ -54,6 +55,8 @@ class TextDataModule(RowDataModule):
         limit: only so many training rows, or such a share of them below 1, chosen at random; None takes all.
         streaming: read the training rows again in each epoch instead of holding them, for data larger than memory.
         shuffle_buffer: rows among which a streamed order is shuffled.
+        group_by_length: batch rows of similar length together, which saves padding. None does it unless the
+            LightningModule runs its batches without padding: then only the largest batch would grow.
         on_error: what to do about rows that cannot be used: ``"raise"``, or ``"skip"``, which counts them.
         cache_dir: where token ids are kept for later runs; None takes ``lightning_peft/tokens`` in the user's folder
             for caches.
@@ -83,6 +86,7 @@ class TextDataModule(RowDataModule):
         limit: float | None = None,
         streaming: bool = False,
         shuffle_buffer: int = 10_000,
+        group_by_length: bool | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         cache_dir: str | Path | None = None,
     ) -> None:
@@ -109,6 +113,7 @@ class TextDataModule(RowDataModule):
         self.num_proc = num_proc
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
+        self.group_by_length = group_by_length
         self.cache_dir = default_folder() if cache_dir is None else Path(cache_dir)
         self._beginnings: dict[int, tuple[list[Example], list[dict[str, Any]]]] = {}
 
@@ -177,8 +182,17 @@ class TextDataModule(RowDataModule):
         return lengths
 
     @override
+    def _order(self) -> LengthGroupedBatches:
+        lengths = self._lengths(self.features("train"))
+        groups = self.group_by_length
+        if groups is None:
+            module: Any = getattr(self.trainer, "lightning_module", None)
+            groups = not getattr(module, "runs_without_padding", False)
+        return LengthGroupedBatches(lengths if groups else [1] * len(lengths), self.batch_size, self.seed)
+
+    @override
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of similar length, in an order that the seed and the epoch fix."""
+        """Batches in an order that the seed and the epoch fix, of similar length unless they are packed."""
         if not self.streaming:
             return super().train_dataloader()
         problems = RowProblems(skip=self.on_error == "skip")

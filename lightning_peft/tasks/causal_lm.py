@@ -34,9 +34,12 @@ class CausalLM(NextToken):
     Args:
         all_logits: whether logits are computed for all tokens, as the model does by itself, not only for those that
             the loss counts and in chunks. Results are the same; it takes more memory and time.
+        packing: whether rows of a batch are put one behind the other instead of padded, where the model keeps them
+            apart. Results are the same; without it padding takes memory and time too.
     """
 
     all_logits: bool = False
+    packing: bool = True
 
     columns: ClassVar[tuple[Columns, ...]] = (Columns(("text",)),)
     whole_texts: ClassVar[bool] = True

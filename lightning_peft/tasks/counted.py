@@ -1,4 +1,4 @@
-"""What a language model says about the tokens that count: no logits are computed for the others."""
+"""What a language model says about the tokens that count: no padding is run, and no logits of the others are made."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from lightning_peft.core.activation import active_adapters
 from lightning_peft.core.adapted import is_frozen_linear
-from lightning_peft.core.adapters import adapters_of
+from lightning_peft.core.adapters import routing_of
 from lightning_peft.core.probing import probing
+from lightning_peft.tasks.packing import agree, pack, packs, takes_other_rows
 from lightning_peft.tasks.padding import IGNORED
 
-_INPUTS = ("input_ids", "attention_mask", "position_ids")
 Way = Literal["hidden", "logits", "all"]
 
 _CHUNK = 2**24  # logits that exist at a time while a model is trained, 64 MiB of them in float32
@@ -112,42 +111,48 @@ def of_logits(logits: Tensor, labels: Tensor) -> LogitsAt:
     return LogitsAt(logits[:, :-1][where], ahead[where])
 
 
-def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False) -> Counted:
-    """Runs a causal language model with its head on the tokens that count alone.
+def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False, packing: bool = True) -> Counted:
+    """Runs a causal language model without padding, and its head on the tokens that count alone.
 
-    A head that is a plain frozen Linear is left out and its weight read; any other head is called with those tokens
-    only. Which of the two gives the model's own logits, or neither where something comes behind the head that needs
-    them all, is tried on a few tokens of the first batch, with other values in the adapter: at its start it may do
-    nothing.
+    Rows are packed where the model keeps those in one bin apart. A head that is a plain frozen Linear is left out and
+    its weight read; any other head is called with those tokens only. What of this gives the model's own logits is
+    tried on a few tokens of the first batch, with other values in the adapter: at its start it may do nothing.
 
     Args:
         model: a Hugging Face model with a language model's head.
-        batch: ``input_ids``, ``attention_mask`` or ``position_ids``, and ``labels``, which are -100 where a token does
-            not count, all ``(batch, tokens)``.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, which are -100 where a token does not count, all
+            ``(batch, tokens)``.
         all_logits: computes those of all tokens, as the model does by itself.
+        packing: whether rows may be packed.
 
     Returns:
         What it says there.
     """
-    inputs, labels = {name: batch[name] for name in _INPUTS if name in batch}, batch["labels"]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     way = "all" if all_logits else _way(model, inputs)
-    if way == "all":
-        return of_logits(model(**inputs).logits, labels)
-    head = model.get_output_embeddings()
-    ahead = labels[:, 1:]
+    packed = pack(model, inputs) if packing and packs(model) else None
+    tokens, ahead = batch["labels"].shape[1], batch["labels"][:, 1:]
     where = ahead != IGNORED
-    tokens, read = labels.shape[1], list[Tensor]()
+    labels = ahead[where]
 
-    def at_labels(hidden: Tensor) -> Tensor:
+    def at_labels(states: Tensor) -> Tensor:
         # virtual tokens stand before the text
-        read.append(hidden[:, -tokens:][:, :-1][where])
+        return states[:, -tokens:][:, :-1][where] if packed is None else packed.at(states, where)
+
+    given = inputs if packed is None else packed.inputs
+    if way == "all":
+        return LogitsAt(at_labels(model(**given).logits), labels)
+    head, read = model.get_output_embeddings(), list[Tensor]()
+
+    def replaced(hidden: Tensor) -> Tensor:
+        read.append(at_labels(hidden))
         return hidden[:, :0] if way == "hidden" else read[0].unsqueeze(0)
 
-    with _before(head, at_labels):
-        outputs = model(**inputs)
+    with _before(head, replaced):
+        outputs = model(**given)
     if way == "logits":
-        return LogitsAt(outputs.logits.squeeze(0), ahead[where])
-    return HiddenAt(read[0], ahead[where], head.weight, head.bias)
+        return LogitsAt(outputs.logits.squeeze(0), labels)
+    return HiddenAt(read[0], labels, head.weight, head.bias)
 
 
 @contextmanager
@@ -165,21 +170,22 @@ def _before(head: Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         handle.remove()
 
 
-def _way(model: Any, inputs: dict[str, Any]) -> Way:
+def _way(model: Any, inputs: dict[str, Tensor]) -> Way:
+    """How the head is run."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-        return "all"  # a compiled graph takes no hook that comes and goes
-    active = active_adapters(model) if adapters_of(model) is not None else ()
-    key = (type(head), is_frozen_linear(head), active)
+    if head is None or not takes_other_rows(model):
+        return "all"
+    key = (type(head), is_frozen_linear(head), routing_of(model))
     ways = _ways.setdefault(model, {})
     if key not in ways:
-        ways[key] = _tried(model, head, inputs)
+        with probing(model):
+            few = {name: tensor[: _PROBED[0], : _PROBED[1]] for name, tensor in inputs.items()}
+            ways[key] = _tried(model, head, few)
     return ways[key]
 
 
-def _tried(model: Any, head: Module, inputs: dict[str, Any]) -> Way:
+def _tried(model: Any, head: Module, few: dict[str, Tensor]) -> Way:
     """The first way that gives the model's own logits on a few tokens."""
-    few = {k: v[: _PROBED[0], : _PROBED[1]] if isinstance(v, Tensor) else v for k, v in inputs.items()}
     read = list[Tensor]()
 
     def noted(hidden: Tensor) -> Tensor:
@@ -189,30 +195,22 @@ def _tried(model: Any, head: Module, inputs: dict[str, Any]) -> Way:
     def flat(hidden: Tensor) -> Tensor:
         return hidden.flatten(0, 1).unsqueeze(0)
 
-    with probing(model):
-        with _before(head, noted):
-            own = model(**few).logits
-        if len(read) != 1 or read[0].dim() != 3:
-            return "all"
-        hidden = read[0][:, -own.shape[1] :]
-        if _readable(head, hidden) and _agree(F.linear(hidden, head.weight, head.bias), own):  # type: ignore[arg-type]
-            return "hidden"
-        if read[0].shape[1] != own.shape[1]:
-            return "all"
-        with _before(head, flat):
-            some = model(**few).logits
-        return "logits" if _agree(some, flat(own)) else "all"
+    with _before(head, noted):
+        own = model(**few).logits
+    if len(read) != 1 or read[0].dim() != 3:
+        return "all"
+    hidden = read[0][:, -own.shape[1] :]
+    if _readable(head, hidden) and agree(F.linear(hidden, head.weight, head.bias), own):  # type: ignore[arg-type]
+        return "hidden"
+    if read[0].shape[1] != own.shape[1]:
+        return "all"
+    with _before(head, flat):
+        some = model(**few).logits
+    return "logits" if agree(some, flat(own)) else "all"
 
 
 def _readable(head: Module, hidden: Tensor) -> bool:
     return is_frozen_linear(head) and head.weight.device == hidden.device
-
-
-def _agree(found: Tensor, own: Tensor) -> bool:
-    if found.shape != own.shape:
-        return False
-    exact = 1e-4 if found.dtype.itemsize >= 4 else 2e-2
-    return bool((found.double() - own.double()).norm() <= exact * own.double().norm())
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ class DPO(Conversing):
             Jinja; after construction it is the template's text. None takes the tokenizer's own.
         all_logits: whether logits are computed for all tokens, as the model does by itself, not only for those that
             the loss counts and in chunks. Results are the same; it takes more memory and time.
+        packing: whether rows of a batch are put one behind the other instead of padded, where the model keeps them
+            apart. Results are the same; without it padding takes memory and time too.
 
     Raises:
         ValueError: if an option is out of its range, or the template's name is unknown.
@@ -71,6 +73,7 @@ class DPO(Conversing):
     label_smoothing: float = 0.0
     chat_template: str | None = None
     all_logits: bool = False
+    packing: bool = True
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
@@ -103,9 +106,8 @@ class DPO(Conversing):
 
     def to_config(self) -> dict[str, Any]:
         """The task's name and what is learnt, as plain values."""
-        options = asdict(self)
-        del options["all_logits"]
-        return {"name": "dpo", **options}
+        learnt = {k: v for k, v in asdict(self).items() if k not in ("all_logits", "packing")}
+        return {"name": "dpo", **learnt}
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: a language model's head has the vocabulary's size."""
@@ -174,7 +176,7 @@ class DPO(Conversing):
         return LogRatios(*ratios.chunk(2))
 
     def _log_likelihoods(self, model: Any, batch: dict[str, Any]) -> Tensor:
-        said = counted(model, batch, all_logits=self.all_logits)
+        said = counted(model, batch, all_logits=self.all_logits, packing=self.packing)
         rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
         lost = said.losses()
         return -lost.new_zeros(len(batch["labels"])).index_add(0, rows, lost)

@@ -18,6 +18,7 @@ class NextToken:
 
     Attributes:
         all_logits: whether logits are computed for all tokens, not for those alone that count.
+        packing: whether rows of a batch may be packed.
     """
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
@@ -25,6 +26,7 @@ class NextToken:
     monitor: ClassVar[str] = "val/loss"
     mode: ClassVar[str] = "min"
     all_logits: bool
+    packing: bool
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: a language model's head has the vocabulary's size."""
@@ -35,7 +37,7 @@ class NextToken:
 
     def outputs(self, model: Any, batch: dict[str, Any]) -> Counted:
         """What the model says about the tokens that count; the loss is taken outside of it, to be summed."""
-        return counted(model, batch, all_logits=self.all_logits)
+        return counted(model, batch, all_logits=self.all_logits, packing=self.packing)
 
     def loss(self, outputs: Counted, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and the number of tokens that count."""

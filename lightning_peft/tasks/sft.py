@@ -39,6 +39,8 @@ class SupervisedFineTuning(Conversing, NextToken):
             the expected one (exact match, BLEU, chrF, ROUGE). Off by default, since writing takes many times as long.
         all_logits: whether logits are computed for all tokens, as the model does by itself, not only for those that
             the loss counts and in chunks. Results are the same; it takes more memory and time.
+        packing: whether rows of a batch are put one behind the other instead of padded, where the model keeps them
+            apart. Results are the same; without it padding takes memory and time too.
 
     Raises:
         ValueError: if the template's name is unknown.
@@ -48,6 +50,7 @@ class SupervisedFineTuning(Conversing, NextToken):
     chat_template: str | None = None
     predict_with_generate: bool = False
     all_logits: bool = False
+    packing: bool = True
 
     columns: ClassVar[tuple[Columns, ...]] = (
         Columns(("prompt",), ("completion",), ("tools",)),

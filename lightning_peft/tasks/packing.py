@@ -1,0 +1,152 @@
+"""Rows of a batch put one behind the other, without padding, where a model keeps them apart."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from lightning_peft.core.adapters import routing_of
+from lightning_peft.core.probing import probing
+from lightning_peft.core.routing import Routing
+
+_packing: WeakKeyDictionary[Module, dict[Routing | None, bool]] = WeakKeyDictionary()
+
+
+class Packed(NamedTuple):
+    """A batch with several rows in one.
+
+    Attributes:
+        inputs: ``input_ids`` and ``position_ids``, ``(bins, width)``; positions begin again with every row, by which
+            transformers' attention masks tell rows apart. What fills a bin up is a row of one token each.
+        places: where each token of the batch has gone, among all tokens of the bins: ``(batch, tokens)``.
+    """
+
+    inputs: dict[str, Any]
+    places: Tensor
+
+    def at(self, states: Tensor, where: Tensor) -> Tensor:
+        """States of chosen tokens in the batch's order.
+
+        Args:
+            states: of the bins, ``(bins, width, ...)``.
+            where: which of the batch's tokens, ``(batch, tokens)``, without its last ones.
+
+        Returns:
+            ``(chosen, ...)``.
+        """
+        return states.flatten(0, 1)[self.places[:, : where.shape[1]][where]]
+
+
+def packs(model: Any) -> bool:
+    """Whether a model, with the adapters that are active, gives rows in one bin the logits that they get alone.
+
+    It is tried on three short rows, with other values in the adapters.
+
+    Args:
+        model: a Hugging Face model with a language model's head.
+    """
+    routing, known = routing_of(model), _packing.setdefault(model, {})
+    if not takes_other_rows(model):
+        return False
+    if routing not in known:
+        with probing(model):
+            known[routing] = "position_ids" in inspect.signature(model.forward).parameters and _keeps_apart(model)
+    return known[routing]
+
+
+def takes_other_rows(model: Any) -> bool:
+    """Whether a model may be called with other rows than a batch has.
+
+    Not where each example has an adapter of its own, nor where a graph was compiled: it takes no hook that comes and
+    goes, and lengths that always change make it anew.
+
+    Args:
+        model: a Hugging Face model.
+    """
+    routing = routing_of(model)
+    compiled = hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+    return not compiled and (routing is None or routing.rows is None)
+
+
+def _keeps_apart(model: Any) -> bool:
+    embedding = model.get_input_embeddings()
+    ids = (torch.arange(24, device=embedding.weight.device) % len(embedding.weight)).view(3, 8)
+    # the second row and the third fit into a bin as wide as the first
+    mask = (torch.arange(8) < torch.tensor([[8], [5], [3]])).to(ids)
+    together = pack(model, {"input_ids": ids, "attention_mask": mask})
+    assert together is not None
+    alone = model(input_ids=ids, attention_mask=mask).logits
+    packed = model(**together.inputs).logits
+    if alone.shape[:2] != mask.shape or packed.shape[:2] != together.inputs["input_ids"].shape:
+        return False
+    return agree(together.at(packed, mask.bool()), alone[mask.bool()])
+
+
+def agree(found: Tensor, own: Tensor) -> bool:
+    """Whether logits are a model's own, but for what another order of the same sums makes of them.
+
+    Args:
+        found: logits.
+        own: the model's.
+    """
+    if found.shape != own.shape:
+        return False
+    exact = 1e-4 if found.dtype.itemsize >= 4 else 2e-2
+    return bool((found.double() - own.double()).norm() <= exact * own.double().norm())
+
+
+def pack(model: Any, inputs: dict[str, Tensor]) -> Packed | None:
+    """Puts the rows of a batch into as few bins as first-fit-decreasing finds.
+
+    A bin is as wide as the longest row, since attention costs its square; flash attention skips what it does not
+    look at, and takes one bin of all rows.
+
+    Args:
+        model: a Hugging Face model that takes packed rows.
+        inputs: ``input_ids`` and an ``attention_mask`` with the padding behind each row: ``(batch, tokens)``.
+
+    Returns:
+        The packed batch; None where that would save nothing, or padding is elsewhere.
+    """
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or len(ids) < 2:
+        return None
+    behind = (mask.diff(dim=1) > 0).any()
+    *lengths, elsewhere = torch.cat([mask.sum(1), behind.unsqueeze(0)]).tolist()  # one wait for the device
+    if elsewhere or min(lengths) < 1:
+        return None
+    flash = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
+    width = sum(lengths) if flash else max(lengths)
+    starts = _first_fit_decreasing(lengths, width)
+    bins = 1 + max(start // width for start in starts)
+    if bins == len(lengths):
+        return None
+    offsets = torch.arange(ids.shape[1])
+    places = torch.tensor(starts)[:, None] + offsets
+    valid = offsets < torch.tensor(lengths)[:, None]
+    source, target = valid.flatten().nonzero()[:, 0].to(ids.device), places[valid].to(ids.device)
+    packed = ids.new_zeros(bins * width).index_copy(0, target, ids.flatten()[source])
+    positions = ids.new_zeros(bins * width).index_copy(0, target, source % ids.shape[1])
+    found: dict[str, Any] = {"input_ids": packed.view(bins, width), "position_ids": positions.view(bins, width)}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        found["use_cache"] = False  # with a cache transformers takes positions for those behind it
+    return Packed(found, places.clamp_(max=bins * width - 1).to(ids.device))
+
+
+def _first_fit_decreasing(lengths: Sequence[int], width: int) -> list[int]:
+    """Where each row begins, among the places of all bins."""
+    filled: list[int] = []
+    starts = [0] * len(lengths)
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = next((b for b, n in enumerate(filled) if n + lengths[row] <= width), len(filled))
+        if fits == len(filled):
+            filled.append(0)
+        starts[row] = fits * width + filled[fits]
+        filled[fits] += lengths[row]
+    return starts

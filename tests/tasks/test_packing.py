@@ -1,0 +1,223 @@
+"""Rows of a batch one behind the other: each as if it were alone, where the model can do that, else padded."""
+
+from __future__ import annotations
+
+import json
+
+import lightning as L
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from lightning_peft import (
+    IA3,
+    DeepPrompt,
+    LoRA,
+    LoReFT,
+    PeftModule,
+    PrefixTuning,
+    PromptTuning,
+    SupervisedFineTuning,
+    TextDataModule,
+    adapt,
+    adapter_names,
+)
+from lightning_peft.core.adapters import adapters_of
+from lightning_peft.tasks.counted import counted
+from lightning_peft.tasks.packing import pack
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_LIKE = {**SIZES, "num_key_value_heads": 2, "vocab_size": 97, "pad_token_id": 0}
+LENGTHS = (12, 3, 7, 5, 4, 8)  # 39 tokens of 72; four bins of 12 at the least, which first-fit-decreasing finds
+
+
+def _model(kind="Llama", attention="sdpa", **config):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**(config or LLAMA_LIKE))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def _batch(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 97, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    labels = torch.where(mask.bool(), ids, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def _adapted(model, method):
+    adapt(model, method)
+    with torch.no_grad():
+        for i, p in enumerate(adapters_of(model).parameters()):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
+    return model
+
+
+def _alone(model, batch):
+    """The loss of one row after the other, each without a mask."""
+    total = 0.0
+    for ids, mask, labels in zip(*(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
+        n = int(mask.sum())
+        logits = model(input_ids=ids[None, :n]).logits[0]
+        total = total + F.cross_entropy(logits[:-1], labels[1:n], reduction="sum")
+    return total
+
+
+def _run(model, batch, **options):
+    """The loss, and the shape of what the model was run on."""
+    counted(model, batch, **options)  # what is tried comes first
+    shapes = []
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
+    total = counted(model, batch, **options).total()
+    handle.remove()
+    return total, shapes[-1]
+
+
+PACKING = {
+    "Llama": LLAMA_LIKE,
+    "Mistral": {**LLAMA_LIKE, "sliding_window": 4},
+    "Qwen3": {**LLAMA_LIKE, "head_dim": 8},
+    "Gemma2": {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 4},
+    "Phi": {**LLAMA_LIKE, "partial_rotary_factor": 0.5},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "resid_pdrop": 0, "attn_pdrop": 0},
+    "GPTNeoX": {**SIZES, "vocab_size": 97},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [(k, a) for k in PACKING for a in ("eager", "sdpa") if (k, a) != ("Gemma2", "sdpa")],  # that transformers refuses
+)
+def test_packed_rows_have_the_losses_and_gradients_that_they_have_alone(kind, attention):
+    batch = _batch()
+    model = _adapted(_model(kind, attention, **PACKING[kind]).eval(), LoRA(r=4))
+    total, shape = _run(model, batch)
+    assert shape == (4, 12)
+    expected = _alone(model, batch)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(expected, parameters)
+    for found, one in zip(torch.autograd.grad(total, parameters), wanted, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what compiling it says
+def test_flex_attention_keeps_packed_rows_apart():
+    model, batch = _adapted(_model(attention="flex_attention").eval(), LoRA(r=4)), _batch()
+    with torch.no_grad():  # it has no backward pass on a CPU
+        total, shape = _run(model, batch)
+        assert shape == (4, 12)
+        torch.testing.assert_close(total, _alone(_adapted(_model().eval(), LoRA(r=4)), batch), rtol=1e-5, atol=0)
+
+
+def test_each_tokens_loss_is_at_its_place():
+    model, batch = _adapted(_model().eval(), LoRA(r=4)), _batch()
+    packed, padded = (counted(model, batch, packing=p) for p in (True, False))
+    assert torch.equal(packed.labels, padded.labels)
+    torch.testing.assert_close(packed.losses(), padded.losses(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed.logits, padded.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [
+        (PromptTuning(num_virtual_tokens=3), (6, 15)),
+        (DeepPrompt(num_virtual_tokens=3), (6, 15)),
+        (LoReFT(), (6, 12)),
+        (PrefixTuning(num_virtual_tokens=3), (4, 12)),  # every token sees them, whatever row it is of
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_method_that_acts_at_places_of_each_row_gets_them_padded(method, shape):
+    model, batch = _adapted(_model().eval(), method), _batch()
+    total, seen = _run(model, batch)
+    assert seen == shape
+    torch.testing.assert_close(total, _alone(model, batch), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97}),
+        ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97, "state_size": 4}),
+    ],
+)
+def test_a_model_that_cannot_keep_rows_apart_gets_them_padded(kind, config):
+    model, batch = _model(kind, "eager", **config).eval(), _batch()
+    adapt(model, IA3(target_modules=["query_key_value"], feedforward_modules=[]) if kind == "Bloom" else LoRA(r=2))
+    total, shape = _run(model, batch)
+    assert shape == (6, 12)
+    torch.testing.assert_close(total, _alone(model, batch), rtol=1e-5, atol=0)
+
+
+def test_examples_with_adapters_of_their_own_are_not_packed():
+    model, batch = _adapted(_model().eval(), LoRA(r=4)), _batch()
+    with adapter_names(model, ["default", None, "default", None, "default", None]):
+        total, shape = _run(model, batch)
+    assert shape == (6, 12)
+    assert total != counted(model, batch).total()
+
+
+def test_packing_can_be_left_out():
+    model, batch = _adapted(_model().eval(), LoRA(r=4)), _batch()
+    assert _run(model, batch, packing=False)[1] == (6, 12)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (5, 5), (6, 5)])
+def test_what_packing_would_not_make_fewer_is_left_as_it_is(lengths):
+    batch = _batch(lengths)
+    assert pack(_model(), {k: batch[k] for k in ("input_ids", "attention_mask")}) is None
+
+
+def test_padding_before_a_row_is_left_as_it_is():
+    batch = {k: v.flip(1) for k, v in _batch().items()}
+    assert pack(_model(), {k: batch[k] for k in ("input_ids", "attention_mask")}) is None
+
+
+def test_flash_attention_takes_all_rows_in_one():
+    model, batch = _model(), _batch()
+    model.config._attn_implementation = "flash_attention_2"
+    packed = pack(model, {k: batch[k] for k in ("input_ids", "attention_mask")})
+    assert packed.inputs["input_ids"].shape == (1, sum(LENGTHS))
+    assert packed.inputs["position_ids"][0].tolist() == [i for n in sorted(LENGTHS, reverse=True) for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("method", "packing", "group", "grouped"),
+    [
+        (LoRA(r=2), True, None, False),
+        (LoRA(r=2), True, True, True),
+        (LoRA(r=2), False, None, True),
+        (LoRA(r=2), False, False, False),
+        (PromptTuning(num_virtual_tokens=3), True, None, True),
+    ],
+)
+def test_rows_of_similar_length_come_together_where_that_saves_padding(
+    method, packing, group, grouped, tmp_path, llama_folder
+):
+    rows = [{"prompt": "red", "completion": " blue" * (1 + i * 7 % 20)} for i in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    module = PeftModule(str(llama_folder), method, SupervisedFineTuning(packing=packing))
+    files, options = str(tmp_path / "rows.jsonl"), {"validation_fraction": 0, "group_by_length": group}
+    data = TextDataModule(train_files=files, batch_size=10, **options)
+    spreads = []
+
+    class Note(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            lengths = batch["attention_mask"].sum(1)
+            spreads.append(int(lengths.max() - lengths.min()))
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_epochs=1, callbacks=[Note()], enable_model_summary=False, **options)
+    trainer.fit(module, data)
+    # of twenty lengths ten batches have two or three each, or as it comes most of them
+    assert (max(spreads) <= 4) if grouped else (min(spreads) >= 8)
