@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -57,29 +59,32 @@ class _LoRALinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        bias = None if bias is None else bias.to(x.dtype)
         ctx.generator = _generator_state(x.device) if p else None
         h = (F.dropout(rows, p) if p else rows) @ a.T
-        y = F.linear(rows, weight, bias)
+        y = F.linear(rows, weight.to(x.dtype), bias)
         y.addmm_(h, b.T, alpha=scale)
-        ctx.save_for_backward(rows, weight, a, b, h)
-        ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
+        # the weight as it is, to be cast again: its cast would be kept beside it for every layer
+        ctx.save_for_backward(x, weight, a, b, h)
+        ctx.scale, ctx.p = scale, p
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, h = ctx.saved_tensors
+        x, weight, a, b, h = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
         g = grad.reshape(-1, grad.shape[-1])
         gb = g @ b
         mask = _mask_again(rows, ctx.p, ctx.generator) if ctx.p else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = g @ weight
+            grad_x = g @ weight.to(g.dtype)
             if mask is None:
                 grad_x.addmm_(gb, a, alpha=ctx.scale)
             else:
                 grad_x.addcmul_(gb @ a, mask, value=ctx.scale)
-            grad_x = grad_x.view(ctx.shape)
+            grad_x = grad_x.view(x.shape)
         grad_bias = g.sum(0) if ctx.needs_input_grad[2] else None
         grad_a = None
         if ctx.needs_input_grad[3]:
@@ -138,13 +143,40 @@ def lora_linear(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return _apply(x.to(dtype), weight, bias, a, b, scale, p)
+            return _apply(_shared_cast(x, dtype), weight, bias, a, b, scale, p)
     return _apply(x, weight, bias, a, b, scale, p)
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
-    dtype = x.dtype
-    bias = None if bias is None else bias.to(dtype)
-    factors = a.to(dtype), b.to(dtype)
-    out: Tensor = _LoRALinear.apply(x, weight.to(dtype), bias, *factors, scale, p)  # type: ignore[no-untyped-call]
+    factors = a.to(x.dtype), b.to(x.dtype)
+    out: Tensor = _LoRALinear.apply(x, weight, bias, *factors, scale, p)  # type: ignore[no-untyped-call]
     return out
+
+
+_last_cast = threading.local()
+
+
+def _shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The input in another dtype: one copy for all layers that read it one after the other, such as q, k and v.
+
+    It lives as long as one of them keeps it for its backward pass. Autocast's own cache takes parameters alone.
+    """
+    if x.dtype == dtype or x.is_inference() or torch.compiler.is_compiling():
+        return x.to(dtype)
+    source, version, kept = _last_cast.__dict__.get("held", (_gone, 0, _gone))
+    cast: Tensor | None = kept()
+    tracked = x.requires_grad and torch.is_grad_enabled()
+    if (
+        source() is not x
+        or version != x._version
+        or cast is None
+        or cast.dtype != dtype
+        or cast.requires_grad != tracked
+    ):
+        cast = x.to(dtype)
+        _last_cast.held = weakref.ref(x), x._version, weakref.ref(cast)
+    return cast
+
+
+def _gone() -> None:
+    return None

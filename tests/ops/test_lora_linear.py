@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -77,3 +80,60 @@ def test_autocast_computes_in_its_dtype():
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)  # bfloat16 has 8 bits of precision
     y.sum().backward()
     assert x.grad.dtype == a.grad.dtype == torch.float32
+
+
+def _kept(run):
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        outputs = run()
+    return list(saved.values()), outputs
+
+
+def test_layers_with_the_same_input_keep_one_copy_of_it_under_autocast():
+    x, w, b, a, up = _tensors(torch.float32)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return [lora_linear(x, w, b, a, up, 1.0) for _ in range(3)]
+
+    saved, outputs = _kept(run)
+    assert sum(t.shape == x.shape for t in saved) == 1
+    assert not [t for t in saved if t.shape == w.shape and t.data_ptr() != w.data_ptr()]  # nor a cast of the weight
+    sum(outputs).float().sum().backward()
+    thrice, x.grad = x.grad, None
+    with torch.autocast("cpu", torch.bfloat16):
+        lora_linear(x, w, b, a, up, 1.0).float().sum().backward()
+    torch.testing.assert_close(thrice, 3 * x.grad, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("change", ["values", "grad", "dtype"])
+def test_an_input_that_has_changed_is_cast_anew(change):
+    x, w, b, a, up = _tensors(torch.float32)
+    x = x.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = lora_linear(x, w, b, a, up, 1.0)
+    if change == "values":
+        x.mul_(2)
+    elif change == "grad":
+        x.requires_grad_()
+    dtype = torch.float16 if change == "dtype" else torch.bfloat16
+    with torch.autocast("cpu", dtype):
+        after = lora_linear(x, w, b, a, up, 1.0)
+        expected = lora_linear_reference(x, w, b, a, up, 1.0)
+    torch.testing.assert_close(after, expected, rtol=2e-2, atol=2e-2)
+    assert after.dtype == dtype
+    after.float().sum().backward()
+    assert (x.grad is not None) == (change == "grad")
+    assert before.shape == after.shape
+
+
+def test_no_input_is_kept_longer_than_its_layers_need_it():
+    x, w, b, a, up = _tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, w, b, a, up, 1.0)
+    held = y.grad_fn.saved_tensors[0] if hasattr(y.grad_fn, "saved_tensors") else None
+    assert held is not None
+    cast = weakref.ref(held)
+    del y, held
+    gc.collect()
+    assert cast() is None
