@@ -51,12 +51,21 @@ def lora_linear_reference(
 class _LoRALinear(torch.autograd.Function):
     """Saves the input and the rank-sized product; adds the change into the output without a full-size temporary.
 
-    What dropout left of the input is not saved: the backward pass draws the same mask again.
+    What dropout left of the input is not saved: the backward pass draws the same mask again. Nor is an input that is
+    itself a product of two tensors which are saved anyway: it is multiplied again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
+        ctx: Any,
+        x: Tensor,
+        factors: tuple[Tensor, Tensor] | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        p: float,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         bias = None if bias is None else bias.to(x.dtype)
@@ -64,19 +73,20 @@ class _LoRALinear(torch.autograd.Function):
         h = (F.dropout(rows, p) if p else rows) @ a.T
         y = F.linear(rows, weight.to(x.dtype), bias)
         y.addmm_(h, b.T, alpha=scale)
+        # only the gradient of A asks for the input
+        read = (None, None) if not ctx.needs_input_grad[4] else factors or (x, None)
         # the weight as it is, to be cast again: its cast would be kept beside it for every layer
-        ctx.save_for_backward(x, weight, a, b, h)
-        ctx.scale, ctx.p = scale, p
+        ctx.save_for_backward(*read, weight, a, b, h)
+        ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, h = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1])
+        left, right, weight, a, b, h = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         gb = g @ b
-        mask = _mask_again(rows, ctx.p, ctx.generator) if ctx.p else None
+        mask = _mask_again(g.new_ones(len(g), ctx.shape[-1]), ctx.p, ctx.generator) if ctx.p else None
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = g @ weight.to(g.dtype)
@@ -84,13 +94,28 @@ class _LoRALinear(torch.autograd.Function):
                 grad_x.addmm_(gb, a, alpha=ctx.scale)
             else:
                 grad_x.addcmul_(gb @ a, mask, value=ctx.scale)
-            grad_x = grad_x.view(x.shape)
-        grad_bias = g.sum(0) if ctx.needs_input_grad[2] else None
+            grad_x = grad_x.view(ctx.shape)
+        grad_bias = g.sum(0) if ctx.needs_input_grad[3] else None
         grad_a = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[4]:
+            rows = (left if right is None else left * right).reshape(-1, ctx.shape[-1])
             grad_a = gb.T @ (rows if mask is None else mask.mul_(rows)) * ctx.scale
-        grad_b = g.T @ h * ctx.scale if ctx.needs_input_grad[4] else None
-        return grad_x, None, grad_bias, grad_a, grad_b, None, None
+        grad_b = g.T @ h * ctx.scale if ctx.needs_input_grad[5] else None
+        return grad_x, None, None, grad_bias, grad_a, grad_b, None, None
+
+
+def _factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What a tensor is the product of, such as an activation and a gate, if both are kept for the backward pass."""
+    node = x.grad_fn
+    if node is None or torch.compiler.is_compiling() or node.name() != "MulBackward0":
+        return None
+    # hooks that pack saved tensors would be asked for them now, and a checkpoint run again
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None
+    left, right = node._saved_self, node._saved_other  # type: ignore[attr-defined]
+    if left is None or right is None or left.shape != x.shape or right.shape != x.shape:
+        return None
+    return (left.detach(), right.detach()) if left.dtype == right.dtype == x.dtype else None
 
 
 def can_draw_again(device: torch.device) -> bool:
@@ -107,15 +132,15 @@ def _generator_state(device: torch.device) -> Tensor:
     return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
 
 
-def _mask_again(rows: Tensor, p: float, state: Tensor) -> Tensor:
+def _mask_again(ones: Tensor, p: float, state: Tensor) -> Tensor:
     """The factors that dropout drew from there, ``0`` and ``1 / (1 - p)``; the generators stay as they are."""
-    on_cpu = rows.device.type == "cpu"
-    with torch.random.fork_rng([] if on_cpu else [rows.device]):
+    on_cpu = ones.device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [ones.device]):
         if on_cpu:
             torch.set_rng_state(state)
         else:
-            torch.cuda.set_rng_state(state, rows.device)
-        return F.dropout(torch.ones_like(rows), p)
+            torch.cuda.set_rng_state(state, ones.device)
+        return F.dropout(ones, p)
 
 
 def lora_linear(
@@ -149,7 +174,7 @@ def lora_linear(
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
     factors = a.to(x.dtype), b.to(x.dtype)
-    out: Tensor = _LoRALinear.apply(x, weight, bias, *factors, scale, p)  # type: ignore[no-untyped-call]
+    out: Tensor = _LoRALinear.apply(x, _factors(x), weight, bias, *factors, scale, p)  # type: ignore[no-untyped-call]
     return out
 
 

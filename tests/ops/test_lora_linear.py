@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.ops.lora_linear import lora_linear, lora_linear_reference
 
@@ -137,3 +139,58 @@ def test_no_input_is_kept_longer_than_its_layers_need_it():
     del y, held
     gc.collect()
     assert cast() is None
+
+
+def _gated(function, left, right, *rest):
+    gate, up = left.sigmoid(), right * 1
+    return function(gate * up, *rest)
+
+
+def test_an_input_that_is_a_product_of_what_is_kept_anyway_is_multiplied_again():
+    left, w, b, a, up = _tensors()
+    right = (left.detach() + 1).requires_grad_()
+    for p in (0.0, 0.4):
+        results = []
+        for function in (lora_linear, lora_linear_reference):
+            torch.manual_seed(3)
+            y = _gated(function, left, right, w, b, a, up, 1.7, p)
+            results.append([y, *torch.autograd.grad(y.pow(2).sum(), (left, right, a, up, b))])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    node = _gated(lora_linear, left, right, w, b, a, up, 1.7).grad_fn
+    product = node.next_functions[0][0]
+    assert {t.data_ptr() for t in node.saved_tensors[:2]} == {
+        product._saved_self.data_ptr(),
+        product._saved_other.data_ptr(),
+    }
+
+
+def test_factors_that_change_before_the_backward_pass_are_noticed():
+    left, w, b, a, up = _tensors()
+    gate = left.sigmoid()
+    y = lora_linear(gate * left.exp(), w, b, a, up, 1.0)
+    with torch.no_grad():
+        gate.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_frozen_a_keeps_no_input():
+    x, w, b, a, up = _tensors()
+    y = lora_linear(x, w, b, a.detach(), up, 1.0)
+    assert not [t for t in y.grad_fn.saved_tensors if t is not None and t.numel() == x.numel()]
+    y.sum().backward()
+    assert up.grad is not None
+
+
+def test_checkpointed_gated_layers_have_the_same_gradients():
+    left, w, b, a, up = _tensors()
+    right = (left.detach() + 1).requires_grad_()
+    found = []
+    for checkpointed in (True, False):
+        run = functools.partial(_gated, lora_linear)
+        arguments = (left, right, w, b, a, up, 1.7)
+        y = checkpoint(run, *arguments, use_reentrant=False) if checkpointed else run(*arguments)
+        found.append(torch.autograd.grad(y.pow(2).sum(), (left, right, a, up, b)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
