@@ -134,12 +134,12 @@ def _generator_state(device: torch.device) -> Tensor:
 
 def _mask_again(ones: Tensor, p: float, state: Tensor) -> Tensor:
     """The factors that dropout drew from there, ``0`` and ``1 / (1 - p)``; the generators stay as they are."""
-    on_cpu = ones.device.type == "cpu"
-    with torch.random.fork_rng([] if on_cpu else [ones.device]):
-        if on_cpu:
+    if ones.device.type == "cpu":
+        with torch.random.fork_rng([]):
             torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, ones.device)
+            return ones.bernoulli_(1 - p).div_(1 - p)  # what dropout does here, without its product
+    with torch.random.fork_rng([ones.device]):
+        torch.cuda.set_rng_state(state, ones.device)
         return F.dropout(ones, p)
 
 
