@@ -175,11 +175,12 @@ def _merge_bytes(model: Module, name: str, tree: AdapterTree) -> int:
     merged = None if adapters is None else adapters.merged.get(name)
     if merged is False or not tree.record.method.mergeable:
         return 0
-    places = [p for p in tree.layers_by_module if p]
+    places = {p for p in tree.layers_by_module if p}
     if adapters is not None and merged:
         parameters = [p for key, p in adapters.originals.items() if is_within(key, places)]
     else:
-        parameters = [p for place in places for p in model.get_submodule(place).parameters()]
+        modules = base_modules(model)
+        parameters = [p for place in places for p in modules[place].parameters()]
     return sum(_bytes(p) for p in {id(p): p for p in parameters}.values() if p.is_floating_point())
 
 
@@ -212,7 +213,7 @@ def _coverage(model: Module, tree: AdapterTree) -> tuple[int, int]:
     names = [
         n for n, m in modules.items() if (issubclass(class_of(m), Linear) or is_conv1d(m)) and not is_within(n, heads)
     ]
-    places = [n for n in tree.layers_by_module if n]
+    places = {n for n in tree.layers_by_module if n}
     trained = {k.rpartition(".")[0] for k in tree.record.in_place}
     covered = [n for n in names if is_within(n, places) or n in trained]
     return len(names), len(covered)
@@ -220,7 +221,7 @@ def _coverage(model: Module, tree: AdapterTree) -> tuple[int, int]:
 
 def _unreached_stacks(model: Module, tree: AdapterTree) -> dict[str, int]:
     """Sizes of the stacks of matrices, as mixtures of experts have them, in modules without a layer of the adapter."""
-    places = [n for n in tree.layers_by_module if n]
+    places, in_place = {n for n in tree.layers_by_module if n}, set(tree.record.in_place)
     found: dict[str, int] = {}
     for name, module in base_modules(model).items():
         if isinstance(module, _ConvNd) or is_within(name, places):
@@ -228,7 +229,7 @@ def _unreached_stacks(model: Module, tree: AdapterTree) -> dict[str, int]:
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
             # a single matrix with a batch dimension is a table of positions or the like
             stacked = parameter.dim() == 3 and len(parameter) > 1 and parameter.is_floating_point()
-            if stacked and key not in tree.record.in_place:
+            if stacked and key not in in_place:
                 found[key] = parameter.numel()
     return found
 

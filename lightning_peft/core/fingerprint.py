@@ -28,7 +28,7 @@ def parameter_digests(model: Module) -> dict[str, tuple[str, str | None]]:
     Returns:
         Shape and hash; None instead of the hash where values cannot be read (offloaded to the meta device).
     """
-    return {name: _digest(p) for name, p in model.named_parameters()}
+    return _digests(dict(model.named_parameters()))
 
 
 def renew_digests(adapters: Adapters, parameters: dict[str, Parameter], changed: Collection[str]) -> None:
@@ -40,21 +40,28 @@ def renew_digests(adapters: Adapters, parameters: dict[str, Parameter], changed:
         changed: names of those that have other values for good.
     """
     known = adapters.base_digests.keys() - set(changed)
-    adapters.base_digests = {n: adapters.base_digests[n] if n in known else _digest(p) for n, p in parameters.items()}
+    renewed = _digests({n: p for n, p in parameters.items() if n not in known})
+    adapters.base_digests = {n: renewed[n] if n in renewed else adapters.base_digests[n] for n in parameters}
 
 
-def _digest(parameter: Tensor) -> tuple[str, str | None]:
-    return str(tuple(parameter.shape)), _values(parameter.detach())
+def _digests(parameters: dict[str, Parameter]) -> dict[str, tuple[str, str | None]]:
+    empty: dict[str, str | None] = {n: None if p.is_meta else "" for n, p in parameters.items()}
+    read = {n: p.detach().reshape(-1) for n, p in parameters.items() if p.numel() and not p.is_meta}
+    values = dict(zip(read, _hashes(list(read.values())), strict=True))
+    return {n: (str(tuple(p.shape)), values.get(n, empty[n])) for n, p in parameters.items()}
 
 
-def _values(tensor: Tensor) -> str | None:
-    if tensor.is_meta:
-        return None
-    flat = tensor.reshape(-1)
-    if not flat.numel():
-        return ""
-    chosen = torch.arange(_SAMPLES, device=flat.device) * (flat.numel() - 1) // (_SAMPLES - 1)
-    return hashlib.sha256(flat[chosen].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()).hexdigest()
+def _hashes(flat: list[Tensor]) -> list[str]:
+    """A hash of evenly spaced values of each tensor; those of one device come over from it together."""
+    places = {n: torch.arange(_SAMPLES) * (n - 1) // (_SAMPLES - 1) for n in {len(t) for t in flat}}
+    found = [""] * len(flat)
+    for device, dtype in {(t.device, t.dtype) for t in flat}:
+        here = [i for i, t in enumerate(flat) if (t.device, t.dtype) == (device, dtype)]
+        there = {n: p.to(device) for n, p in places.items()}
+        chosen = torch.stack([flat[i][there[len(flat[i])]] for i in here]).to(torch.bfloat16)
+        for i, row in zip(here, chosen.cpu().view(torch.int16).numpy(), strict=True):
+            found[i] = hashlib.sha256(row.tobytes()).hexdigest()
+    return found
 
 
 def fingerprint(digests: dict[str, tuple[str, str | None]], without: Collection[str]) -> str | None:

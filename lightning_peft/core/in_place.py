@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import Module, MultiheadAttention
 
 from lightning_peft.core.adapted import Site, attach, detach, site_of
-from lightning_peft.core.adapters import Adapters, adapters_of
+from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.matching import base_modules
 from lightning_peft.core.routing import Switch
 from lightning_peft.core.tree import AdapterTree
@@ -18,9 +20,7 @@ def base_parameters(model: Module) -> dict[str, torch.nn.Parameter]:
     Args:
         model: the root, adapted or not.
     """
-    adapters = adapters_of(model)
-    inside = set() if adapters is None else {id(p) for p in adapters.parameters()}
-    return {n: p for n, p in model.named_parameters() if id(p) not in inside}
+    return _own(model, "_parameters")
 
 
 def base_tensors(model: Module) -> dict[str, torch.Tensor]:
@@ -29,10 +29,19 @@ def base_tensors(model: Module) -> dict[str, torch.Tensor]:
     Args:
         model: the root of an adapted model.
     """
-    adapters = adapters_of(model)
-    inside = set() if adapters is None else {id(b) for b in adapters.buffers()}
-    buffers = {n: b for n, b in model.named_buffers() if id(b) not in inside}
-    return {**base_parameters(model), **buffers}
+    return {**base_parameters(model), **_own(model, "_buffers")}
+
+
+def _own(model: Module, kind: str) -> dict[str, Any]:
+    """What PyTorch would name, without a walk through the adapters, which have as many modules as the base."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for owner, module in base_modules(model).items():
+        for key, tensor in module.__dict__[kind].items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"{owner}.{key}" if owner else key] = tensor
+    return found
 
 
 def kept_originals(tree: AdapterTree, call: str) -> dict[str, torch.Tensor]:
@@ -58,15 +67,16 @@ def set_in_place(model: Module, adapters: Adapters, names: set[str]) -> None:
     """Tells each module which of its parameters train in place: they become float32 and stay it."""
     owners: dict[str, list[str]] = {}
     trained = {id(p) for n, p in base_parameters(model).items() if n in names}
-    attention = [n for n, m in base_modules(model).items() if isinstance(m, MultiheadAttention)]
-    for owner, module in base_modules(model).items():
+    modules = base_modules(model)
+    attention = [n for n, m in modules.items() if isinstance(m, MultiheadAttention)]
+    for owner, module in modules.items():
         for key, parameter in module._parameters.items():
             if id(parameter) in trained:
                 parent = owner.rpartition(".")[0]
                 inside = parent in attention and owner != parent
                 place, key_there = (parent, f"{owner.rpartition('.')[2]}.{key}") if inside else (owner, key)
                 owners.setdefault(place, []).append(key_there)
-    for owner, module in base_modules(model).items():
+    for owner, module in modules.items():
         site = site_of(module)
         if owner in owners:
             site = attach(module, adapters.switch)

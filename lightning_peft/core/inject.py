@@ -51,12 +51,13 @@ def inject(
     placement = method.place(model)
     if isinstance(method, Bounded) and not saved:
         method.refuse_beyond(model, placement.layers)
-    copies, single = _copies(model, method, placement, new)
+    modules = base_modules(model)
+    copies, single = _copies(model, modules, method, placement, new)
     in_place = [n for n in dict.fromkeys([*placement.in_place, *single, *also_in_place]) if not is_within(n, copies)]
     layers = placement.layers | {n: SavedModule(_plain(model.get_submodule(n))) for n in copies}
     if not layers and not in_place:
         raise ValueError(f"{type(method).__name__} finds nothing to train in {class_of(model).__name__}")
-    _refuse_unreachable(model, layers)
+    _refuse_unreachable(modules, layers)
     _refuse_shared_in_place(adapters, in_place)
 
     if adapters is None:
@@ -139,7 +140,9 @@ def _checked_adapters(model: Module, name: str) -> Adapters | None:
     return adapters
 
 
-def _copies(model: Module, method: Method, placement: Placement, new: list[str]) -> tuple[list[str], list[str]]:
+def _copies(
+    model: Module, modules: dict[str, Module], method: Method, placement: Placement, new: list[str]
+) -> tuple[list[str], list[str]]:
     """Modules that train in full as copies, and new parameters that do in place.
 
     What trains in full has no use for a change of its weights beside it, so such layers are dropped. A layer that acts
@@ -151,16 +154,16 @@ def _copies(model: Module, method: Method, placement: Placement, new: list[str])
     whole, single = new_modules(model, [n for n in new if n not in covered])
     for inside in [n for n in placement.layers if n and is_within(n, [*asked, *(whole if method.mergeable else [])])]:
         del placement.layers[inside]
-    fixed = [n for n in whole if any(is_within(p, [n]) for p in placement.layers) or _is_read_directly(model, n)]
+    fixed = [n for n in whole if any(is_within(p, [n]) for p in placement.layers) or _is_read_directly(modules, n)]
     copies = [*asked, *(n for n in whole if n not in fixed and not is_within(n, asked))]
     outermost = [n for n in copies if not is_within(n, [c for c in copies if c != n])]
     in_place = [*single, *(n for n in new if is_within(n, fixed))]
     return outermost, [n for n in in_place if not is_within(n, outermost)]
 
 
-def _is_read_directly(model: Module, name: str) -> bool:
+def _is_read_directly(modules: dict[str, Module], name: str) -> bool:
     parent, _, child = name.rpartition(".")
-    return bool(child) and reads_directly(model.get_submodule(parent), child)
+    return bool(child) and reads_directly(modules[parent], child)
 
 
 def _plain(module: Module) -> Module:
@@ -173,11 +176,11 @@ def _plain(module: Module) -> Module:
     return twin
 
 
-def _refuse_unreachable(model: Module, layers: dict[str, AdapterLayer]) -> None:
+def _refuse_unreachable(modules: dict[str, Module], layers: dict[str, AdapterLayer]) -> None:
     for name in layers:
-        if _is_read_directly(model, name):
+        if _is_read_directly(modules, name):
             parent = name.rpartition(".")[0]
-            owner = model.get_submodule(parent)
+            owner = modules[parent]
             whole = isinstance(owner, MultiheadAttention)
             instead = f"the attention module {parent or 'itself'!r}" if whole else f"{parent}.in_proj"
             raise ValueError(
@@ -205,8 +208,9 @@ def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) ->
     """The part of an injection that changes the model; nothing in it can fail for a reason of the user's."""
     attach(model, adapters.switch, is_root=True)
     model._modules["adapters"] = adapters
+    modules = base_modules(model)
     for place, layer in tree.layers_by_module.items():
-        attach(model.get_submodule(place), adapters.switch).layers[name] = layer
+        attach(modules[place], adapters.switch).layers[name] = layer
     in_place = adapters.in_place
     for key, parameter in base_parameters(model).items():
         # what another adapter trains in place may have been told to rest

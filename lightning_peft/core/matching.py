@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from torch.nn import Linear, Module, MultiheadAttention
@@ -50,14 +50,18 @@ def base_modules(model: Module) -> dict[str, Module]:
         model: the root.
     """
     found: dict[str, Module] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(inside):
-            continue
-        if isinstance(module, Adapters):
-            inside = (*inside, f"{name}.")
-            continue
+    seen: set[int] = set()
+
+    def visit(name: str, module: Module) -> None:
+        if id(module) in seen or isinstance(module, Adapters):
+            return
+        seen.add(id(module))
         found[name] = module
+        for child, inner in module._modules.items():
+            if inner is not None:
+                visit(f"{name}.{child}" if name else child, inner)
+
+    visit("", model)
     return found
 
 
@@ -92,9 +96,14 @@ def _has_parameters(module: Module | None) -> bool:
     return module is not None and next(module.parameters(), None) is not None
 
 
-def is_within(name: str, parents: Iterable[str]) -> bool:
-    """Whether a dotted name is one of the parents or lies below one."""
-    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+def is_within(name: str, parents: Container[str]) -> bool:
+    """Whether a dotted name is one of the parents or lies below one.
+
+    Args:
+        name: the name.
+        parents: names; where they are many, a set or a dictionary is looked up fastest.
+    """
+    return name in parents or any(name[:i] in parents for i, letter in enumerate(name) if letter == ".")
 
 
 def matches(name: str, pattern: str) -> bool:

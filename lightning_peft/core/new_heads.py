@@ -20,7 +20,7 @@ def new_parameters(model: Module) -> list[str]:
     new: list[str] = []
     adapters = {id(p) for m in model.modules() if isinstance(m, Adapters) for p in m.parameters()}
     for prefix, module in base_modules(model).items():
-        if not hasattr(module, "base_model_prefix") or any(prefix.startswith(n) for n in new):
+        if not hasattr(type(module), "base_model_prefix") or any(prefix.startswith(n) for n in new):
             continue
         named = dict(module.named_parameters(prefix=prefix))
         loaded = {n for n, p in named.items() if getattr(p, "_is_hf_initialized", False)}
@@ -39,7 +39,10 @@ def new_modules(model: Module, parameters: list[str]) -> tuple[list[str], list[s
     Returns:
         Names of modules, and names of single parameters whose module also holds loaded ones.
     """
-    new = {id(p) for n, p in model.named_parameters() if n in set(parameters)}
+    if not parameters:
+        return [], []
+    wanted = set(parameters)
+    new = {id(p) for n, p in model.named_parameters() if n in wanted}
     whole: list[str] = []
     for name, module in base_modules(model).items():
         inside = [id(p) for p in module.parameters()]

@@ -234,8 +234,11 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     tree = tree_of(model, name)
     method = tree.record.method
     seeded = method.seeded if saved.seeded and isinstance(method, Seeded) else ()
-    absent = {n for k, n in _file_names(model, tree, seeded).items()}
-    wanted = {n: t for n, t in file_tensors(model, tree).items() if n not in absent}
+    absent = set(_file_names(model, tree, seeded).values())
+    live = _live_tensors(model, tree)
+    packed = _packed(method, live)
+    names = _file_names(model, tree, packed)
+    wanted = {names[k]: t for k, t in packed.items() if names[k] not in absent}
     try:
         stored = load_file(saved.path / TENSORS)
     except SafetensorError as error:
@@ -243,8 +246,7 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     if saved.foreign:
         stored = _without_repeats(model, stored, set(wanted))
     _check_tensors(saved, wanted, stored)
-    live = _live_tensors(model, tree)
-    own = {k: stored[n] for k, n in _file_names(model, tree, _packed(method, live)).items() if n not in absent}
+    own = {k: stored[n] for k, n in names.items() if n not in absent}
     if isinstance(method, PeftRepacked):
         own = method.from_peft(own)
     with torch.no_grad():
@@ -329,7 +331,9 @@ def _check_tensors(saved: SavedAdapter, wanted: dict[str, Tensor], stored: dict[
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(f"the tensors in {path / TENSORS} do not fit this model: {shown}")
-    broken = [k for k in both if stored[k].is_floating_point() and not torch.isfinite(stored[k].double()).all()]
+    # 8 bits have no such test of their own
+    floats = {k: t if t.itemsize > 1 else t.float() for k, t in stored.items() if t.is_floating_point()}
+    broken = [k for k in both if k in floats and not torch.isfinite(floats[k]).all()]
     if broken:
         more = f" and in {len(broken) - 1} more tensors" if len(broken) > 1 else ""
         raise ValueError(

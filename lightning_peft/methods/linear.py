@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.adapted import Base
 from lightning_peft.core.layer import AdapterLayer
-from lightning_peft.core.matching import ALL_LINEAR, class_of, is_conv1d, is_within, match_modules
+from lightning_peft.core.matching import ALL_LINEAR, base_modules, class_of, is_conv1d, is_within, match_modules
 from lightning_peft.core.method import Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
 from lightning_peft.core.problems import an, raise_problems, refuse_unknown
@@ -78,16 +78,17 @@ class LinearMethod:
             ValueError: if nothing matches, or a matched module does not suit.
         """
         names = target_names(model, self, self.targets(model), self.suits, self.kinds)
+        modules = base_modules(model)
         # all-linear also names attention modules of torch, which only some methods have a layer for
-        unfit = [n for n in names if not self.suits(model.get_submodule(n))]
+        unfit = [n for n in names if not self.suits(modules[n])]
         if unfit:
-            what = class_of(model.get_submodule(unfit[0])).__name__
+            what = class_of(modules[unfit[0]]).__name__
             raise ValueError(
                 f"{type(self).__name__}: {unfit[0]!r} is {an(what)}; expected {self.kinds}, so exclude it "
                 f"(exclude_modules={unfit[:1]!r}) or name other target_modules"
             )
         # all that is named may train in full
-        return self.arrange(model, {n: self.layer(n, model.get_submodule(n)) for n in names}) if names else Placement()
+        return self.arrange(model, {n: self.layer(n, modules[n]) for n in names}) if names else Placement()
 
     def beyond(self, name: str, module: Module) -> str | None:
         """What number is beyond what a module has room for, as a sentence; None if none is."""

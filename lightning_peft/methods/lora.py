@@ -18,7 +18,7 @@ from torch.nn import Module, MultiheadAttention
 
 from lightning_peft.core.adapted import site_of
 from lightning_peft.core.layer import AdapterLayer
-from lightning_peft.core.matching import is_conv1d
+from lightning_peft.core.matching import base_modules, is_conv1d
 from lightning_peft.core.method import Placement
 from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems, refuse_unknown
@@ -198,8 +198,9 @@ class LoRA:
         }
         refuse_beyond_linear(model, names, [option for option, given in linear_only.items() if given])
         layers: dict[str, AdapterLayer] = {}
+        modules = base_modules(model)
         for name in names:
-            module = model.get_submodule(name)
+            module = modules[name]
             kind = layer_for(module)
             assert kind is not None
             layers[name] = kind(name, module, self)
