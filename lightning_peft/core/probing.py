@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.mode import evaluating
+from lightning_peft.core.per_forward import labels_of_batch
 
 _SIZE = 0.02  # the usual deviation of a language model's weights: seen in what it gives, and far from overflowing
 
@@ -27,7 +28,8 @@ def probing(model: Module) -> Iterator[None]:
     changed = [p for p in adapters.parameters() if p.is_floating_point()] if adapters is not None else []
     kept = [p.detach().clone() for p in changed]
     devices = sorted({p.device.index or 0 for p in changed if p.device.type == "cuda"})
-    with torch.no_grad(), evaluating(model):
+    # what is tried has no labels, and those of the batch that waits are of other rows
+    with torch.no_grad(), evaluating(model), labels_of_batch.passing(None):
         with torch.random.fork_rng(devices):
             for p in changed:
                 p.add_(torch.randn_like(p), alpha=_SIZE)

@@ -106,8 +106,10 @@ class _LoRALinear(torch.autograd.Function):
 
 def _factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """What a tensor is the product of, such as an activation and a gate, if both are kept for the backward pass."""
+    if torch.compiler.is_compiling():  # a trace knows of no graph
+        return None
     node = x.grad_fn
-    if node is None or torch.compiler.is_compiling() or node.name() != "MulBackward0":
+    if node is None or node.name() != "MulBackward0":
         return None
     # hooks that pack saved tensors would be asked for them now, and a checkpoint run again
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:

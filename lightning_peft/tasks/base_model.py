@@ -148,9 +148,7 @@ class BaseModel:
         import torch
 
         if self.offload_activations and not torch.accelerator.is_available():
-            raise ValueError(
-                "model.offload_activations=true moves activations off a device, but there is only the host"
-            )
+            raise ValueError("model.offload_activations=true moves activations off a device, but there is none")
         model.activation_checkpointing_enable(
             every_n_layers=self.activation_checkpointing, offload=self.offload_activations
         )

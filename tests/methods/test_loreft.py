@@ -276,7 +276,9 @@ def test_labels_of_tokens_end_no_prompt_where_nothing_is_written(build, perturb)
 
 
 def test_the_ready_module_says_where_the_prompt_ends(llama_folder):
-    module = PeftModule(str(llama_folder), LoReFT(r=3, positions="l1"), task="sft")
+    module = PeftModule(
+        str(llama_folder), LoReFT(r=3, positions="l1"), {"name": "sft", "all_logits": True, "packing": False}
+    )
     module.configure_model()
     with torch.no_grad():
         for parameter in module.adapter.parameters():
