@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from lightning_peft.core.adapted import is_frozen_linear
 from lightning_peft.core.adapters import routing_of
-from lightning_peft.core.probing import probing
-from lightning_peft.tasks.packing import agree, pack, packs, takes_other_rows
+from lightning_peft.core.probing import agree, probing
+from lightning_peft.tasks.packing import pack, packs, takes_other_rows
 from lightning_peft.tasks.padding import IGNORED
 
 Way = Literal["hidden", "logits", "all"]
@@ -157,11 +157,15 @@ def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False, p
 
 @contextmanager
 def _before(head: Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Changes what the head is given, in this thread alone: another one may be serving the model."""
-    here = threading.get_ident()
+    """Changes what the head is given in this forward.
+
+    Another thread may be serving the model, and somebody's hook may run it without a graph in between.
+    """
+    here, graph = threading.get_ident(), torch.is_grad_enabled()
 
     def changed(_: Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (change(args[0]), *args[1:]) if args and threading.get_ident() == here else None
+        mine = threading.get_ident() == here and torch.is_grad_enabled() == graph
+        return (change(args[0]), *args[1:]) if args and mine else None
 
     handle = head.register_forward_pre_hook(changed)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.adapters import routing_of
-from lightning_peft.core.probing import probing
+from lightning_peft.core.probing import agree, probing
 from lightning_peft.core.routing import Routing
 
 _packing: WeakKeyDictionary[Module, dict[Routing | None, bool]] = WeakKeyDictionary()
@@ -86,19 +86,6 @@ def _keeps_apart(model: Any) -> bool:
     if alone.shape[:2] != mask.shape or packed.shape[:2] != together.inputs["input_ids"].shape:
         return False
     return agree(together.at(packed, mask.bool()), alone[mask.bool()])
-
-
-def agree(found: Tensor, own: Tensor) -> bool:
-    """Whether logits are a model's own, but for what another order of the same sums makes of them.
-
-    Args:
-        found: logits.
-        own: the model's.
-    """
-    if found.shape != own.shape:
-        return False
-    exact = 1e-4 if found.dtype.itemsize >= 4 else 2e-2
-    return bool((found.double() - own.double()).norm() <= exact * own.double().norm())
 
 
 def pack(model: Any, inputs: dict[str, Tensor]) -> Packed | None:

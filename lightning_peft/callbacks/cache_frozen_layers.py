@@ -1,0 +1,239 @@
+"""What the layers below the first trained one give is computed once and read from disk in later epochs."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.nn import Module
+from typing_extensions import override
+
+from lightning_peft.analysis.sizes import size
+from lightning_peft.core.adapted import site_of
+from lightning_peft.core.adapters import require_adapters
+from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.core.frozen_layers import Watch, left_out, watching
+from lightning_peft.core.probing import agree
+from lightning_peft.data.state_file import StateFile, row_keys
+from lightning_peft.methods.reader import find_layers
+
+
+class CacheFrozenLayers(Callback):
+    """Skips the frozen layers of a stack from the second epoch on, where what they give is always the same.
+
+    For methods that train nothing below some layer, such as ``last_layers`` or ``head``, with rows that come again as
+    they are: no dropout below that layer, no augmentation. In the first epoch the last frozen layer's output for each
+    row goes to a memory-mapped file; a batch whose rows are all there starts at the first trained layer. Validation
+    runs the whole model. A row of n tokens takes n times the model's width times 4 bytes in float32, 2 in 16 bits.
+
+    On the first batch that could be read it is seen whether the model then says what it says without; where it does
+    not, where something frozen draws random numbers, or where the first layer trains, all goes on without the file and
+    a warning says why.
+
+    Args:
+        folder: where the file lies; None takes the trainer's ``default_root_dir``.
+        max_gb: bytes that the file may take, in 10^9. Rows beyond that are computed each time.
+        keep: keep the file for runs on the same base with the same data; else it is deleted when training ends.
+        model: the name of the adapted model in the LightningModule; `PeftModule`'s is ``"model"``.
+
+    Raises:
+        ValueError: if ``max_gb`` is not above 0; when training starts, if the model has no stack of layers, or if its
+            batches are packed.
+    """
+
+    def __init__(
+        self, folder: str | Path | None = None, max_gb: float = 4.0, keep: bool = False, model: str = "model"
+    ) -> None:
+        if max_gb <= 0:
+            raise ValueError(f"CacheFrozenLayers: max_gb must be above 0, but got {max_gb}")
+        self.folder = folder
+        self.limit = int(max_gb * 1e9)
+        self.keep = keep
+        self.model = model
+        self._cache: _Cache | None = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(pl_module, "runs_without_padding", False):
+            raise ValueError(
+                "CacheFrozenLayers needs each row as it was in the epoch before, but this task packs the rows of a "
+                "batch; set task.packing=false"
+            )
+        root = pl_module.get_submodule(self.model)
+        names = find_layers("CacheFrozenLayers", root, None).names
+        folder = Path(trainer.default_root_dir if self.folder is None else self.folder)
+        path = folder / f"frozen_layers{trainer.global_rank or ''}.bin"
+        self._cache = _Cache(root, [root.get_submodule(n) for n in names], path, self.limit, keep=self.keep)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._cache is not None:
+            self._cache.report()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+
+
+class _Cache:
+    """Stands around the model's forward in training."""
+
+    def __init__(self, root: Module, layers: list[Module], path: Path, limit: int, *, keep: bool) -> None:
+        self.root, self.layers, self.path, self.limit, self.keep = root, layers, path, limit, keep
+        self.depth: int | None = None  # how many layers are frozen, once it is known
+        self.file: StateFile | None = None
+        self._frozen: list[torch.nn.Parameter] = []
+        self._checked = self._aside = self._told = False
+        self._open = ExitStack()
+        self._rows: tuple[list[str], Tensor | None] = ([], None)
+        self._watch: Watch | None = None
+        self._hooks = [
+            root.register_forward_pre_hook(self._before, with_kwargs=True),
+            root.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def _before(self, root: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._aside or self.depth == 0 or not root.training or not torch.is_grad_enabled() or args:
+            return
+        if any(p.requires_grad for p in self._frozen):  # what was frozen has begun to train
+            self._forget()
+        inputs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim()}
+        mask = inputs.get("attention_mask")
+        self._rows = row_keys(inputs, mask), mask
+        if self.file is not None and self.depth and self.file.holds(self._rows[0]):
+            states = self._read(*self._rows)
+            if self._checked or self._is_right(kwargs, states):
+                self._open.enter_context(left_out(self.layers[: self.depth], states))
+                return
+        self._watch = self._open.enter_context(watching(self.layers))
+
+    def _after(self, root: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._aside:
+            return
+        self._open.close()
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return
+        if len(watch.states) != len(self.layers):
+            self._stop("its layers do not run once each")
+            return
+        if self.depth is None:
+            self._begin(watch, kwargs)
+        if self.depth and self.file is not None:
+            states = watch.states[self.depth - 1]
+            assert states is not None
+            keys, mask = self._rows
+            for i, key in enumerate(keys):
+                self.file.put(key, states[i] if mask is None else states[i][mask[i].bool()])
+
+    def _begin(self, watch: Watch, kwargs: dict[str, Any]) -> None:
+        adapted = (i for i, layer in enumerate(self.layers) if any(_has_layers(m) for m in layer.modules()))
+        self.depth = min(watch.frozen, next(adapted, len(self.layers)))
+        if not self.depth:
+            self._stop("the first layer trains, or what comes before it, or it gives more than hidden states")
+            return
+        with self._beside(), torch.no_grad(), watching(self.layers[: self.depth]) as again:
+            torch.rand(1)  # so that what draws draws something else
+            self.root(**kwargs)
+        first, second = watch.states[self.depth - 1], again.states[-1]
+        if first is None or second is None or not torch.equal(first, second):
+            self._stop(
+                "the frozen layers draw random numbers; set their dropout to 0, such as "
+                "model.config.hidden_dropout_prob=0 and model.config.attention_probs_dropout_prob=0 for BERT"
+            )
+            return
+        self._frozen = [p for p in self.root.parameters() if not p.requires_grad]
+        self.file = StateFile.found(self.path, self.limit, self._made_by())
+        rank_zero_info(f"{self.depth} of {len(self.layers)} layers are frozen: read from {self.path} once seen")
+
+    def _made_by(self) -> dict[str, Any]:
+        adapters = require_adapters(self.root)
+        frozen = {id(p) for p in self._frozen}
+        trained = [n for n, p in self.root.named_parameters() if id(p) not in frozen]
+        return {"base": fingerprint(adapters.base_digests, trained), "layers": self.depth}
+
+    def _is_right(self, kwargs: dict[str, Any], states: Tensor) -> bool:
+        """Whether the model says the same without its frozen layers."""
+        with self._beside(), torch.no_grad():
+            whole = self.root(**kwargs)
+        with self._beside(), torch.no_grad(), left_out(self.layers[: self.depth], states):
+            short = self.root(**kwargs)
+        mask = self._rows[1]
+        self._checked = agree(_said(short, mask), _said(whole, mask))
+        if not self._checked:
+            self._stop("the layers above read more than the last frozen layer's output")
+        return self._checked
+
+    def _beside(self) -> ExitStack:
+        """A forward that is no step: it leaves hooks and random numbers alone."""
+        stack = ExitStack()
+        devices = sorted({p.device.index or 0 for p in self.root.parameters() if p.device.type == "cuda"})
+        stack.enter_context(torch.random.fork_rng(devices))
+        self._aside = True
+        stack.callback(self.__dict__.update, _aside=False)
+        return stack
+
+    def _read(self, keys: list[str], mask: Tensor | None) -> Tensor:
+        assert self.file is not None
+        device = next(self.root.parameters()).device
+        states = self.file.get(keys).to(device, non_blocking=True)
+        if mask is None:
+            return states.view(len(keys), -1, *states.shape[1:])
+        whole = states.new_zeros(*mask.shape, *states.shape[1:])
+        whole[mask.bool()] = states
+        return whole
+
+    def report(self) -> None:
+        """Says once how much the file holds, and whether that is all."""
+        if self.file is None or self._told:
+            return
+        self._told = True
+        rank_zero_info(f"{self.path} holds {len(self.file):,} rows in {size(self.file.used)}")
+        if self.file.full:
+            rank_zero_warn(f"{self.path} is full ({size(self.limit)}): other rows are computed each time; raise max_gb")
+
+    def _stop(self, why: str) -> None:
+        rank_zero_warn(f"CacheFrozenLayers keeps nothing: {why}")
+        self._forget()
+        self.depth = 0
+
+    def _forget(self) -> None:
+        if self.file is not None:
+            self.file.delete()
+        self.depth, self.file, self._frozen, self._checked = None, None, [], False
+
+    def close(self) -> None:
+        """Takes the hooks off; deletes the file, or keeps it for another run."""
+        self._open.close()
+        for hook in self._hooks:
+            hook.remove()
+        if self.file is not None and self.keep:
+            self.file.keep(self._made_by())
+        elif self.file is not None:
+            self.file.delete()
+
+
+def _has_layers(module: Module) -> bool:
+    site = site_of(module)
+    return site is not None and bool(site.layers)
+
+
+def _said(output: Any, mask: Tensor | None) -> Tensor:
+    """What a model says, of tokens those that are no padding."""
+    logits: Tensor | None = getattr(output, "logits", None)
+    said: Tensor = output.last_hidden_state if logits is None else logits
+    return said if mask is None or said.shape[:2] != mask.shape else said[mask.bool()]

@@ -1,0 +1,140 @@
+"""Hidden states of rows in one memory-mapped file, found by what the rows hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_peft.formats.writing import written_file
+
+
+class StateFile:
+    """Rows of hidden states on disk, bounded by a size.
+
+    The file is as large as it may become, and takes the room on disk that is written to.
+
+    Args:
+        path: the file; one that is there is written over.
+        limit: bytes.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.limit = limit
+        self.used = 0
+        self.full = False
+        self.shape: tuple[int, ...] = ()
+        self.dtype: torch.dtype | None = None
+        self._places: dict[str, tuple[int, int]] = {}
+        self._bytes: Any = np.memmap(path, np.uint8, "w+", shape=(limit,))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def holds(self, keys: list[str]) -> bool:
+        """Whether all of these rows are there."""
+        return all(key in self._places for key in keys)
+
+    def put(self, key: str, states: Tensor) -> None:
+        """Keeps a row, unless it is there or there is no room.
+
+        Args:
+            key: what the row is found by.
+            states: ``(tokens, ...)``, of the same shape behind the tokens and the same dtype as all others.
+        """
+        if key in self._places:
+            return
+        raw = states.contiguous().view(torch.uint8).reshape(-1).cpu().numpy()
+        if self.used + len(raw) > self.limit:
+            self.full = True
+            return
+        self.shape, self.dtype = tuple(states.shape[1:]), states.dtype
+        self._bytes[self.used : self.used + len(raw)] = raw
+        self._places[key] = (self.used, len(raw))
+        self.used += len(raw)
+
+    def get(self, keys: list[str]) -> Tensor:
+        """The states of rows one behind the other, ``(tokens of all, ...)``."""
+        assert self.dtype is not None
+        parts = [self._bytes[start : start + length] for start, length in map(self._places.__getitem__, keys)]
+        whole = torch.from_numpy(np.concatenate(parts))
+        return whole.view(self.dtype).view(-1, *self.shape)
+
+    def delete(self) -> None:
+        """Removes the file."""
+        self._bytes = None
+        self._places.clear()
+        self.path.unlink(missing_ok=True)
+        self._index.unlink(missing_ok=True)
+
+    @property
+    def _index(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    def keep(self, made_by: dict[str, Any]) -> None:
+        """Cuts the file to what it holds and writes beside it where that lies, for another run.
+
+        Args:
+            made_by: plain values that have to be the same in that run.
+        """
+        self._bytes.flush()
+        self._bytes = None
+        with self.path.open("r+b") as file:
+            file.truncate(self.used)
+        dtype = str(self.dtype).removeprefix("torch.")
+        index = {"made_by": made_by, "dtype": dtype, "shape": self.shape, "places": self._places}
+        with written_file(self._index) as scratch:
+            scratch.write_text(json.dumps(index))
+
+    @classmethod
+    def found(cls, path: Path, limit: int, made_by: dict[str, Any]) -> StateFile:
+        """What an earlier run kept, if that was made in the same way; else an empty file.
+
+        Args:
+            path: the file.
+            limit: bytes.
+            made_by: as `keep` was told.
+        """
+        index = path.with_suffix(".json")
+        known = json.loads(index.read_text()) if index.is_file() and path.is_file() else {}
+        size = path.stat().st_size if known else 0
+        if known.get("made_by") != made_by or size > limit:
+            return cls(path, limit)
+        with path.open("r+b") as file:
+            file.truncate(limit)
+        kept = cls.__new__(cls)
+        kept.path, kept.limit, kept.used, kept.full = path, limit, size, False
+        kept.shape, kept.dtype = tuple(known["shape"]), getattr(torch, known["dtype"])
+        kept._places = {key: (start, length) for key, (start, length) in known["places"].items()}
+        kept._bytes = np.memmap(path, np.uint8, "r+", shape=(limit,))
+        return kept
+
+
+def row_keys(inputs: dict[str, Tensor], mask: Tensor | None) -> list[str]:
+    """A key for each row of a batch, the same in whatever batch it comes.
+
+    Args:
+        inputs: tensors with the rows along their first dimension.
+        mask: ``(batch, tokens)``, 0 where a row is padded, or None.
+    """
+    count = len(next(iter(inputs.values())))
+    hashes = [hashlib.blake2b(digest_size=16) for _ in range(count)]
+    rows = None if mask is None else mask.bool().cpu()
+    for name in sorted(inputs):
+        values = inputs[name].detach().cpu()
+        per_token = rows is not None and values.shape[:2] == rows.shape
+        for i, found in enumerate(hashes):
+            row = values[i][rows[i]] if rows is not None and per_token else values[i]
+            found.update(f"{name}{tuple(row.shape)}{row.dtype}".encode())
+            found.update(row.contiguous().view(torch.uint8).numpy().tobytes())
+    if rows is not None:  # padding before a row moves its positions
+        for found, first in zip(hashes, rows.int().argmax(1).tolist(), strict=True):
+            found.update(str(first).encode())
+    return [found.hexdigest() for found in hashes]
