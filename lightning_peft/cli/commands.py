@@ -133,7 +133,8 @@ def predict(config: DictConfig) -> Path:
         for example, row, answer in zip(data.examples("predict"), data.rows("predict"), said, strict=True):
             line = {"id": row.get("id", example.number), **{c: row[c] for c in inputs if c in row}, **answer}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    of = "" if config.data.predict_files else " of the rows that validate (data.predict_files=... for others)"
+    where = f" of {data.origin('train')!r}" if data.origin("train") else ""
+    of = "" if config.data.predict_files else f" of the rows{where} that validate (data.predict_files=... for others)"
     print(f"{len(said)} predictions{of} in {output}")
     return output
 
@@ -185,6 +186,8 @@ def _ready(config: DictConfig) -> tuple[PeftModule, RowDataModule, L.Trainer]:
     _keep_config(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     module = load(config.adapter)
+    given = cast(dict[str, Any], OmegaConf.to_container(config.generation, resolve=True))
+    module.generation = {**module.generation, **given}
     data: RowDataModule = instantiate(config.data, _convert_="all")
     return module, data, _trainer(config)
 

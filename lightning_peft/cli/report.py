@@ -59,7 +59,10 @@ def print_training(
     new_data = [*data, "data.predict_files=new.jsonl"] if data else []
     print(f"configuration        {short(folder.parent / 'config.yaml')}")
     print("\nNext:")
-    _print_command("eval", f"adapter={shown_folder}", *data)
+    if score is not None:
+        _print_command("eval", f"adapter={shown_folder}", *data)
+    elif any(word.startswith("data.test_files=") for word in data):
+        _print_command("eval", f"adapter={shown_folder}", "split=test", *data)
     _print_command("predict", f"adapter={shown_folder}", "output=predictions.jsonl", *new_data)
     if module.method.mergeable:
         _print_command("export", f"adapter={shown_folder}", "to=merged", "format=merged")

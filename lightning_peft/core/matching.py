@@ -12,6 +12,7 @@ from lightning_peft.core.adapted import site_of
 from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.problems import an, nearest
 
+_MODELS = "transformers.models."
 ALL_LINEAR = "all-linear"
 
 
@@ -188,6 +189,8 @@ def _all_linear(model: Module, modules: dict[str, Module]) -> list[str]:
         parent, _, child = name.rpartition(".")
         if child and reads_directly(modules[parent], child):
             continue
+        if _gives_more(class_of(module)):
+            continue
         if isinstance(module, (Linear, MultiheadAttention)) or is_conv1d(module):
             found.append(name)
     found = [n for n in found if not is_within(n, heads)]
@@ -197,6 +200,11 @@ def _all_linear(model: Module, modules: dict[str, Module]) -> list[str]:
             "name the modules instead"
         )
     return found
+
+
+def _gives_more(cls: type[Module]) -> bool:
+    """Whether a model has made something else of a Linear, such as Llama 4's router, which gives scores and logits."""
+    return issubclass(cls, Linear) and cls.forward is not Linear.forward and cls.__module__.startswith(_MODELS)
 
 
 def _match(modules: dict[str, Module], patterns: str | Sequence[str], option: str) -> list[str]:

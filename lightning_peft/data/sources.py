@@ -96,9 +96,10 @@ def named(
             problems.add(example.place, example.problem)
             continue
         lacking = {s: [c for c in s.required(training=training) if row.get(columns.get(c, c)) is None] for s in shapes}
-        shape = min(shapes, key=lambda s: len(lacking[s]))
+        # of two that lack as much, the one of which more is there
+        shape = min(shapes, key=lambda s: (len(lacking[s]), -len(s.required(training=training))))
         if lacking[shape]:
-            problems.add(example.place, f" {_lacks(row, lacking[shape][0], columns, shapes)}")
+            problems.add(example.place, f" {_lacks(row, lacking[shape][0], columns, shapes, shape)}")
             continue
         kept = {c: row[columns.get(c, c)] for c in shape.all() if row.get(columns.get(c, c)) is not None}
         if (known_as := row.get(columns.get(ID, ID))) is not None:
@@ -106,10 +107,11 @@ def named(
         yield Example(kept, example.place, number=number)
 
 
-def _lacks(row: Row, column: str, columns: dict[str, str], shapes: Sequence[Columns]) -> str:
+def _lacks(row: Row, column: str, columns: dict[str, str], shapes: Sequence[Columns], shape: Columns) -> str:
     wanted = columns.get(column, column)
     if wanted in row:
         return f"has nothing in the column {wanted!r}: fill it in or leave the row out"
     known = " or ".join("+".join(s.inputs + s.targets) for s in shapes)
     others = f"; the task takes {known}" if len(shapes) > 1 else ""
-    return f"has no column {wanted!r}{nearest(wanted, row)} (name it with data.columns.{column}=...){others}"
+    free = [name for name in row if name not in {columns.get(c, c) for c in shape.all()}]
+    return f"has no column {wanted!r}{nearest(wanted, free)} (name it with data.columns.{column}=...){others}"

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_peft.core.adapted import Base, module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import class_of, is_conv1d
-from lightning_peft.core.problems import raise_problems
+from lightning_peft.core.problems import an, raise_problems
 from lightning_peft.methods.linear import is_readable, module_below, oriented, sizes, weight_of
 from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import starting_factors
@@ -135,6 +135,11 @@ class LinearLayer(LowRank):
             return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
         count("plain")
         y: Tensor = base(x)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"LoRA adds to one tensor, but a {class_of(module_of(base)).__name__} gives {an(type(y).__name__)}: "
+                "exclude it (exclude_modules=...)"
+            )
         seen = self.dropped(x).to(y.dtype)
         change = self._product(seen, self.lora_A, self.lora_B)
         if "lora_A0" in self._buffers:

@@ -78,7 +78,9 @@ class _LoRALinear(torch.autograd.Function):
         # the weight as it is, to be cast again: its cast would be kept beside it for every layer
         ctx.save_for_backward(*read, weight, a, b, h)
         ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # to what autograd knows as a view nobody could add in place
+        whole: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        return whole
 
     @staticmethod
     @once_differentiable

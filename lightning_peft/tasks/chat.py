@@ -101,7 +101,7 @@ class Chat:
 
         Raises:
             ValueError: if the template refuses the conversation; its own message is passed on.
-            RuntimeError: if the template is no template.
+            RuntimeError: if the template is no template, or writes a special token that the tokenizer lacks.
         """
         from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
@@ -112,6 +112,12 @@ class Chat:
         except TemplateSyntaxError as error:
             raise RuntimeError(f"the chat template is no Jinja: {error.message} (its line {error.lineno})") from error
         except (TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
+            lost = re.search(r"'(\w+_token)' is undefined", str(error))
+            if lost is not None:
+                raise RuntimeError(
+                    f"the chat template writes the {lost.group(1)}, which the tokenizer does not have: give it one "
+                    f"(tokenizer.{lost.group(1)} = ..., then save it), or another template (task.chat_template=chatml)"
+                ) from error
             raise ValueError(f"is refused by the chat template: {error}") from error
         return rendered
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.core.adapted import is_frozen_linear
-from lightning_peft.core.adapters import routing_of
-from lightning_peft.core.probing import agree, probing
+from lightning_peft.core.probing import probing, states_of
 from lightning_peft.tasks.packing import pack, packs, takes_other_rows
 from lightning_peft.tasks.padding import IGNORED
 
@@ -70,30 +70,30 @@ class HiddenAt:
         return F.linear(self.hidden, self.weight, self.bias)
 
     def losses(self) -> Tensor:
-        """Each token's cross-entropy, ``(counted,)``."""
-        return _wide(self._chunked("none"))
+        """Each token's cross-entropy, ``(counted,)``; logits are made again in the backward pass, a chunk at a time."""
+        if not len(self.labels):
+            return self.hidden.sum(1)
+
+        def of_some(hidden: Tensor, labels: Tensor) -> Tensor:
+            return LogitsAt(F.linear(hidden, self.weight, self.bias), labels).losses()
+
+        parts = zip(torch.split(self.hidden, self._rows), torch.split(self.labels, self._rows), strict=True)
+        return torch.cat([checkpoint(of_some, *part, use_reentrant=False) for part in parts])
 
     def total(self) -> Tensor:
         """The sum of the tokens' cross-entropies."""
-        # in 16 bits a sum would keep three digits, and so what is logged
-        return self.losses().sum() if self._dtype.itemsize < 4 else self._chunked("sum")
+        kind = self.hidden.device.type
+        # the fused loss would be rounded to 16 bits, and with it what is logged
+        if torch.is_autocast_enabled(kind) or self.hidden.dtype.itemsize < 4 or not len(self.labels):
+            return self.losses().sum()
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(len(self.labels), self._rows))
+        return F.linear_cross_entropy(
+            self.hidden, self.weight, self.labels, linear_bias=self.bias, reduction="sum", options=options
+        )
 
     @property
-    def _dtype(self) -> torch.dtype:
-        kind = self.hidden.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.hidden.dtype
-
-    def _chunked(self, reduction: str) -> Tensor:
-        if not len(self.labels):
-            return self.hidden.sum() if reduction == "sum" else self.hidden.sum(1)
-        hidden, weight = self.hidden.to(self._dtype), self.weight.to(self._dtype)
-        bias = None if self.bias is None else self.bias.to(self._dtype)
-        rows = min(len(hidden), max(1, _CHUNK // len(weight)))
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear_cross_entropy(
-                hidden, weight, self.labels, linear_bias=bias, reduction=reduction, options=options
-            )
+    def _rows(self) -> int:
+        return max(1, _CHUNK // len(self.weight))
 
 
 Counted = LogitsAt | HiddenAt
@@ -179,7 +179,7 @@ def _way(model: Any, inputs: dict[str, Tensor]) -> Way:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or not takes_other_rows(model):
         return "all"
-    key = (type(head), is_frozen_linear(head), routing_of(model))
+    key = (type(head), is_frozen_linear(head), states_of(model))
     ways = _ways.setdefault(model, {})
     if key not in ways:
         with probing(model):
@@ -203,14 +203,16 @@ def _tried(model: Any, head: Module, few: dict[str, Tensor]) -> Way:
         own = model(**few).logits
     if len(read) != 1 or read[0].dim() != 3:
         return "all"
-    hidden = read[0][:, -own.shape[1] :]
-    if _readable(head, hidden) and agree(F.linear(hidden, head.weight, head.bias), own):  # type: ignore[arg-type]
-        return "hidden"
+    # the same product of the same numbers: what is not equal to the bit has something behind the head
+    if _readable(head, read[0]):
+        made = F.linear(read[0], head.weight, head.bias)[:, -own.shape[1] :]  # type: ignore[arg-type]
+        if torch.equal(made, own):
+            return "hidden"
     if read[0].shape[1] != own.shape[1]:
         return "all"
     with _before(head, flat):
         some = model(**few).logits
-    return "logits" if agree(some, flat(own)) else "all"
+    return "logits" if torch.equal(some, flat(own)) else "all"
 
 
 def _readable(head: Module, hidden: Tensor) -> bool:

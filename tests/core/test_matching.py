@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from lightning_peft import LoRA, Selective, adapt
 from lightning_peft.core.matching import match_modules
@@ -38,6 +40,31 @@ def test_all_linear_takes_every_linear_but_the_output_head(build, name, count, h
     placed = _placed(build(name))
     assert len(placed) == count
     assert not any(head in n for n in placed)
+
+
+def test_a_router_that_gives_two_tensors_is_no_linear_layer_unless_it_is_named():
+    config = Llama4TextConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        intermediate_size_mlp=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        num_local_experts=2,
+        head_dim=8,
+    )
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(config)
+    ids = torch.arange(14).view(2, 7)
+    adapter = adapt(model, LoRA(r=2))
+    assert not [n for n in adapter.tree.layers_by_module if "router" in n]
+    model(input_ids=ids).logits.sum().backward()  # the shared expert's output is added to in place
+    assert all(p.grad is not None for p in adapter.parameters())
+    adapter.remove()
+    adapt(model, LoRA(r=2, target_modules=["router"]))
+    with pytest.raises(TypeError, match=r"LoRA adds to one tensor, but a Llama4Router gives a tuple: exclude it"):
+        model(input_ids=ids)
 
 
 def test_every_pattern_must_match_or_the_nearest_names_are_listed(build):

@@ -36,6 +36,14 @@ def test_the_shape_that_a_row_fills_is_taken():
         _named({"prompt": "a", "x": 1, "y": 2}, shapes=shapes[:1] + shapes[1:] + (Columns(("a", "b", "c")),))
 
 
+def test_of_two_shapes_that_lack_as_much_the_fuller_one_counts():
+    shapes = (Columns(("messages",)), Columns(("instruction",), ("output",)), Columns(("prompt",), ("completion",)))
+    with pytest.raises(ValueError, match="has no column 'instruction'"):
+        _named({"output": "only"}, shapes=shapes)
+    with pytest.raises(ValueError, match=r"has no column 'completion' \(name it"):
+        _named({"prompt": "only"}, shapes=shapes)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

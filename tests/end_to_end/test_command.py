@@ -213,6 +213,21 @@ def test_a_run_ends_with_a_checkpoint_and_its_adapter(tmp_path, words, chosen, s
 
 
 @pytest.mark.slow
+def test_a_run_on_all_rows_names_the_evaluation_that_it_can_have(tmp_path, words):
+    files = tmp_path / "rows.jsonl"
+    files.write_text("".join(json.dumps({"text": f"a {i}", "label": "xy"[i % 2]}) + "\n" for i in range(8)))
+    data = [f"data.train_files={files}", "data.columns.text=text", "data.validation_fraction=0"]
+    chosen = ["method=bitfit", "trainer.max_epochs=1"]
+    done = run(*words, *data, *chosen, "hydra.run.dir=without", cwd=tmp_path)
+    assert " eval " not in done.stdout
+    done = run(*words, *data, *chosen, f"data.test_files={files}", "hydra.run.dir=with", cwd=tmp_path)
+    (suggested,) = [line for line in done.stdout.splitlines() if " eval " in line]
+    assert "split=test" in suggested
+    done = subprocess.run(shlex.split(suggested), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "test/accuracy" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
 def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path, words):
     chosen = ["-m", "method=bitfit,prompt_tuning", "trainer.max_epochs=1", "hydra.sweep.dir=sweep"]
     done = run(*words, *chosen, cwd=tmp_path)

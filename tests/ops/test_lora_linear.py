@@ -194,3 +194,11 @@ def test_checkpointed_gated_layers_have_the_same_gradients():
         found.append(torch.autograd.grad(y.pow(2).sum(), (left, right, a, up, b)))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_output_can_be_added_to_in_place():
+    x, w, b, a, up = _tensors()
+    y = lora_linear(x, w, b, a, up, 1.0)
+    expected = torch.autograd.grad((y + 1).pow(2).sum(), a, retain_graph=True)
+    y.add_(1)
+    assert torch.equal(torch.autograd.grad(y.pow(2).sum(), a)[0], expected[0])

@@ -210,6 +210,16 @@ def test_another_thread_gets_all_logits_meanwhile(build):
     assert len(said.labels) == 10
 
 
+def test_what_comes_behind_the_head_is_seen_in_sixteen_bits_too():
+    model, batch = _model("Gemma2").float(), _batch()
+    adapt(model, LoRA(r=4))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, total, _, read = _read_by_head(model, batch)
+        own = counted(model, batch, all_logits=True).total()
+    assert read == 10
+    torch.testing.assert_close(total, own, rtol=1e-6, atol=0)
+
+
 def test_sixteen_bits_lose_no_more_digits_than_the_models_own_loss(build):
     model, batch = build("llama"), _batch(rows=8, tokens=60)
     adapt(model, LoRA(r=4))
@@ -221,6 +231,5 @@ def test_sixteen_bits_lose_no_more_digits_than_the_models_own_loss(build):
         total = said.total()
         own = counted(model, batch, all_logits=True).total()
     assert total.dtype == torch.float32
-    # logits of 8 bits: their rounding averages out over 470 tokens
-    assert abs(total.item() - exact) < 2e-3 * exact
-    assert abs(own.item() - exact) < 2e-3 * exact
+    torch.testing.assert_close(total, own, rtol=1e-6, atol=0)
+    assert abs(own.item() - exact) < 2e-3 * exact  # logits of 8 bits: their rounding averages out over 470 tokens

@@ -279,6 +279,20 @@ def test_held_out_pairs_are_ordered_right_after_training_and_by_chance_before(fo
     assert trainer().predict(again, data) == said
 
 
+@pytest.mark.parametrize("method", [LoRA(r=2), LoRA(r=2, modules_to_save=["lm_head"])], ids=["LoRA", "a saved head"])
+def test_an_untrained_adapter_has_no_preference_in_sixteen_bits_either(folder, tokenizer, method):
+    from transformers import AutoModelForCausalLM
+
+    task = DPO()
+    rows = [{"prompt": "what is it", "chosen": "a cat", "rejected": "no"}]
+    batch = task.collate(task.encode(rows, tokenizer, 16, training=True), tokenizer, training=True)
+    model = AutoModelForCausalLM.from_pretrained(folder).train()
+    adapt(model, method)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = task.outputs(model, batch)
+    torch.testing.assert_close(torch.cat(outputs), torch.zeros(2), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "method",
     [LoRA(r=2, modules_to_save=["lm_head"]), PromptTuning(3), PrefixTuning(3), Selective(parameter_types=["norm"])],

@@ -159,6 +159,56 @@ def test_a_model_that_cannot_keep_rows_apart_gets_them_padded(kind, config):
     torch.testing.assert_close(total, _alone(model, batch), rtol=1e-5, atol=0)
 
 
+def test_what_packs_is_asked_again_of_another_adapter_with_the_same_name():
+    model, batch = _model().eval(), _batch()
+    for method, shape in ((LoRA(r=4), (4, 12)), (PromptTuning(num_virtual_tokens=3), (6, 15)), (LoRA(r=4), (4, 12))):
+        adapter = adapt(model, method)
+        assert _run(model, batch)[1] == shape
+        adapter.remove()
+
+
+@pytest.mark.parametrize("precision", ["autocast", "weights"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("GPT2", PromptTuning(num_virtual_tokens=3)),
+        ("GPT2", DeepPrompt(num_virtual_tokens=3)),
+        ("Llama", LoReFT()),
+        ("Bert", LoRA(r=4)),
+        ("Lfm2", LoRA(r=4, target_modules=["w1", "w2"])),
+    ],
+    ids=["prompts", "deep prompts", "LoReFT", "masks without positions", "convolutions"],
+)
+def test_sixteen_bits_hide_no_leak(kind, method, precision):
+    special = {
+        "Bert": {**SIZES, "vocab_size": 97, "is_decoder": True},
+        "Lfm2": {**LLAMA_LIKE, "layer_types": ["conv", "full_attention"]},
+    }
+    model, batch = _model(kind, "eager", **special.get(kind, PACKING.get(kind))).eval(), _batch()
+    adapt(model if precision == "autocast" else model.bfloat16(), method)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        assert _run(model, batch)[1][0] == 6
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_models_in_sixteen_bits_are_packed(kind):
+    model, batch = _model(kind, **PACKING[kind]).eval().bfloat16(), _batch()
+    adapt(model, LoRA(r=4))
+    assert _run(model, batch)[1] == (4, 12)
+
+
+def test_an_offset_that_all_logits_share_hides_nothing():
+    class Offset(transformers.GPT2LMHeadModel):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits - 1000
+            return outputs
+
+    model, batch = Offset(transformers.GPT2Config(**PACKING["GPT2"])).eval(), _batch()
+    adapt(model, PromptTuning(num_virtual_tokens=3))
+    assert _run(model, batch)[1] == (6, 15)
+
+
 def test_examples_with_adapters_of_their_own_are_not_packed():
     model, batch = _adapted(_model().eval(), LoRA(r=4)), _batch()
     with adapter_names(model, ["default", None, "default", None, "default", None]):

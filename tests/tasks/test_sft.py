@@ -216,6 +216,17 @@ def test_a_place_is_named_with_what_the_template_says(chat_folder, tmp_path):
         data.setup("fit")
 
 
+def test_a_template_with_a_token_that_the_tokenizer_lacks_is_one_error_and_no_rows(tokenizer_folder, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = TextDataModule(train_files=str(tmp_path / "chat.jsonl"), validation_fraction=0, on_error="skip")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert tokenizer.eos_token is None
+    data.connect(SupervisedFineTuning(chat_template="zephyr"), tokenizer)
+    with pytest.raises(RuntimeError, match="the chat template writes the eos_token, which the tokenizer does not have"):
+        data.setup("fit")
+
+
 def test_a_tokenizer_of_another_model_is_refused_before_training(chat_folder, tokenizer_folder, tmp_path, trainer):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "weather", "completion": " sunny"}\n' * 2)
     model = {"name_or_path": str(chat_folder), "tokenizer": tokenizer_folder}
