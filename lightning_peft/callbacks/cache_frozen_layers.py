@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,8 @@ from lightning_peft.analysis.sizes import size
 from lightning_peft.core.adapted import site_of
 from lightning_peft.core.adapters import require_adapters
 from lightning_peft.core.fingerprint import fingerprint
-from lightning_peft.core.frozen_layers import Watch, left_out, watching
-from lightning_peft.core.probing import agree
+from lightning_peft.core.frozen_layers import Watch, left_out, this_forward, watching
+from lightning_peft.core.probing import agree, undrawn
 from lightning_peft.data.state_file import StateFile, row_keys
 from lightning_peft.methods.reader import find_layers
 
@@ -42,8 +45,8 @@ class CacheFrozenLayers(Callback):
         model: the name of the adapted model in the LightningModule; `PeftModule`'s is ``"model"``.
 
     Raises:
-        ValueError: if ``max_gb`` is not above 0; when training starts, if the model has no stack of layers, or if its
-            batches are packed.
+        ValueError: if ``max_gb`` is not above 0; when training starts, if the model has no stack of layers, if its
+            batches are packed, or if there are several processes: each would see other rows in each epoch.
     """
 
     def __init__(
@@ -64,11 +67,15 @@ class CacheFrozenLayers(Callback):
                 "CacheFrozenLayers needs each row as it was in the epoch before, but this task packs the rows of a "
                 "batch; set task.packing=false"
             )
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"CacheFrozenLayers works in one process, but there are {trainer.world_size}, which share the rows out "
+                "anew in each epoch; leave it out"
+            )
         root = pl_module.get_submodule(self.model)
         names = find_layers("CacheFrozenLayers", root, None).names
         folder = Path(trainer.default_root_dir if self.folder is None else self.folder)
-        path = folder / f"frozen_layers{trainer.global_rank or ''}.bin"
-        self._cache = _Cache(root, [root.get_submodule(n) for n in names], path, self.limit, keep=self.keep)
+        self._cache = _Cache(root, [root.get_submodule(n) for n in names], folder, self.limit, keep=self.keep)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,23 +99,29 @@ class CacheFrozenLayers(Callback):
 class _Cache:
     """Stands around the model's forward in training."""
 
-    def __init__(self, root: Module, layers: list[Module], path: Path, limit: int, *, keep: bool) -> None:
-        self.root, self.layers, self.path, self.limit, self.keep = root, layers, path, limit, keep
+    def __init__(self, root: Module, layers: list[Module], folder: Path, limit: int, *, keep: bool) -> None:
+        self.root, self.layers, self.folder, self.limit, self.keep = root, layers, folder, limit, keep
         self.depth: int | None = None  # how many layers are frozen, once it is known
         self.file: StateFile | None = None
         self._frozen: list[torch.nn.Parameter] = []
         self._checked = self._aside = self._told = False
         self._open = ExitStack()
         self._rows: tuple[list[str], Tensor | None] = ([], None)
+        self._in_tuples: list[bool] = []
         self._watch: Watch | None = None
+        self._mine: Callable[[], bool] = lambda: False
         self._hooks = [
             root.register_forward_pre_hook(self._before, with_kwargs=True),
             root.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
     def _before(self, root: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._aside or self.depth == 0 or not root.training or not torch.is_grad_enabled() or args:
+        if self._aside or self.depth == 0 or not root.training or not torch.is_grad_enabled():
             return
+        if args:
+            self._stop("the model is called with positional inputs; call it with named ones")
+            return
+        self._mine = this_forward()
         if any(p.requires_grad for p in self._frozen):  # what was frozen has begun to train
             self._forget()
         inputs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim()}
@@ -117,16 +130,16 @@ class _Cache:
         if self.file is not None and self.depth and self.file.holds(self._rows[0]):
             states = self._read(*self._rows)
             if self._checked or self._is_right(kwargs, states):
-                self._open.enter_context(left_out(self.layers[: self.depth], states))
+                self._open.enter_context(left_out(self.layers[: self.depth], states, self._in_tuples))
                 return
         self._watch = self._open.enter_context(watching(self.layers))
 
     def _after(self, root: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._aside:
+        if self._aside or not self._mine():
             return
         self._open.close()
         watch, self._watch = self._watch, None
-        if watch is None:
+        if watch is None or output is None:  # which it is after an error
             return
         if len(watch.states) != len(self.layers):
             self._stop("its layers do not run once each")
@@ -147,7 +160,6 @@ class _Cache:
             self._stop("the first layer trains, or what comes before it, or it gives more than hidden states")
             return
         with self._beside(), torch.no_grad(), watching(self.layers[: self.depth]) as again:
-            torch.rand(1)  # so that what draws draws something else
             self.root(**kwargs)
         first, second = watch.states[self.depth - 1], again.states[-1]
         if first is None or second is None or not torch.equal(first, second):
@@ -157,20 +169,27 @@ class _Cache:
             )
             return
         self._frozen = [p for p in self.root.parameters() if not p.requires_grad]
-        self.file = StateFile.found(self.path, self.limit, self._made_by())
-        rank_zero_info(f"{self.depth} of {len(self.layers)} layers are frozen: read from {self.path} once seen")
+        self._in_tuples = watch.in_tuples[: self.depth]
+        self.file = StateFile.found(self.folder, self.limit, self._made_by(first.dtype))
+        rank_zero_info(f"{self.depth} of {len(self.layers)} layers are frozen: read from {self.file.path} once seen")
 
-    def _made_by(self) -> dict[str, Any]:
+    def _made_by(self, dtype: torch.dtype) -> dict[str, Any]:
         adapters = require_adapters(self.root)
         frozen = {id(p) for p in self._frozen}
         trained = [n for n, p in self.root.named_parameters() if id(p) not in frozen]
-        return {"base": fingerprint(adapters.base_digests, trained), "layers": self.depth}
+        config = self.root.config.to_dict() if hasattr(self.root, "config") else {}  # type: ignore[operator, union-attr]
+        return {
+            "base": fingerprint(adapters.base_digests, trained),
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+            "layers": self.depth,
+            "dtype": str(dtype),
+        }
 
     def _is_right(self, kwargs: dict[str, Any], states: Tensor) -> bool:
         """Whether the model says the same without its frozen layers."""
         with self._beside(), torch.no_grad():
             whole = self.root(**kwargs)
-        with self._beside(), torch.no_grad(), left_out(self.layers[: self.depth], states):
+        with self._beside(), torch.no_grad(), left_out(self.layers[: self.depth], states, self._in_tuples):
             short = self.root(**kwargs)
         mask = self._rows[1]
         self._checked = agree(_said(short, mask), _said(whole, mask))
@@ -181,8 +200,7 @@ class _Cache:
     def _beside(self) -> ExitStack:
         """A forward that is no step: it leaves hooks and random numbers alone."""
         stack = ExitStack()
-        devices = sorted({p.device.index or 0 for p in self.root.parameters() if p.device.type == "cuda"})
-        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(undrawn(self.root))
         self._aside = True
         stack.callback(self.__dict__.update, _aside=False)
         return stack
@@ -202,9 +220,12 @@ class _Cache:
         if self.file is None or self._told:
             return
         self._told = True
-        rank_zero_info(f"{self.path} holds {len(self.file):,} rows in {size(self.file.used)}")
+        rank_zero_info(f"{self.file.path} holds {len(self.file):,} rows in {size(self.file.used)}")
         if self.file.full:
-            rank_zero_warn(f"{self.path} is full ({size(self.limit)}): other rows are computed each time; raise max_gb")
+            rank_zero_warn(
+                f"{self.file.path} is full ({size(self.file.limit)}): other rows are computed each time; raise max_gb, "
+                "or choose a folder with more room"
+            )
 
     def _stop(self, why: str) -> None:
         rank_zero_warn(f"CacheFrozenLayers keeps nothing: {why}")
@@ -221,8 +242,8 @@ class _Cache:
         self._open.close()
         for hook in self._hooks:
             hook.remove()
-        if self.file is not None and self.keep:
-            self.file.keep(self._made_by())
+        if self.file is not None and self.file.dtype is not None and self.keep:
+            self.file.keep(self._made_by(self.file.dtype))
         elif self.file is not None:
             self.file.delete()
 
@@ -234,6 +255,6 @@ def _has_layers(module: Module) -> bool:
 
 def _said(output: Any, mask: Tensor | None) -> Tensor:
     """What a model says, of tokens those that are no padding."""
-    logits: Tensor | None = getattr(output, "logits", None)
-    said: Tensor = output.last_hidden_state if logits is None else logits
+    found = (getattr(output, name, None) for name in ("logits", "last_hidden_state"))
+    said: Tensor = output if isinstance(output, Tensor) else next(t for t in found if t is not None)
     return said if mask is None or said.shape[:2] != mask.shape else said[mask.bool()]

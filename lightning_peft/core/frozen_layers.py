@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
+
+
+def this_forward() -> Callable[[], bool]:
+    """Tells later whether the code runs in the thread and the grad mode of now.
+
+    Another thread may be serving the model, and somebody's hook may run it without a graph in between.
+    """
+    here, graph = threading.get_ident(), torch.is_grad_enabled()
+    return lambda: threading.get_ident() == here and torch.is_grad_enabled() == graph
 
 
 class Watch:
@@ -15,25 +26,29 @@ class Watch:
 
     Attributes:
         states: each layer's output, without its graph; None where that is not one tensor.
+        in_tuples: whether it came alone in a tuple.
         frozen: how many of the first layers gave something that needs no gradient.
     """
 
     def __init__(self) -> None:
         self.states: list[Tensor | None] = []
+        self.in_tuples: list[bool] = []
         self.frozen = 0
 
     def note(self, output: Any) -> None:
         """Takes the next layer's output."""
-        alone = output[0] if isinstance(output, tuple) and len(output) == 1 else output
+        in_tuple = isinstance(output, tuple) and len(output) == 1
+        alone = output[0] if in_tuple else output
         state = alone if isinstance(alone, Tensor) else None
         if state is not None and not state.requires_grad and self.frozen == len(self.states):
             self.frozen += 1
         self.states.append(None if state is None else state.detach())
+        self.in_tuples.append(in_tuple)
 
 
 @contextmanager
 def watching(layers: Sequence[Module]) -> Iterator[Watch]:
-    """Notes what layers give in one forward.
+    """Notes what layers give in this forward.
 
     Args:
         layers: in the order in which they run.
@@ -41,31 +56,32 @@ def watching(layers: Sequence[Module]) -> Iterator[Watch]:
     Yields:
         What is seen.
     """
-    seen = Watch()
+    seen, mine = Watch(), this_forward()
+
+    def note(_: Module, __: Any, output: Any) -> None:
+        if mine():
+            seen.note(output)
+
     with ExitStack() as hooks:
         for layer in layers:
-            hooks.callback(layer.register_forward_hook(lambda _, __, output: seen.note(output)).remove)
+            hooks.callback(layer.register_forward_hook(note).remove)
         yield seen
 
 
 @contextmanager
-def left_out(layers: Sequence[Module], states: Tensor) -> Iterator[None]:
-    """Lets layers hand on what comes in, and the last of them give states that were computed before.
+def left_out(layers: Sequence[Module], states: Tensor, in_tuples: Sequence[bool]) -> Iterator[None]:
+    """Lets layers hand on what comes in, and the last of them give states that were computed before, in this forward.
 
     Args:
         layers: the first ones of a stack.
         states: what the last of them would give.
+        in_tuples: for each whether it gives its output alone in a tuple.
     """
     before = [layer.__dict__.get("forward") for layer in layers]
-
-    def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
-
-    def give(*_: Any, **__: Any) -> Tensor:
-        return states
-
-    for layer in layers:
-        layer.__dict__["forward"] = give if layer is layers[-1] else hand_on
+    mine = this_forward()
+    for layer, own, in_tuple in zip(layers, before, in_tuples, strict=True):
+        given = states if layer is layers[-1] else None
+        layer.__dict__["forward"] = _short(layer, own, given, mine, in_tuple=in_tuple)
     try:
         yield
     finally:
@@ -74,3 +90,17 @@ def left_out(layers: Sequence[Module], states: Tensor) -> Iterator[None]:
                 del layer.__dict__["forward"]
             else:
                 layer.__dict__["forward"] = forward
+
+
+def _short(
+    layer: Module, own: Callable[..., Any] | None, given: Tensor | None, mine: Callable[[], bool], *, in_tuple: bool
+) -> Callable[..., Any]:
+    """A forward that computes nothing, but for other forwards than the one that it is for."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not mine():
+            return type(layer).forward(layer, *args, **kwargs) if own is None else own(*args, **kwargs)
+        state = given if given is not None else args[0] if args else kwargs["hidden_states"]
+        return (state,) if in_tuple else state
+
+    return forward

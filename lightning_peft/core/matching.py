@@ -12,7 +12,6 @@ from lightning_peft.core.adapted import site_of
 from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.problems import an, nearest
 
-_MODELS = "transformers.models."
 ALL_LINEAR = "all-linear"
 
 
@@ -204,7 +203,7 @@ def _all_linear(model: Module, modules: dict[str, Module]) -> list[str]:
 
 def _gives_more(cls: type[Module]) -> bool:
     """Whether a model has made something else of a Linear, such as Llama 4's router, which gives scores and logits."""
-    return issubclass(cls, Linear) and cls.forward is not Linear.forward and cls.__module__.startswith(_MODELS)
+    return issubclass(cls, Linear) and cls.forward is not Linear.forward and cls.__name__.endswith("Router")
 
 
 def _match(modules: dict[str, Module], patterns: str | Sequence[str], option: str) -> list[str]:

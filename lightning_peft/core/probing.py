@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,55 +15,74 @@ from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.mode import evaluating
 from lightning_peft.core.per_forward import labels_of_batch
 
-_SIZE = 0.5  # many times the usual deviation of a weight, so that nothing an adapter does is lost in rounding
+_SIZE = 0.5  # of what is added up in a product, so that nothing an adapter does is lost in rounding
 
 
 @contextmanager
 def probing(model: Module, size: float = _SIZE) -> Iterator[None]:
     """A model in evaluation mode, without a graph and autocast, whose adapters certainly act.
 
-    What compares two ways through a model is to run in such a block; all is as before afterwards. Random numbers are
-    drawn, and given back.
+    What compares two ways through a model is to run in such a block; all is as before afterwards, random numbers
+    included. Another thread that runs the model meanwhile sees the adapters changed, so it is for the time before the
+    first step.
 
     Args:
         model: the root of what may be adapted.
-        size: how large the numbers are that are added to the adapters'.
+        size: how large the sums of the numbers are that are added to the adapters'.
     """
     adapters = adapters_of(model)
     changed = [p for p in adapters.parameters() if p.is_floating_point()] if adapters is not None else []
     kept = [p.detach().clone() for p in changed]
-    devices = sorted({p.device.index or 0 for p in changed if p.device.type == "cuda"})
-    # what is tried has no labels, and those of the batch that waits are of other rows
-    with torch.no_grad(), evaluating(model), labels_of_batch.passing(None), torch.autocast(_kind(model), enabled=False):
-        with torch.random.fork_rng(devices):
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(model))
+        # what is tried has no labels, and those of the batch that waits are of other rows
+        stack.enter_context(labels_of_batch.passing(None))
+        stack.enter_context(_precision(model))
+        with undrawn(model):
             for p in changed:
-                p.add_(torch.randn_like(p), alpha=size)
+                # by .data: a graph that waits for its backward pass gets back the numbers that it was made with
+                p.data.add_(torch.randn_like(p), alpha=size / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1.0))
         try:
             yield
         finally:
             for p, value in zip(changed, kept, strict=True):
-                p.copy_(value)
+                p.data.copy_(value)
 
 
-def _kind(model: Module) -> str:
-    return next((p.device.type for p in model.parameters() if p.device.type != "meta"), "cpu")
+@contextmanager
+def undrawn(model: Module) -> Iterator[None]:
+    """Gives back the random numbers that are drawn in the block, on the CPU and on the GPUs that hold the model."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def _precision(model: Module) -> torch.autocast:
+    """Autocast off, since it hides small differences; but flash attention knows no float32."""
+    kind = next((p.device.type for p in model.parameters() if p.device.type != "meta"), "cpu")
+    flash = "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+    whole = any(p.dtype == torch.float32 for p in model.parameters())
+    return torch.autocast(kind, torch.bfloat16, enabled=flash and whole)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far two ways to one number may be apart, as a share of it, in a model that computes in a dtype."""
+    return 1e-4 if dtype.itemsize >= 4 else 2e-2
 
 
 def agree(found: Tensor, own: Tensor, exact: float | None = None) -> bool:
-    """Whether logits are a model's own, but for what another order of the same sums makes of them.
-
-    What all logits of a token share says nothing and does not count.
+    """Whether what a model says in two ways is the same, but for the order of the same sums.
 
     Args:
-        found: logits, ``(..., vocabulary)``.
-        own: the model's.
-        exact: how far they may be apart, as a share of the model's; None takes what their dtype can hold.
+        found: what it says in one way.
+        own: what it says by itself.
+        exact: how far they may be apart, as a share of the model's own; None takes what their dtype can hold.
     """
     if found.shape != own.shape:
         return False
-    one, other = (t.double() - t.double().mean(-1, keepdim=True) for t in (found, own))
-    exact = exact or (1e-4 if found.dtype.itemsize >= 4 else 2e-2)
-    return bool((one - other).norm() <= exact * other.norm())
+    exact = rounding(found.dtype) if exact is None else exact
+    return bool((found.double() - own.double()).norm() <= exact * own.double().norm())
 
 
 def states_of(model: Module) -> tuple[Any, ...]:

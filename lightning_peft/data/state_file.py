@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +16,33 @@ from torch import Tensor
 
 from lightning_peft.formats.writing import written_file
 
+_KEPT = "frozen_layers.bin"
+
 
 class StateFile:
     """Rows of hidden states on disk, bounded by a size.
 
-    The file is as large as it may become, and takes the room on disk that is written to.
+    The file is as large as it may become, and takes the room on disk that is written to. Its name is its own: several
+    runs may share a folder.
 
     Args:
-        path: the file; one that is there is written over.
-        limit: bytes.
+        folder: where it lies.
+        limit: bytes; never more than half of what is free there.
     """
 
-    def __init__(self, path: Path, limit: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self.limit = limit
+    def __init__(self, folder: Path, limit: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(".bin", "frozen_layers-", folder)
+        os.close(handle)
+        self.path = Path(path)
+        # a map of a file that the disk has no room for ends the process without a word
+        self.limit = min(limit, shutil.disk_usage(folder).free // 2)
         self.used = 0
         self.full = False
         self.shape: tuple[int, ...] = ()
         self.dtype: torch.dtype | None = None
         self._places: dict[str, tuple[int, int]] = {}
-        self._bytes: Any = np.memmap(path, np.uint8, "w+", shape=(limit,))
+        self._bytes: Any = np.memmap(self.path, np.uint8, "w+", shape=(self.limit,))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -72,14 +81,9 @@ class StateFile:
         self._bytes = None
         self._places.clear()
         self.path.unlink(missing_ok=True)
-        self._index.unlink(missing_ok=True)
-
-    @property
-    def _index(self) -> Path:
-        return self.path.with_suffix(".json")
 
     def keep(self, made_by: dict[str, Any]) -> None:
-        """Cuts the file to what it holds and writes beside it where that lies, for another run.
+        """Cuts the file to what it holds, for another run to find in this folder; one that was kept before goes.
 
         Args:
             made_by: plain values that have to be the same in that run.
@@ -90,31 +94,39 @@ class StateFile:
             file.truncate(self.used)
         dtype = str(self.dtype).removeprefix("torch.")
         index = {"made_by": made_by, "dtype": dtype, "shape": self.shape, "places": self._places}
-        with written_file(self._index) as scratch:
+        kept = self.path.with_name(_KEPT)
+        kept.with_suffix(".json").unlink(missing_ok=True)
+        self.path.replace(kept)
+        with written_file(kept.with_suffix(".json")) as scratch:
             scratch.write_text(json.dumps(index))
 
     @classmethod
-    def found(cls, path: Path, limit: int, made_by: dict[str, Any]) -> StateFile:
-        """What an earlier run kept, if that was made in the same way; else an empty file.
+    def found(cls, folder: Path, limit: int, made_by: dict[str, Any]) -> StateFile:
+        """What an earlier run kept in a folder, if that was made in the same way; else an empty file.
 
         Args:
-            path: the file.
+            folder: where.
             limit: bytes.
             made_by: as `keep` was told.
         """
-        index = path.with_suffix(".json")
-        known = json.loads(index.read_text()) if index.is_file() and path.is_file() else {}
-        size = path.stat().st_size if known else 0
-        if known.get("made_by") != made_by or size > limit:
-            return cls(path, limit)
-        with path.open("r+b") as file:
-            file.truncate(limit)
-        kept = cls.__new__(cls)
-        kept.path, kept.limit, kept.used, kept.full = path, limit, size, False
-        kept.shape, kept.dtype = tuple(known["shape"]), getattr(torch, known["dtype"])
-        kept._places = {key: (start, length) for key, (start, length) in known["places"].items()}
-        kept._bytes = np.memmap(path, np.uint8, "r+", shape=(limit,))
-        return kept
+        new = cls(folder, limit)
+        kept = folder / _KEPT
+        try:
+            index = json.loads(kept.with_suffix(".json").read_text())
+            if index["made_by"] != made_by or kept.stat().st_size > new.limit:
+                return new
+            # who has taken it away has it alone
+            kept.replace(new.path)
+            kept.with_suffix(".json").unlink(missing_ok=True)
+        except FileNotFoundError:
+            return new
+        new.used = new.path.stat().st_size
+        with new.path.open("r+b") as file:
+            file.truncate(new.limit)
+        new.shape, new.dtype = tuple(index["shape"]), getattr(torch, index["dtype"])
+        new._places = {key: (start, length) for key, (start, length) in index["places"].items()}
+        new._bytes = np.memmap(new.path, np.uint8, "r+", shape=(new.limit,))
+        return new
 
 
 def row_keys(inputs: dict[str, Tensor], mask: Tensor | None) -> list[str]:
@@ -134,7 +146,7 @@ def row_keys(inputs: dict[str, Tensor], mask: Tensor | None) -> list[str]:
             row = values[i][rows[i]] if rows is not None and per_token else values[i]
             found.update(f"{name}{tuple(row.shape)}{row.dtype}".encode())
             found.update(row.contiguous().view(torch.uint8).numpy().tobytes())
-    if rows is not None:  # padding before a row moves its positions
-        for found, first in zip(hashes, rows.int().argmax(1).tolist(), strict=True):
-            found.update(str(first).encode())
+    if rows is not None:  # what is masked before a token moves its position
+        for found, row in zip(hashes, rows, strict=True):
+            found.update(str(row.nonzero()[:, 0].tolist()).encode())
     return [found.hexdigest() for found in hashes]

@@ -108,15 +108,18 @@ class _LoRALinear(torch.autograd.Function):
 
 def _factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """What a tensor is the product of, such as an activation and a gate, if both are kept for the backward pass."""
-    if torch.compiler.is_compiling():  # a trace knows of no graph
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a trace knows of no graph
         return None
     node = x.grad_fn
-    if node is None or node.name() != "MulBackward0":
+    if node is None or node.name() != "MulBackward0" or x._version:  # what was changed in place is no product any more
         return None
     # hooks that pack saved tensors would be asked for them now, and a checkpoint run again
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return None
-    left, right = node._saved_self, node._saved_other  # type: ignore[attr-defined]
+    try:
+        left, right = node._saved_self, node._saved_other  # type: ignore[attr-defined]
+    except RuntimeError:  # the graph is used up
+        return None
     if left is None or right is None or left.shape != x.shape or right.shape != x.shape:
         return None
     return (left.detach(), right.detach()) if left.dtype == right.dtype == x.dtype else None

@@ -32,6 +32,7 @@ _FILES = {
     _TOKENIZER: ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken"),
     _PROCESSOR: ("preprocessor_config.json", "processor_config.json"),
 }
+_MEMORY = ("activation_checkpointing", "offload_activations")
 _READY = {"AutoTokenizer": _TOKENIZER, "AutoImageProcessor": _PROCESSOR}
 
 
@@ -67,8 +68,8 @@ class BaseModel:
         raise_problems(
             "model",
             [
-                f"activation_checkpointing must be 0, or every how many-th layer is run again, but got {every}"
-                if every < 0
+                f"activation_checkpointing must be 0, or every how many-th layer is run again, but got {every!r}"
+                if not isinstance(every, int) or every < 0
                 else None,
                 "offload_activations=true moves what activation_checkpointing keeps; set that to 1 or more"
                 if self.offload_activations and not every
@@ -97,8 +98,8 @@ class BaseModel:
         return cls(**{k: v for k, v in value.items() if v is not None})
 
     def to_config(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
+        """The fields that say which model it is, as plain values; what saves memory is another machine's own."""
+        return {k: v for k, v in asdict(self).items() if k not in _MEMORY}
 
     def load(self, task: Task) -> PreTrainedModel:
         """Loads the model with the head that the task asks for.

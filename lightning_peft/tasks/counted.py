@@ -10,6 +10,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
@@ -22,6 +23,11 @@ from lightning_peft.tasks.padding import IGNORED
 
 Way = Literal["hidden", "logits", "all"]
 
+_SAID: dict[Way, str] = {
+    "hidden": "The loss is taken in chunks from what the head reads of the tokens that count",
+    "logits": "The loss is taken from the logits of the tokens that count",
+    "all": "The loss is taken from the logits of all tokens",
+}
 _CHUNK = 2**24  # logits that exist at a time while a model is trained, 64 MiB of them in float32
 _PROBED = (2, 8)  # rows and tokens of a batch on which the ways are compared
 _ways: WeakKeyDictionary[Module, dict[tuple[Any, ...], Way]] = WeakKeyDictionary()
@@ -99,18 +105,6 @@ class HiddenAt:
 Counted = LogitsAt | HiddenAt
 
 
-def of_logits(logits: Tensor, labels: Tensor) -> LogitsAt:
-    """What a model's logits say about the tokens that count, each predicted from those before it.
-
-    Args:
-        logits: ``(batch, tokens, vocabulary)``.
-        labels: ``(batch, tokens)``, -100 where a token does not count.
-    """
-    ahead = labels[:, 1:]
-    where = ahead != IGNORED
-    return LogitsAt(logits[:, :-1][where], ahead[where])
-
-
 def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False, packing: bool = True) -> Counted:
     """Runs a causal language model without padding, and its head on the tokens that count alone.
 
@@ -136,12 +130,14 @@ def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False, p
     labels = ahead[where]
 
     def at_labels(states: Tensor) -> Tensor:
+        there = where.to(states.device)  # of a model over several devices
         # virtual tokens stand before the text
-        return states[:, -tokens:][:, :-1][where] if packed is None else packed.at(states, where)
+        return states[:, -tokens:][:, :-1][there] if packed is None else packed.at(states, there)
 
     given = inputs if packed is None else packed.inputs
     if way == "all":
-        return LogitsAt(at_labels(model(**given).logits), labels)
+        logits = at_labels(model(**given).logits)
+        return LogitsAt(logits, labels.to(logits.device))
     head, read = model.get_output_embeddings(), list[Tensor]()
 
     def replaced(hidden: Tensor) -> Tensor:
@@ -151,8 +147,8 @@ def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False, p
     with _before(head, replaced):
         outputs = model(**given)
     if way == "logits":
-        return LogitsAt(outputs.logits.squeeze(0), labels)
-    return HiddenAt(read[0], labels, head.weight, head.bias)
+        return LogitsAt(outputs.logits.squeeze(0), labels.to(outputs.logits.device))
+    return HiddenAt(read[0], labels.to(read[0].device), head.weight, head.bias)
 
 
 @contextmanager
@@ -185,6 +181,7 @@ def _way(model: Any, inputs: dict[str, Tensor]) -> Way:
         with probing(model):
             few = {name: tensor[: _PROBED[0], : _PROBED[1]] for name, tensor in inputs.items()}
             ways[key] = _tried(model, head, few)
+        rank_zero_info(_SAID[ways[key]])
     return ways[key]
 
 

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.adapters import routing_of
-from lightning_peft.core.probing import agree, probing, states_of
+from lightning_peft.core.probing import agree, probing, rounding, states_of
 
 _packing: WeakKeyDictionary[Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
@@ -39,7 +40,7 @@ class Packed(NamedTuple):
         Returns:
             ``(chosen, ...)``.
         """
-        return states.flatten(0, 1)[self.places[:, : where.shape[1]][where]]
+        return states.flatten(0, 1)[self.places.to(states.device)[:, : where.shape[1]][where]]
 
 
 def packs(model: Any) -> bool:
@@ -50,11 +51,12 @@ def packs(model: Any) -> bool:
     Args:
         model: a Hugging Face model with a language model's head.
     """
-    if not takes_other_rows(model):
+    if not takes_other_rows(model) or _reads_places(model):
         return False
     adapters, known = states_of(model), _packing.setdefault(model, {})
     if adapters not in known:
         known[adapters] = "position_ids" in inspect.signature(model.forward).parameters and _keeps_apart(model)
+        rank_zero_info(f"The rows of a batch are {'packed' if known[adapters] else 'padded'}")
     return known[adapters]
 
 
@@ -72,6 +74,18 @@ def takes_other_rows(model: Any) -> bool:
     return not compiled and (routing is None or routing.rows is None)
 
 
+def _reads_places(model: Any) -> bool:
+    """Whether what a token sees may hang on its place in the bin, further on than three short rows would show."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return bool(getattr(config, "attention_chunk_size", None)) or not kinds <= {"full_attention", "sliding_attention"}
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Logits without what all of a token's share, which softmax does not see and in which a difference would hide."""
+    return logits.double() - logits.double().mean(-1, keepdim=True)
+
+
 def _keeps_apart(model: Any) -> bool:
     # in 16 bits an adapter that does much would round a leak of the base away
     with probing(model, size=0.0):
@@ -85,7 +99,7 @@ def _keeps_apart(model: Any) -> bool:
         assert together is not None
         alone = model(**batch).logits
         packed = model(**together.inputs).logits
-        return alone.shape[:2] == valid.shape and agree(together.at(packed, valid), alone[valid])
+        return alone.shape[:2] == valid.shape and _agree(together.at(packed, valid), alone[valid])
 
 
 def _leaks(model: Any) -> bool:
@@ -100,7 +114,12 @@ def _leaks(model: Any) -> bool:
             return True
         last = batch["attention_mask"].bool() & (torch.arange(3)[:, None] == 2).to(logits.device)
         found.append(together.at(logits, last))
-    return not agree(found[0], found[1], exact=1e-5)
+    return not _agree(found[0], found[1], exact=1e-5)
+
+
+def _agree(found: Tensor, own: Tensor, exact: float | None = None) -> bool:
+    exact = exact or rounding(found.dtype)
+    return found.shape == own.shape and agree(_centred(found), _centred(own), exact)
 
 
 def _three_rows(model: Any, first: int = 0) -> dict[str, Tensor]:

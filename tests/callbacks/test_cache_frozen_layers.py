@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -151,6 +152,23 @@ def test_a_file_that_is_kept_serves_the_next_run_on_the_same_base(bert_folder, t
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)
     assert (tmp_path / "frozen_layers.bin").stat().st_size < 1e6
     assert (tmp_path / "frozen_layers.json").is_file()
+
+
+def test_another_head_that_reads_every_state_is_told_by_its_one_number(bert_folder, texts, tmp_path):
+    class SumsAll(L.Callback):
+        """A head that reads padding too, which no file holds."""
+
+        def on_fit_start(self, trainer, pl_module):
+            model = pl_module.model
+            summed = model.bert.pooler.forward
+            model.bert.pooler.forward = lambda hidden: summed(hidden) + hidden.sum(1)
+
+    path = Path(texts)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"text": r["text"], "label": len(r["text"]) / 10}) + "\n" for r in rows))
+    task = {"name": "text_classification", "problem_type": "regression"}
+    with pytest.warns(UserWarning, match="read more than the last frozen layer's output"):
+        _fit(bert_folder, Selective(last_layers=1), _data(texts), tmp_path, SumsAll(), CacheFrozenLayers(), task=task)
 
 
 def test_images_are_rows_without_a_mask(vit_folder, draw, tmp_path):

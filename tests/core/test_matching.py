@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import FalconConfig, FalconForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 from lightning_peft import LoRA, Selective, adapt
 from lightning_peft.core.matching import match_modules
@@ -65,6 +65,12 @@ def test_a_router_that_gives_two_tensors_is_no_linear_layer_unless_it_is_named()
     adapt(model, LoRA(r=2, target_modules=["router"]))
     with pytest.raises(TypeError, match=r"LoRA adds to one tensor, but a Llama4Router gives a tuple: exclude it"):
         model(input_ids=ids)
+
+
+def test_a_models_own_kind_of_linear_layer_is_one():
+    config = FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=97)
+    names = {n.rpartition(".")[2] for n in _placed(FalconForCausalLM(config))}
+    assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 
 
 def test_every_pattern_must_match_or_the_nearest_names_are_listed(build):

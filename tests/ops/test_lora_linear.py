@@ -202,3 +202,25 @@ def test_the_output_can_be_added_to_in_place():
     expected = torch.autograd.grad((y + 1).pow(2).sum(), a, retain_graph=True)
     y.add_(1)
     assert torch.equal(torch.autograd.grad(y.pow(2).sum(), a)[0], expected[0])
+
+
+def test_a_product_that_was_changed_in_place_is_kept_as_it_is():
+    left, w, b, a, up = _tensors()
+    right = (left.detach() + 1).requires_grad_()
+    found = []
+    for function in (lora_linear, lora_linear_reference):
+        x = left.exp() * right.exp()
+        with torch.no_grad():
+            x.clamp_(max=1)
+        found.append(torch.autograd.grad(function(x, w, b, a, up, 1.7).pow(2).sum(), (a, up)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_product_whose_graph_is_used_up_is_read_as_any_input():
+    left, w, b, a, up = _tensors()
+    x = left.exp() * left.sin()
+    x.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(lora_linear(x, w, b, a, up, 1.0), lora_linear(x.detach(), w, b, a, up, 1.0))
+    assert lora_linear(x.detach() * 1, w, b, a, up, 1.0).requires_grad

@@ -90,9 +90,20 @@ def test_what_layers_keep_can_wait_in_the_hosts_memory(llama_folder):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_what_saves_memory_here_is_not_asked_of_who_loads_the_adapter(llama_folder, tmp_path):
+    module = PeftModule({"name_or_path": str(llama_folder), "activation_checkpointing": 1}, LoRA(r=2), "sft")
+    module.configure_model()
+    module.save_adapter(tmp_path / "adapter")
+    assert "activation" not in (tmp_path / "adapter" / "lightning_peft.json").read_text()
+    assert PeftModule.from_adapter(tmp_path / "adapter").base.activation_checkpointing == 0
+
+
 def test_checkpointing_that_cannot_be_is_said_at_once(llama_folder, tmp_path):
     with pytest.raises(ValueError, match=r"activation_checkpointing must be 0, or every .* but got -1"):
         BaseModel("x", activation_checkpointing=-1)
+    for value in ("1", 1.5):
+        with pytest.raises(ValueError, match=r"activation_checkpointing must be 0, or every .* but got"):
+            BaseModel("x", activation_checkpointing=value)
     with pytest.raises(ValueError, match=r"offload_activations=true moves what activation_checkpointing keeps"):
         BaseModel("x", offload_activations=True)
     if not torch.accelerator.is_available():

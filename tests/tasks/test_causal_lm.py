@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_peft import CausalLM, LoRA, PeftModule, TextDataModule
-from lightning_peft.tasks.counted import of_logits
+from lightning_peft.tasks.counted import LogitsAt
 
 TEXTS = ["The cat sat.", "Grüße, 你好 🦊! " * 5, "  two  spaces ", "a"]
 
@@ -41,6 +41,11 @@ def _blocks(tokenizer, texts, length):
     task = CausalLM()
     features = task.encode([{"text": t} for t in texts], tokenizer, length, training=True)
     return list(task.join(features, tokenizer, length))
+
+
+def _counted(logits, labels):
+    where = labels[:, 1:] != -100
+    return LogitsAt(logits[:, :-1][where], labels[:, 1:][where])
 
 
 @pytest.mark.parametrize("length", [4, 7, 16, 10_000])
@@ -81,7 +86,7 @@ def test_the_metrics_are_those_of_all_texts_whatever_the_batches(tokenizer):
         metrics, total, count = task.metrics(), 0.0, 0
         for i in range(0, len(blocks), size):
             batch = task.collate(blocks[i : i + size], tokenizer, training=True)
-            outputs = of_logits(table[batch["input_ids"]], batch["labels"])
+            outputs = _counted(table[batch["input_ids"]], batch["labels"])
             task.update(metrics, outputs, batch)
             part, n = task.loss(outputs, batch)
             total, count = total + part.item(), count + int(n)

@@ -148,6 +148,7 @@ def test_a_method_that_acts_at_places_of_each_row_gets_them_padded(method, shape
     ("kind", "config"),
     [
         ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97}),
+        ("Llama4Text", {**LLAMA_LIKE, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2}),
         ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97, "state_size": 4}),
     ],
 )

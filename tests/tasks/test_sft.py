@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lightning_peft import LoRA, PeftModule, SupervisedFineTuning, TextDataModule
-from lightning_peft.tasks.counted import of_logits
+from lightning_peft.tasks.counted import LogitsAt
 from lightning_peft.tasks.messages import read_messages, read_sharegpt
 
 
@@ -28,6 +28,11 @@ def _encode(tokenizer, prompt, completion, max_length):
     return SupervisedFineTuning().encode(
         [{"prompt": prompt, "completion": completion}], tokenizer, max_length, training=True
     )[0]
+
+
+def _counted(logits, labels):
+    where = labels[:, 1:] != -100
+    return LogitsAt(logits[:, :-1][where], labels[:, 1:][where])
 
 
 def test_only_the_completion_and_its_end_are_supervised(tokenizer):
@@ -55,7 +60,7 @@ def test_the_loss_is_the_sum_that_transformers_means(tokenizer, build):
     labels[:, :4] = -100
     labels[1, 6:] = -100
     outputs = model(input_ids=ids, labels=labels)
-    total, count = SupervisedFineTuning().loss(of_logits(outputs.logits, labels), {"labels": labels})
+    total, count = SupervisedFineTuning().loss(_counted(outputs.logits, labels), {"labels": labels})
     assert int(count) == 4 + 2 + 4
     torch.testing.assert_close(total / count, outputs.loss)
 
