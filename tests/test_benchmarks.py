@@ -20,3 +20,19 @@ def test_the_benchmark_of_data_loading_writes_its_figures(tmp_path):
     assert found.keys() == kept.keys()
     assert 0 < found["training"]["waiting_share"] < 1
     assert [some["num_proc"] for some in found["tokenizing"]] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("one_step", ["--small", "--repeats", "1"]),
+        ("start_and_stop", ["--linears", "100", "--repeats", "1"]),
+        ("one_adapter_an_example", ["--layers", "1", "--tokens", "8", "--repeats", "1"]),
+    ],
+)
+def test_a_benchmark_writes_its_figures(name, small, tmp_path):
+    words = [*small, "--output", str(tmp_path / "found.json")]
+    subprocess.run([sys.executable, FOLDER / f"{name}.py", *words], cwd=tmp_path, check=True, capture_output=True)
+    found, kept = (json.loads(p.read_text()) for p in (tmp_path / "found.json", FOLDER / f"results/{name}.json"))
+    assert found.keys() == kept.keys()
