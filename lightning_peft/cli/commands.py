@@ -6,13 +6,14 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils.logging import disable_progress_bar
@@ -64,7 +65,10 @@ def train(config: DictConfig) -> float | None:
         options["generation"],
     )
     trainer = _trainer(config)
-    trainer.fit(module, data, ckpt_path=_existing(config.ckpt_path), weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=_existing(config.ckpt_path), weights_only=True)
+    finally:
+        _end(trainer.loggers)
     if trainer.state.status != "finished" or config.trainer.fast_dev_run:
         return None
     for stopper in trainer.early_stopping_callbacks:
@@ -88,6 +92,13 @@ def train(config: DictConfig) -> float | None:
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     print_training(config.monitor, score, best, module, folder, list(words))
     return score
+
+
+def _end(loggers: Sequence[Logger]) -> None:
+    """Ends the run of W&B, which would take in the next run of a sweep too, and might lose what is not written yet."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+            logger.experiment.finish()
 
 
 def show_data(config: DictConfig) -> Path:

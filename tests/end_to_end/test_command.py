@@ -138,6 +138,14 @@ def test_a_run_is_logged_where_it_was_asked_for(tmp_path, words, kind):
     assert options >= OPTIONS
 
 
+@pytest.mark.slow
+def test_each_run_of_a_sweep_is_a_run_of_its_own_in_wandb(tmp_path, words):
+    chosen = ["-m", "seed=1,2", "logger=wandb", "logger.wandb.offline=true", "hydra.sweep.dir=sweep"]
+    run(*words, *chosen, "trainer.max_epochs=1", "trainer.log_every_n_steps=1", cwd=tmp_path)
+    for number in ("0", "1"):
+        assert _in_wandb(tmp_path / "sweep" / number)[0] >= METRICS
+
+
 OPTIONS = {"method/r", "data/batch_size", "data/train_files", "optimizer/lr", "trainer/max_epochs", "seed"}
 METRICS = {"train/loss", "val/loss", "val/accuracy", "lr", "train/tokens_per_second"}
 
