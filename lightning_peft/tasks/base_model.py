@@ -120,7 +120,7 @@ class BaseModel:
         options = {**task.model_kwargs(), **self.config}
         _refuse_without(self.name_or_path, _CONFIG, _WEIGHTS)
         with _helpful(self.name_or_path), _quiet():
-            source, local = _resolve(self.name_or_path)
+            source, local = resolve(self.name_or_path)
             where: dict[str, Any] = {"revision": self.revision, "local_files_only": local}
             config = transformers.AutoConfig.from_pretrained(source, **where)
             if task.peft_task_type == "CAUSAL_LM" and getattr(config, "is_decoder", None) is False:
@@ -168,7 +168,7 @@ class BaseModel:
 
         _refuse_without(self.name_or_path, _CONFIG)
         with _helpful(self.name_or_path):
-            source, local = _resolve(self.name_or_path)
+            source, local = resolve(self.name_or_path)
             return transformers.AutoConfig.from_pretrained(source, revision=self.revision, local_files_only=local)
 
     def refuse_long_texts(self, length: int, virtual: int, shortest: int) -> None:
@@ -220,7 +220,7 @@ class BaseModel:
         revision = self.revision if self.tokenizer is None else None
         _refuse_without(name, *([_CONFIG] if self.tokenizer is None else []), _READY[auto_class])
         with _helpful(name), _quiet():
-            source, local = _resolve(name)
+            source, local = resolve(name)
             auto = getattr(transformers, auto_class)
             return auto.from_pretrained(source, revision=revision, local_files_only=local)
 
@@ -260,10 +260,13 @@ def _refuse_without(name: str, *parts: str) -> None:
     raise FileNotFoundError(f"the folder {name!r} has no {' and no '.join(lost)}; there is: {there[:8]}{adapter}")
 
 
-def _resolve(name: str) -> tuple[str, bool]:
+def resolve(name: str) -> tuple[str, bool]:
     """Where to load from, and whether only this machine may be looked at.
 
     The embedded default comes from its package, if that is installed.
+
+    Args:
+        name: a folder or a hub name.
     """
     if Path(name).is_dir():
         return name, True
