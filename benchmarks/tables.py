@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-PLACE = re.compile(r"(?<=<!-- (\w{8}) -->\n).*?(?=<!-- end -->)", re.S)
+PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -94,12 +94,12 @@ def starting() -> str:
     return rows(("", "ours, seconds", "PEFT, seconds", "ours over PEFT"), lines)
 
 
-TABLES = {"one_step": one_step, "training": fine_tuning, "cachedep": cached, "starting": starting}
+TABLES = {"one_step": one_step, "fine_tuning": fine_tuning, "cached": cached, "starting": starting}
 
 
 def page(text: str) -> str:
     """A page with its tables written anew."""
-    return PLACE.sub(lambda found: TABLES[found.group(1)](), text)
+    return PLACE.sub(lambda found: found.group(1) + TABLES[found.group(2)]() + found.group(3), text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -36,3 +37,10 @@ def test_a_benchmark_writes_its_figures(name, small, tmp_path):
     subprocess.run([sys.executable, FOLDER / f"{name}.py", *words], cwd=tmp_path, check=True, capture_output=True)
     found, kept = (json.loads(p.read_text()) for p in (tmp_path / "found.json", FOLDER / f"results/{name}.json"))
     assert found.keys() == kept.keys()
+
+
+def test_the_page_of_figures_holds_what_was_measured():
+    spec = importlib.util.spec_from_file_location("tables", FOLDER / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.page(tables.PAGE.read_text()) == tables.PAGE.read_text()
