@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from lightning_peft.analysis.sizes import size
 from lightning_peft.core.adapted import site_of
 from lightning_peft.core.adapters import require_adapters
 from lightning_peft.core.fingerprint import fingerprint
-from lightning_peft.core.frozen_layers import Watch, left_out, this_forward, watching
+from lightning_peft.core.frozen_layers import Watch, left_out, watching
+from lightning_peft.core.per_forward import this_forward
 from lightning_peft.core.probing import agree, undrawn
 from lightning_peft.data.state_file import StateFile, row_keys
 from lightning_peft.methods.reader import find_layers
@@ -159,7 +160,7 @@ class _Cache:
         if not self.depth:
             self._stop("the first layer trains, or what comes before it, or it gives more than hidden states")
             return
-        with self._beside(), torch.no_grad(), watching(self.layers[: self.depth]) as again:
+        with self._beside(), watching(self.layers[: self.depth]) as again:
             self.root(**kwargs)
         first, second = watch.states[self.depth - 1], again.states[-1]
         if first is None or second is None or not torch.equal(first, second):
@@ -187,9 +188,9 @@ class _Cache:
 
     def _is_right(self, kwargs: dict[str, Any], states: Tensor) -> bool:
         """Whether the model says the same without its frozen layers."""
-        with self._beside(), torch.no_grad():
+        with self._beside():
             whole = self.root(**kwargs)
-        with self._beside(), torch.no_grad(), left_out(self.layers[: self.depth], states, self._in_tuples):
+        with self._beside(), left_out(self.layers[: self.depth], states, self._in_tuples):
             short = self.root(**kwargs)
         mask = self._rows[1]
         self._checked = agree(_said(short, mask), _said(whole, mask))
@@ -197,13 +198,15 @@ class _Cache:
             self._stop("the layers above read more than the last frozen layer's output")
         return self._checked
 
-    def _beside(self) -> ExitStack:
-        """A forward that is no step: it leaves hooks and random numbers alone."""
-        stack = ExitStack()
-        stack.enter_context(undrawn(self.root))
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """A forward that is no step: it leaves hooks and random numbers alone, and makes no graph."""
         self._aside = True
-        stack.callback(self.__dict__.update, _aside=False)
-        return stack
+        try:
+            with undrawn(self.root), torch.no_grad():
+                yield
+        finally:
+            self._aside = False
 
     def _read(self, keys: list[str], mask: Tensor | None) -> Tensor:
         assert self.file is not None

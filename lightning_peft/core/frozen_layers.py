@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
-
-def this_forward() -> Callable[[], bool]:
-    """Tells later whether the code runs in the thread and the grad mode of now.
-
-    Another thread may be serving the model, and somebody's hook may run it without a graph in between.
-    """
-    here, graph = threading.get_ident(), torch.is_grad_enabled()
-    return lambda: threading.get_ident() == here and torch.is_grad_enabled() == graph
+from lightning_peft.core.per_forward import this_forward
 
 
 class Watch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -66,6 +66,15 @@ class PerForward(Generic[T]):
             return value  # type: ignore[no-any-return]
         checkpoint = _checkpoint()
         return None if checkpoint is None else _checkpointed.get(checkpoint, {}).get(id(self))
+
+
+def this_forward() -> Callable[[], bool]:
+    """Tells later whether the code runs in the thread and the grad mode of now.
+
+    Another thread may be serving the model, and somebody's hook may run it without a graph in between.
+    """
+    here, graph = threading.get_ident(), torch.is_grad_enabled()
+    return lambda: threading.get_ident() == here and torch.is_grad_enabled() == graph
 
 
 def _checkpoint() -> Any:

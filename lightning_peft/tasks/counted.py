@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.core.adapted import is_frozen_linear
+from lightning_peft.core.per_forward import this_forward
 from lightning_peft.core.probing import probing, states_of
 from lightning_peft.tasks.packing import pack, packs, takes_other_rows
 from lightning_peft.tasks.padding import IGNORED
@@ -153,15 +153,11 @@ def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False, p
 
 @contextmanager
 def _before(head: Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Changes what the head is given in this forward.
-
-    Another thread may be serving the model, and somebody's hook may run it without a graph in between.
-    """
-    here, graph = threading.get_ident(), torch.is_grad_enabled()
+    """Changes what the head is given in this forward."""
+    mine = this_forward()
 
     def changed(_: Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        mine = threading.get_ident() == here and torch.is_grad_enabled() == graph
-        return (change(args[0]), *args[1:]) if args and mine else None
+        return (change(args[0]), *args[1:]) if args and mine() else None
 
     handle = head.register_forward_pre_hook(changed)
     try:
