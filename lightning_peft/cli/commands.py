@@ -124,7 +124,10 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise ValueError(f"split must be validation or test, but got {config.split!r}")
     module, data, trainer = _ready(config)
     run = trainer.validate if config.split == "validation" else trainer.test
-    (metrics,) = run(module, data, verbose=False)
+    try:
+        (metrics,) = run(module, data, verbose=False)
+    finally:
+        _end(trainer.loggers)
     found = _numbers(metrics)
     write_json(Path(config.run_dir) / METRICS, _defined(found))
     print_metrics(found)
