@@ -12,6 +12,7 @@ from lightning_peft.analysis.sizes import size
 from lightning_peft.core.adapters import adapters_of, tree_of
 from lightning_peft.core.in_place import base_tensors
 from lightning_peft.core.matching import base_modules, class_of, is_conv1d, is_within, output_heads
+from lightning_peft.core.quantized import is_quantized, memory, number_of
 from lightning_peft.core.tree import AdapterTree
 
 
@@ -120,7 +121,7 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
         method=method,
         rows=rows,
         trainable=sum(r.parameters for r in rows),
-        total=sum(p.numel() for p in base),
+        total=sum(map(number_of, base)),
         trainable_bytes=sum(r.bytes for r in rows),
         originals_bytes=sum(map(_bytes, (record.originals or {}).values())),
         merge_bytes=merge_bytes,
@@ -157,7 +158,7 @@ def plan_within(outer: Module, path: str, name: str) -> Plan:
         plan,
         rows=(*plan.rows, *beside),
         trainable=plan.trainable + sum(r.parameters for r in beside),
-        total=plan.total + sum(p.numel() for p in outside.values()),
+        total=plan.total + sum(map(number_of, outside.values())),
         trainable_bytes=plan.trainable_bytes + sum(r.bytes for r in beside),
     )
 
@@ -181,7 +182,8 @@ def _merge_bytes(model: Module, name: str, tree: AdapterTree) -> int:
     else:
         modules = base_modules(model)
         parameters = [p for place in places for p in modules[place].parameters()]
-    return sum(_bytes(p) for p in {id(p): p for p in parameters}.values() if p.is_floating_point())
+    distinct = {id(p): p for p in parameters}.values()
+    return sum(memory(p) for p in distinct if p.is_floating_point() or is_quantized(p))
 
 
 def _costs(merge_bytes: int) -> list[str]:

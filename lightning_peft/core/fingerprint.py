@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.matching import is_within
+from lightning_peft.core.quantized import codes
 
 _SAMPLES = 8
 _HALF = 8
@@ -20,7 +21,7 @@ def parameter_digests(model: Module) -> dict[str, tuple[str, str | None]]:
     """What a fingerprint is made of, for each parameter by name: its shape, and a hash of a few of its values.
 
     Eight evenly spaced values of each parameter count, rounded to bfloat16, so that the same base loaded in
-    bfloat16 or float32 gives the same hash.
+    bfloat16 or float32 gives the same hash. Of a quantized one they are codes.
 
     Args:
         model: the base, before anything in it trains.
@@ -46,7 +47,7 @@ def renew_digests(adapters: Adapters, parameters: dict[str, Parameter], changed:
 
 def _digests(parameters: dict[str, Parameter]) -> dict[str, tuple[str, str | None]]:
     empty: dict[str, str | None] = {n: None if p.is_meta else "" for n, p in parameters.items()}
-    read = {n: p.detach().reshape(-1) for n, p in parameters.items() if p.numel() and not p.is_meta}
+    read = {n: codes(p).reshape(-1) for n, p in parameters.items() if p.numel() and not p.is_meta}
     values = dict(zip(read, _hashes(list(read.values())), strict=True))
     return {n: (str(tuple(p.shape)), values.get(n, empty[n])) for n, p in parameters.items()}
 

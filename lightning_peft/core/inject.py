@@ -16,6 +16,7 @@ from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules, reads_directly
 from lightning_peft.core.method import Bounded, Method, Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
+from lightning_peft.core.quantized import refuse_training
 from lightning_peft.core.saved_module import SavedModule
 from lightning_peft.core.statistics import freeze_statistics, moving_statistics
 from lightning_peft.core.tree import AdapterTree, Record
@@ -58,6 +59,7 @@ def inject(
     if not layers and not in_place:
         raise ValueError(f"{type(method).__name__} finds nothing to train in {class_of(model).__name__}")
     _refuse_unreachable(modules, layers)
+    _refuse_quantized(model, method, in_place, copies)
     _refuse_shared_in_place(adapters, in_place)
 
     if adapters is None:
@@ -187,6 +189,12 @@ def _refuse_unreachable(modules: dict[str, Module], layers: dict[str, AdapterLay
                 f"{name!r}: {class_of(owner).__name__} reads its weights and does not always call it, so an adapter "
                 f"on it would do nothing; name {instead} instead, or exclude it"
             )
+
+
+def _refuse_quantized(model: Module, method: Method, in_place: list[str], copies: list[str]) -> None:
+    for name, parameter in base_parameters(model).items():
+        if name in in_place or is_within(name, copies):
+            refuse_training(type(method).__name__, name, parameter)
 
 
 def _refuse_shared_in_place(adapters: Adapters | None, in_place: list[str]) -> None:

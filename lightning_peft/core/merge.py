@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from lightning_peft.core.adapters import Adapters, refuse_in_use, require_adapters
+from lightning_peft.core.changed_weights import changed_weights, joined
 from lightning_peft.core.fingerprint import renew_digests
 from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.inject import eject
-from lightning_peft.core.layer import device_for
 from lightning_peft.core.matching import base_modules, is_within
+from lightning_peft.core.quantized import Rounding, take_place
 from lightning_peft.core.tree import AdapterTree
-from lightning_peft.core.view import with_tensors
 
 
 def merge(model: Module, name: str, *, keep_originals: bool = True) -> None:
     """Adds an adapter's deltas to the weights; the adapter is inactive as long as it is merged.
+
+    Quantized weights are quantized again, and a warning says what that loses.
 
     Several merged adapters change a weight in the order of their merging. The sum is taken in float32, or what is
     wider, and cast once, however many are merged. Each merged weight is a new parameter in place of the original:
@@ -51,16 +53,21 @@ def merge(model: Module, name: str, *, keep_originals: bool = True) -> None:
             adapters.merged[name] = False
         return
     _check(model, adapters, name)
+    rounding = Rounding()
     if keep_originals:
-        _make_merged(model, adapters, (*waiting, name))
+        _make_merged(model, adapters, (*waiting, name), rounding)
     else:
-        for _ in _changed(model, adapters, [name], adapters.trees[name].layers_by_module):
+        changes = functools.partial(
+            changed_weights, model, adapters, [name], adapters.trees[name].layers_by_module, rounding
+        )
+        for _ in changes():
             pass  # whatever is refused is refused here, before the first original is gone
         changed = []
-        for key, value in _changed(model, adapters, [name], adapters.trees[name].layers_by_module):
+        for key, value in changes():
             _exchange(model, key, value)
             changed.append(key)
         renew_digests(adapters, base_parameters(model), changed)
+    rounding.warn()
     adapters.merged[name] = keep_originals
     adapters.switch.active = tuple(n for n in adapters.switch.active if n != name)
 
@@ -85,7 +92,7 @@ def unmerge(model: Module, name: str) -> None:
     for later in order[order.index(name) + 1 :]:
         if places & adapters.trees[later].layers_by_module.keys():
             raise ValueError(f"the adapter {later!r} was merged over {name!r} into the same weights; unmerge it first")
-    _make_merged(model, adapters, [n for n, kept in adapters.merged.items() if kept and n != name])
+    _make_merged(model, adapters, [n for n, kept in adapters.merged.items() if kept and n != name], Rounding())
     del adapters.merged[name]
     adapters.switch.active = (name, *adapters.switch.active)
 
@@ -141,7 +148,7 @@ def ties(model: Module) -> set[frozenset[str]]:
     for place, module in base_modules(model).items():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                held.setdefault(id(parameter), set()).add(_joined(place, key))
+                held.setdefault(id(parameter), set()).add(joined(place, key))
     return {frozenset(names) for names in held.values() if len(names) > 1}
 
 
@@ -182,91 +189,18 @@ def _require_originals(adapters: Adapters, name: str, call: str) -> None:
         )
 
 
-def _make_merged(model: Module, adapters: Adapters, names: Sequence[str]) -> None:
+def _make_merged(model: Module, adapters: Adapters, names: Sequence[str], rounding: Rounding) -> None:
     """Makes the weights the originals as changed by these adapters in this order; changes all or nothing."""
     now = [n for n, kept in adapters.merged.items() if kept]
     moved = set(now) ^ set(names)
     places = dict.fromkeys(p for n in (*now, *names) if n in moved for p in adapters.trees[n].layers_by_module)
-    new = dict(_changed(model, adapters, names, places))
+    new = dict(changed_weights(model, adapters, names, places, rounding))
     for key in [k for k in adapters.originals if k not in new and any(p in places for p in _above(k))]:
         _exchange(model, key, adapters.originals.pop(key))
     for key, value in new.items():
         before = _exchange(model, key, value)
         adapters.originals.setdefault(key, before)
     _wait_on_cpu(model, adapters)
-
-
-def _changed(
-    model: Module, adapters: Adapters, names: Sequence[str], places: Iterable[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """The weights at some places as these adapters change them, by name."""
-    in_place = {id(model.get_parameter(n)) for n in adapters.in_place}
-    made: dict[int, list[Parameter]] = {}
-    for place in places:
-        module = model.get_submodule(place)
-        trees = [adapters.trees[n] for n in names if place in adapters.trees[n].layers_by_module]
-        if not trees:
-            continue
-        now = dict(module.named_parameters(remove_duplicate=False)) if place else {}
-        start = {k: cast(Parameter, adapters.originals.get(_joined(place, k), p)) for k, p in now.items()}
-        for key, total in _sum(place, module, trees, now, start).items():
-            if id(now[key]) in in_place:
-                raise ValueError(f"{_joined(place, key)} trains in place, so nothing can be merged into it")
-            value = total.to(now[key].dtype)
-            if not torch.isfinite(value).all():
-                raise ValueError(f"the merged {_joined(place, key)} is not finite; the base is left as it is")
-            # where both ends of a tie change alike it stays one
-            known = made.setdefault(id(start[key]), [])
-            if not any(torch.equal(value, p) for p in known):
-                known.append(_in_place_of(start[key], value))
-            yield _joined(place, key), next(p for p in known if torch.equal(value, p))
-        if place:
-            statistics = dict(module.named_buffers())
-            for key, value in {k: b for t in trees for k, b in t.layers_by_module[place].replaced().items()}.items():
-                yield _joined(place, key), value.clone().to(statistics[key].dtype)
-
-
-@torch.no_grad()
-def _sum(
-    place: str, module: Module, trees: Sequence[AdapterTree], now: dict[str, Parameter], start: dict[str, Parameter]
-) -> dict[str, Tensor]:
-    """The parameters of one module that change, in float32 or wider."""
-    # one that cannot be read as it is, offloaded or quantized, goes through as it is and is refused if it changes
-    weights = {k: _wide(p, now[k]) for k, p in start.items() if p.is_floating_point() and not now[k].is_meta}
-    changed: dict[str, Tensor] = {}
-    for tree in trees:
-        # merged inside a training step, 16-bit precision would otherwise round the product of the factors
-        with torch.autocast(device_for(module).type, enabled=False):
-            deltas = tree.layers_by_module[place].deltas(with_tensors(module, weights))
-        if deltas is None:
-            method, where = tree.record.method, f" at {place!r}" if tree.record.method.mergeable else ""
-            raise ValueError(
-                f"{type(method).__name__}{where} is no change of weights, so it cannot be merged; export the adapter "
-                "instead"
-            )
-        for key, delta in deltas.items():
-            if key not in weights:
-                raise ValueError(
-                    f"{_joined(place, key)} cannot be merged into: it is offloaded, quantized or computed from other "
-                    "parameters; load the model as it is, in memory, and merge there"
-                )
-            if not torch.isfinite(delta).all():
-                raise ValueError(
-                    f"the adapter's change of {_joined(place, key)} is not finite; the base is left as it is"
-                )
-            weights[key] = changed[key] = weights[key] + delta.to(weights[key].device)
-    return changed
-
-
-def _wide(original: Tensor, now: Tensor) -> Tensor:
-    return original.detach().to(now.device, torch.promote_types(original.dtype, torch.float32))
-
-
-def _in_place_of(original: Parameter, value: Tensor) -> Parameter:
-    """A parameter with what was noted on the original, such as that it came from a checkpoint."""
-    new = Parameter(value, requires_grad=False)
-    new.__dict__.update(original.__dict__)
-    return new
 
 
 def _exchange(model: Module, key: str, new: Tensor) -> Tensor:
@@ -278,6 +212,7 @@ def _exchange(model: Module, key: str, new: Tensor) -> Tensor:
     if (new.device, new.dtype) != (old.device, old.dtype):
         new.data = new.data.to(old.device, old.dtype)
     held[attribute] = new
+    take_place(module, old, new)
     return old
 
 
@@ -292,7 +227,3 @@ def _above(key: str) -> list[str]:
     """The names of the modules that a parameter lies in, the root aside."""
     parts = key.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def _joined(place: str, key: str) -> str:
-    return f"{place}.{key}" if place else key

@@ -9,10 +9,15 @@ from torch.nn import Module
 
 from lightning_peft.core.adapters import require_adapters
 from lightning_peft.core.fingerprint import fingerprint, same_structure, saved_parameters
+from lightning_peft.core.in_place import base_parameters
+from lightning_peft.core.quantized import is_quantized
 
 
 def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
-    """The base's name, revision and fingerprint, and what that leaves out because it is saved, in plain values.
+    """The base's name, revision and fingerprint, and what that leaves out, in plain values.
+
+    It leaves out what is saved beside it, and quantized weights, whose numbers are rounded: an adapter that was trained
+    on a quantized base fits the base as it was, or quantized in another way.
 
     Args:
         model: the adapted model.
@@ -20,13 +25,18 @@ def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
     """
     config = getattr(model, "config", None)
     adapters = require_adapters(model, names := list(names))
-    without = saved_parameters(adapters, names)
+    without, quantized = saved_parameters(adapters, names), _quantized(model)
     return {
         "name": getattr(config, "name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
-        "fingerprint": fingerprint(adapters.base_digests, without),
+        "fingerprint": fingerprint(adapters.base_digests, [*without, *quantized]),
         "without": without,
+        "quantized": quantized,
     }
+
+
+def _quantized(model: Module) -> list[str]:
+    return sorted(n for n, p in base_parameters(model).items() if is_quantized(p))
 
 
 def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
@@ -40,8 +50,10 @@ def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
     Raises:
         ValueError: if the base is another one.
     """
+    if set(_quantized(model)) - set(base["quantized"]):
+        return  # the fingerprint says what the numbers were before they were rounded
     digests = require_adapters(model).base_digests
-    saved, mine = base["fingerprint"], fingerprint(digests, base["without"])
+    saved, mine = base["fingerprint"], fingerprint(digests, [*base["without"], *base["quantized"]])
     if saved is None or mine is None or saved == mine:
         return
     named = f"{base['name']} with " if base["name"] else ""

@@ -17,6 +17,7 @@ from lightning_peft.core.matching import ALL_LINEAR, base_modules, class_of, is_
 from lightning_peft.core.method import Placement
 from lightning_peft.core.new_heads import new_modules, new_parameters
 from lightning_peft.core.problems import an, raise_problems, refuse_unknown
+from lightning_peft.core.quantized import dequantized, is_quantized, numbers
 from lightning_peft.core.view import with_tensors
 
 # options that say where the layers go and how they train, which a PEFT file gives in its own way
@@ -213,8 +214,9 @@ def oriented(delta: Tensor, module: Module) -> Tensor:
 
 
 def weight_of(module: Any) -> Tensor:
-    """The weight of a Linear or Conv1D as ``(out, in)``, without a gradient."""
-    return oriented(module.weight.detach(), module)
+    """The weight of a Linear or Conv1D as ``(out, in)``, without a gradient; a quantized one's numbers in float32."""
+    weight = module.weight
+    return oriented(dequantized(module, weight) if is_quantized(weight) else weight.detach(), module)
 
 
 def module_below(base: Callable[..., Any]) -> Module:
@@ -233,14 +235,15 @@ def module_below(base: Callable[..., Any]) -> Module:
             deltas = layer.deltas(module) or {}
         except ValueError:
             continue
-        weights = {n: p for n, p in module.named_parameters() if n in deltas}
-        wide = {n: p.to(torch.promote_types(p.dtype, torch.float32)) for n, p in weights.items()}
+        wide = {n: numbers(module, p) for n, p in module.named_parameters() if n in deltas}
         module = with_tensors(module, {n: p + deltas[n] for n, p in wide.items()})
     return module
 
 
-def is_readable(module: Module) -> bool:
-    """Whether the weight of a Linear or Conv1D lies there as its numbers, neither offloaded nor quantized."""
+def is_readable(module: Any) -> bool:
+    """Whether the numbers of a Linear's or Conv1D's weight can be had: not where it is offloaded or packed."""
+    if is_quantized(module.weight):
+        return True
     weight = weight_of(module)
     return weight.is_floating_point() and not weight.is_meta and weight.shape == sizes(module)[::-1]
 

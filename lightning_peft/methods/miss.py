@@ -23,6 +23,7 @@ from lightning_peft.methods.linear import (
     near_divisors,
     oriented,
     sizes,
+    weight_of,
 )
 
 _INITS = (True, "mini", "bat")
@@ -143,7 +144,7 @@ class _BatLayer(AdapterLayer):
         return y + F.linear(x.to(y.dtype), self._delta(module_below(base)).to(y.dtype))
 
     def _delta(self, module: Any) -> Tensor:
-        weight = oriented(module.weight, module).to(self.miss_block.dtype)
+        weight = weight_of(module).to(self.miss_block.dtype)
         r = self.miss_block.shape[-1]
         # (rows of a block, row blocks, column blocks, columns of a block): D_i is one for all column blocks
         blocks = weight.reshape(weight.shape[0] // r, r, weight.shape[1] // r, r).permute(2, 0, 1, 3)

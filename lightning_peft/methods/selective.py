@@ -26,6 +26,7 @@ from lightning_peft.core.method import Placement
 from lightning_peft.core.new_heads import new_parameters
 from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems
+from lightning_peft.core.quantized import is_quantized
 from lightning_peft.core.tree import AdapterTree
 
 _KINDS = ("bias", "norm", "embedding", "head", "weight")
@@ -215,4 +216,5 @@ def _kinds(model: Module) -> dict[str, set[str]]:
 def _trainable_names(model: Module) -> list[str]:
     """Floating-point base parameters by name, tied ones once."""
     owned = {id(p) for m in base_modules(model).values() for p in m._parameters.values() if p is not None}
-    return [n for n, p in model.named_parameters() if id(p) in owned and p.is_floating_point()]
+    named = model.named_parameters()
+    return [n for n, p in named if id(p) in owned and (p.is_floating_point() or is_quantized(p))]
