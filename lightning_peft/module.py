@@ -160,7 +160,7 @@ class PeftModule(EvaluatedModule):
         """Builds the model and adapts it, once."""
         if self.model is None:
             with default_dtype(torch.float32):
-                self.model = self._given[0] if self._given else cast(BaseModel, self.base).load(self.task)
+                self.model = self._given[0] if self._given else self._loaded()
             self.metrics = self.task.metrics()
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
@@ -168,6 +168,12 @@ class PeftModule(EvaluatedModule):
             refuse_long_texts(data, self.model)
         adapt_lightning_module(self, self.method, "model")
         self._save_plain_hparams()
+
+    def _loaded(self) -> Module:
+        precision = "32" if self._trainer is None else str(self._trainer.precision)
+        dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0])
+        model: Module = cast(BaseModel, self.base).load(self.task, dtype)
+        return model
 
     @override
     def setup(self, stage: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import HalfPrecision
+from torch.nn import ModuleList
 
 from lightning_peft.callbacks.randomness import random_state
 from lightning_peft.core.adapters import adapters_of
@@ -53,7 +54,8 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
         if precision is not None and adapter is None:
             # What a plugin replaces or casts, it must have replaced before: a layer that it exchanges after the
             # injection would lose its adapter (BitsandbytesPrecision), a cast weight its float32 copy.
-            precision.convert_module(root)
+            # transformers refuses to cast a quantized model, though only what is not quantized would be
+            precision.convert_module(ModuleList([root]) if isinstance(precision, HalfPrecision) else root)
         adapter = adapter or adapt(root, method, name)
         if isinstance(precision, HalfPrecision):
             keep_float32(module, outside=root)

@@ -6,6 +6,7 @@ from torch.nn import Module
 
 from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.matching import base_modules
+from lightning_peft.core.quantized import is_quantized
 
 
 def new_parameters(model: Module) -> list[str]:
@@ -25,7 +26,9 @@ def new_parameters(model: Module) -> list[str]:
         named = dict(module.named_parameters(prefix=prefix))
         loaded = {n for n, p in named.items() if getattr(p, "_is_hf_initialized", False)}
         if loaded:
-            new += [n for n in named if n not in loaded and id(named[n]) not in adapters]
+            # a cast takes the mark off torchao's weights; what is quantized was loaded
+            rest = [n for n, p in named.items() if n not in loaded and not is_quantized(p)]
+            new += [n for n in rest if id(named[n]) not in adapters]
     return sorted(set(new))
 
 

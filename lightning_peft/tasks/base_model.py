@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.formats.hub import hub_is_reachable
+from lightning_peft.tasks.quantization import plain_where_new, quantization_config, quantization_problem
 from lightning_peft.tasks.task import processing_auto_class
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lightning_peft.tasks.task import Task
@@ -50,10 +52,14 @@ class BaseModel:
             backward pass: 1 for every layer, 2 for every other one. 0 keeps everything: a third faster, for some
             ten times the memory of activations.
         offload_activations: keep those inputs in the host's memory until they are needed.
+        quantization: ``"nf4"`` for bitsandbytes' 4-bit NormalFloat with quantized scales (QLoRA, arXiv 2305.14314),
+            ``"int8"`` for its 8-bit weights (LLM.int8, arXiv 2208.07339), ``"int8_weight_only"`` for torchao's; or a
+            dictionary as transformers' ``quantization_config`` takes. The head stays as it is. None keeps all weights.
 
     Raises:
-        ValueError: if ``activation_checkpointing`` is below 0, or 0 with ``offload_activations``; when the model is
-            loaded also if it supports no checkpointing, or there is no device to move from.
+        ValueError: if ``activation_checkpointing`` is below 0, or 0 with ``offload_activations``, or ``quantization``
+            is unknown or lacks its package; when the model is loaded also if it supports no checkpointing, or there is
+            no device to move from.
     """
 
     name_or_path: str = EMBEDDED
@@ -62,6 +68,7 @@ class BaseModel:
     config: dict[str, Any] = field(default_factory=dict)
     activation_checkpointing: int = 0
     offload_activations: bool = False
+    quantization: str | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         every = self.activation_checkpointing
@@ -74,6 +81,7 @@ class BaseModel:
                 "offload_activations=true moves what activation_checkpointing keeps; set that to 1 or more"
                 if self.offload_activations and not every
                 else None,
+                quantization_problem(self.quantization),
             ],
         )
 
@@ -101,14 +109,15 @@ class BaseModel:
         """The fields that say which model it is, as plain values; what saves memory is another machine's own."""
         return {k: v for k, v in asdict(self).items() if k not in _MEMORY}
 
-    def load(self, task: Task) -> PreTrainedModel:
+    def load(self, task: Task, compute_dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Loads the model with the head that the task asks for.
 
         Args:
             task: the task; it names the auto-model class.
+            compute_dtype: the dtype in which layers with 4-bit weights multiply; None is float32.
 
         Returns:
-            The model, in float32 and in training mode.
+            The model, in float32 but for what is quantized, and in training mode.
 
         Raises:
             OSError: if the name is neither a folder nor can be fetched, or the folder lacks what is needed.
@@ -118,6 +127,8 @@ class BaseModel:
         import transformers
 
         options = {**task.model_kwargs(), **self.config}
+        if self.quantization is not None:
+            options["quantization_config"] = quantization_config(self.quantization, compute_dtype or torch.float32)
         _refuse_without(self.name_or_path, _CONFIG, _WEIGHTS)
         with _helpful(self.name_or_path), _quiet():
             source, local = resolve(self.name_or_path)
@@ -132,6 +143,8 @@ class BaseModel:
                 # The last hidden states are read before it, so what trains in it would get no gradient
                 options.setdefault("add_pooling_layer", False)
             model = auto.from_pretrained(source, dtype=torch.float32, **where, **options)
+        if self.quantization is not None:
+            plain_where_new(model)
         if getattr(model.config, "pad_token_id", -1) is None and processing_auto_class(task) == "AutoTokenizer":
             model.config.pad_token_id = _pad_token(self.load_tokenizer())
         if self.activation_checkpointing:

@@ -1,0 +1,87 @@
+"""A base that is loaded quantized: the usual ways by name, and transformers' configuration for any other."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch.nn import Linear, Module, Parameter
+
+from lightning_peft.core.problems import nearest
+
+WAYS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8_weight_only": "torchao"}
+"""The names that ``model.quantization`` takes, and the package that each needs."""
+
+
+def quantization_problem(given: Any) -> str | None:
+    """What is wrong with the option ``quantization``, as a sentence; None if nothing is.
+
+    Args:
+        given: what the user gave.
+    """
+    known = f"{', '.join(map(repr, WAYS))}, or a dictionary as transformers' quantization_config takes"
+    if isinstance(given, dict):
+        methods = _methods()
+        named = given.get("quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & given.keys() else None)
+        if named not in methods:
+            return (
+                f"quantization must say its quant_method, one of {', '.join(methods)}, but got {named!r}"
+                f"{nearest(str(named), methods)}"
+            )
+        return None
+    if given is not None and given not in WAYS:
+        return f"quantization must be {known}, but got {given!r}{nearest(str(given), WAYS)}"
+    package = None if given is None else WAYS[given]
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"quantization={given} needs {package}: pip install 'lightning-peft[quantization]'"
+    return None
+
+
+def quantization_config(given: str | dict[str, Any], compute_dtype: torch.dtype) -> Any:
+    """What transformers' ``from_pretrained`` takes for it.
+
+    Args:
+        given: one of `WAYS`, or a dictionary, which is taken as it is.
+        compute_dtype: the dtype in which layers with 4-bit weights are to multiply.
+    """
+    import transformers
+
+    if given == "nf4":
+        # QLoRA (arXiv 2305.14314, 3): 4-bit NormalFloat, the blocks' scales quantized too
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    if given == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if given == "int8_weight_only":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    return given
+
+
+def plain_where_new(model: Module) -> None:
+    """Puts PyTorch's own linear layers where a quantizer's hold weights that it did not quantize.
+
+    So it is where the checkpoint had none for a layer, such as a new head: they were drawn, and are to train.
+
+    Args:
+        model: as ``from_pretrained`` gave it.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear) and type(module) is not Linear and type(module.weight) is Parameter:
+            plain = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            plain.weight, plain.bias = module.weight, module.bias
+            model.set_submodule(name, plain)
+
+
+def _methods() -> list[str]:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    # bitsandbytes' two are told apart by load_in_4bit and load_in_8bit, under its own name
+    found = {k.removesuffix("_4bit").removesuffix("_8bit") for k in AUTO_QUANTIZATION_CONFIG_MAPPING}
+    return sorted(found)
