@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPrecision
 from torch.nn import ModuleList
 
 from lightning_peft.callbacks.randomness import random_state
@@ -56,6 +56,9 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
             # injection would lose its adapter (BitsandbytesPrecision), a cast weight its float32 copy.
             # transformers refuses to cast a quantized model, though only what is not quantized would be
             precision.convert_module(ModuleList([root]) if isinstance(precision, HalfPrecision) else root)
+            if isinstance(precision, BitsandbytesPrecision) and module._trainer is not None:
+                # it quantizes on the device: before that a method would read weights which are about to be rounded
+                root.to(module._trainer.strategy.root_device)
         adapter = adapter or adapt(root, method, name)
         if isinstance(precision, HalfPrecision):
             keep_float32(module, outside=root)

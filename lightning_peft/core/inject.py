@@ -55,11 +55,11 @@ def inject(
     modules = base_modules(model)
     copies, single = _copies(model, modules, method, placement, new)
     in_place = [n for n in dict.fromkeys([*placement.in_place, *single, *also_in_place]) if not is_within(n, copies)]
+    _refuse_quantized(model, method, in_place, copies)
     layers = placement.layers | {n: SavedModule(_plain(model.get_submodule(n))) for n in copies}
     if not layers and not in_place:
         raise ValueError(f"{type(method).__name__} finds nothing to train in {class_of(model).__name__}")
     _refuse_unreachable(modules, layers)
-    _refuse_quantized(model, method, in_place, copies)
     _refuse_shared_in_place(adapters, in_place)
 
     if adapters is None:

@@ -1,0 +1,356 @@
+"""A base whose weights a quantizer keeps in a few bits: every method trains on it, and merging says what it loses."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    PerTensor,
+    quantize_,
+)
+
+from lightning_peft import (
+    IA3,
+    OFT,
+    Adapter,
+    BottleneckAdapter,
+    LoRA,
+    MiSS,
+    PrefixTuning,
+    PromptTuning,
+    Selective,
+    SparseTuning,
+    adapt,
+    load_adapter,
+)
+from lightning_peft.core.quantized import dequantized, is_quantized, memory, number_of, requantized
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*merged weights are quantized again"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
+]
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+# torchao's 4-bit kernels need a GPU; this one keeps the same codes in bytes
+INT4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+QUANTIZERS = ["nf4", "int8", "int8_weight_only", "int4_weight_only"]
+METHODS = {
+    "lora": LoRA(r=4),
+    "dropout": LoRA(r=4, lora_dropout=0.1),
+    "dora": LoRA(r=4, use_dora=True),
+    "pissa": LoRA(r=4, init_lora_weights="pissa"),
+    "ia3": IA3(),
+    "oft": OFT(oft_block_size=8),
+    "bat": MiSS(r=4, init_weights="bat"),
+    "sparse": SparseTuning(r=2, mask_type="magnitude"),
+    "bottleneck": BottleneckAdapter(),
+    "prompt": PromptTuning(num_virtual_tokens=3),
+    "prefix": PrefixTuning(num_virtual_tokens=3),
+}
+WEIGHTS = ["lora", "dora", "pissa", "ia3", "oft", "bat", "sparse"]
+
+
+@pytest.fixture
+def quantized(llama_folder):
+    """The tiny Llama, loaded by transformers in one of the quantizers' ways."""
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
+
+    def load(name):
+        config = {
+            "nf4": lambda: BitsAndBytesConfig(**NF4),
+            "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+            "int8_weight_only": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
+            "int4_weight_only": lambda: TorchAoConfig(INT4),
+        }[name]()
+        return LlamaForCausalLM.from_pretrained(llama_folder, quantization_config=config, dtype=torch.float32).eval()
+
+    return load
+
+
+def _ids():
+    return torch.randint(3, 100, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def _logits(model):
+    return model(_ids()).logits
+
+
+def _train(model, adapter, steps=3):
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    model.train()
+    losses = []
+    for _ in range(steps):
+        loss = model(_ids(), labels=_ids()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return losses
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_method_trains_on_a_quantized_base_and_gives_it_back(quantized, quantizer, name):
+    model = quantized(quantizer)
+    before = _logits(model)
+    adapter = adapt(model, METHODS[name])
+    if name not in ("prompt", "prefix"):  # virtual tokens act from the start
+        assert torch.equal(_logits(model), before)
+    losses = _train(model, adapter)
+    assert losses[-1] < losses[0]
+    assert not torch.equal(_logits(model), before)
+    adapter.remove()
+    assert torch.equal(_logits(model), before)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_merging_into_codes_is_the_sum_quantized_again_and_can_be_undone_to_the_bit(quantized, quantizer, name):
+    model = quantized(quantizer)
+    adapter = adapt(model, METHODS[name])
+    _train(model, adapter)
+    trained = _logits(model)
+    place = next(n for n in adapter.tree.layers_by_module if n)
+    module = model.get_submodule(place)
+    weight = module.weight
+    start = dequantized(module, weight)
+    plain = nn.Linear(module.in_features, module.out_features, bias=False)
+    plain.weight = nn.Parameter(start.clone())
+    wanted = start + adapter.tree.layers_by_module[place].deltas(plain)["weight"].detach()
+    adapter.merge()
+    assert type(module.weight) is type(weight)
+    # half a step of the quantizer: NF4's widest is 0.28 of the largest value in a block, double quantization apart
+    step = {"nf4": 0.16, "int4_weight_only": 1 / 14}.get(quantizer, 1 / 200)
+    assert (dequantized(module, module.weight) - wanted).abs().max() < step * wanted.abs().max()
+    again = dequantized(module, requantized(wanted, weight))
+    assert torch.equal(dequantized(module, module.weight), again)
+    assert not torch.equal(_logits(model), trained)
+    with adapter.disabled():
+        assert module.weight is weight
+    adapter.unmerge()
+    assert module.weight is weight
+    assert torch.equal(_logits(model), trained)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_warning_gives_the_share_that_rounding_takes(quantized, quantizer):
+    model = quantized(quantizer)
+    adapter = adapt(model, LoRA(r=4, target_modules=["q_proj"]))
+    _train(model, adapter)
+    modules = {n: model.get_submodule(n) for n in adapter.tree.layers_by_module if n}
+    start = {n: dequantized(m, m.weight).double() for n, m in modules.items()}
+    layers = {n: adapter.tree.layers_by_module[n] for n in modules}
+    change = {n: (x.lora_B @ x.lora_A).detach().double() * x.scale for n, x in layers.items()}
+    with pytest.warns(UserWarning, match="2 merged weights are quantized again") as caught:
+        adapter.merge(keep_originals=False)
+    said = str(next(w.message for w in caught if "quantized again" in str(w.message)))
+    off = {n: dequantized(m, m.weight).double() - start[n] - change[n] for n, m in modules.items()}
+    norm = {
+        k: torch.cat([v.flatten() for v in part.values()]).norm()
+        for k, part in {"off": off, "change": change, "size": {n: start[n] + change[n] for n in start}}.items()
+    }
+    shares = [float(s) / 100 for s in re.findall(r"([\d.]+)%", said)]
+    worst = max(modules, key=lambda n: off[n].norm() / change[n].norm())
+    expected = [norm["off"] / norm["size"], norm["off"] / norm["change"], off[worst].norm() / change[worst].norm()]
+    # printed with two places, from float32 sums
+    torch.testing.assert_close(torch.tensor(shares), torch.stack(expected).float(), atol=1.1e-4, rtol=1e-3)
+    assert f"'{worst}.weight'" in said
+
+
+def test_a_base_that_is_not_quantized_merges_without_a_word(build):
+    model = build("llama")
+    adapter = adapt(model, LoRA(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.merge()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("quantizer", ["nf4", "int8"])
+def test_lora_on_codes_is_pefts(quantized, quantizer):
+    ours, theirs = quantized(quantizer), quantized(quantizer)
+    adapter = adapt(ours, LoRA(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    wrapped = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    state = adapter.tree.state_dict()
+    for key, tensor in sorted(state.items()):
+        tensor.normal_(std=0.1, generator=generator)
+        place, _, leaf = key.rpartition(".")
+        wrapped.get_parameter(f"base_model.model.{place}.{leaf}.default.weight").data.copy_(tensor)
+    wrapped.eval()
+    torch.testing.assert_close(_logits(ours), _logits(wrapped), atol=1e-5, rtol=1e-5)
+    adapter.merge()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.merge_adapter()
+    for place in adapter.tree.layers_by_module:
+        if place:
+            mine, other = ours.get_submodule(place), wrapped.get_submodule(f"base_model.model.{place}.base_layer")
+            found, expected = dequantized(mine, mine.weight), dequantized(other, other.weight)
+            # PEFT sums in the compute dtype: where the sums differ in the last bit, a code may be the next one
+            assert ((found - expected).abs() > 1e-6).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_codes_of_a_weight_stand_for_its_numbers(quantized, llama_folder, quantizer):
+    from transformers import LlamaForCausalLM
+
+    plain = LlamaForCausalLM.from_pretrained(llama_folder)
+    model = quantized(quantizer)
+    name = "model.layers.0.mlp.down_proj"
+    module, expected = model.get_submodule(name), plain.get_submodule(name).weight.detach()
+    assert is_quantized(module.weight)
+    assert not is_quantized(model.lm_head.weight)
+    for _ in range(2):  # a forward moves some quantizers' scales from the weight to the module
+        numbers = dequantized(module, module.weight)
+        assert numbers.dtype == torch.float32
+        step = {"nf4": 0.16, "int4_weight_only": 1 / 14}.get(quantizer, 1 / 200)
+        assert (numbers - expected).abs().max() < step * expected.abs().max()
+        _logits(model)
+    assert number_of(module.weight) == expected.numel()
+    assert memory(module.weight) == expected.numel() // (2 if quantizer == "nf4" else 1)
+
+
+def test_the_plan_counts_numbers_not_bytes(quantized, build):
+    for quantizer in QUANTIZERS:
+        model = quantized(quantizer)
+        plan = adapt(model, LoRA(r=2)).plan
+        names = [n for n, p in model.named_parameters() if is_quantized(p)]
+        assert plan.total == sum(number_of(p) for n, p in model.named_parameters() if "adapters" not in n)
+        assert plan.merge_bytes == sum(memory(model.get_parameter(n)) for n in names)
+
+
+@pytest.mark.parametrize(
+    "method", [Selective(last_layers=1), LoRA(r=2, modules_to_save=["o_proj"])], ids=["in place", "a copy"]
+)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_codes_cannot_train_themselves(quantized, quantizer, method):
+    model = quantized(quantizer)
+    with pytest.raises(ValueError, match=r"proj.weight' is quantized \(\w+\) and cannot train itself"):
+        adapt(model, method)
+    assert not hasattr(model, "adapters")
+
+
+def test_biases_and_norms_beside_codes_train_in_place(quantized):
+    model = quantized("nf4")
+    adapter = adapt(model, Selective(parameter_types=["norm"]))
+    losses = _train(model, adapter)
+    assert losses[-1] < losses[0]
+
+
+def test_an_adapter_trained_on_codes_fits_the_base_as_it_was_and_in_other_codes(quantized, llama_folder, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = quantized("nf4")
+    adapter = adapt(model, LoRA(r=2))
+    _train(model, adapter)
+    adapter.save(tmp_path / "from codes")
+    plain = LlamaForCausalLM.from_pretrained(llama_folder)
+    for base in (plain, quantized("int8"), quantized("nf4")):
+        loaded = load_adapter(base, tmp_path / "from codes")
+        for key, value in adapter.tree.state_dict().items():
+            assert torch.equal(loaded.tree.state_dict()[key], value)
+    assert torch.equal(_logits(base), _logits(model))
+    Adapter(plain).save(tmp_path / "from numbers")
+    load_adapter(quantized("nf4"), tmp_path / "from numbers")
+
+
+def test_an_adapter_trained_on_codes_is_refused_by_a_base_with_other_embeddings(quantized, llama_folder, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = quantized("nf4")
+    adapt(model, LoRA(r=2)).save(tmp_path / "a")
+    other = LlamaForCausalLM.from_pretrained(llama_folder)
+    other.get_input_embeddings().weight.data += 1
+    with pytest.raises(ValueError, match="on another base"):
+        load_adapter(other, tmp_path / "a")
+
+
+@pytest.mark.parametrize("quantizer", ["nf4", "int8"])
+def test_a_merged_model_keeps_its_codes_in_a_folder(quantized, quantizer, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = quantized(quantizer)
+    adapter = adapt(model, LoRA(r=2))
+    _train(model, adapter)
+    trained = _logits(model)
+    adapter.save_merged(tmp_path / "merged")
+    assert torch.equal(_logits(model), trained)
+    adapter.merge()
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert is_quantized(again.model.layers[0].mlp.down_proj.weight)
+    torch.testing.assert_close(_logits(again), _logits(model), atol=1e-6, rtol=1e-6)
+
+
+def test_codes_of_one_scale_are_made_again_with_one():
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    quantize_(model, Int8WeightOnlyConfig(granularity=PerTensor()))
+    weight = model[0].weight
+    torch.testing.assert_close(requantized(dequantized(model[0], weight), weight).scale, weight.scale)
+
+
+def test_weights_whose_inputs_are_rounded_too_are_not_merged_into():
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    adapter = adapt(model, LoRA(r=2))
+    with pytest.raises(ValueError, match=r"Int8Tensor with quantized inputs cannot be quantized again"):
+        adapter.merge()
+
+
+def test_layers_that_are_quantized_when_they_move_are_so_before_they_are_adapted():
+    from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    plugin = BitsandbytesPrecision("nf4-dq", dtype=torch.float32, ignore_modules={"1"})
+    plugin.convert_module(model)
+    model.to("cpu")
+    x = torch.randn(3, 64)
+    before = model(x).detach()
+    adapter = adapt(model, LoRA(r=2, use_dora=True))
+    assert is_quantized(model[0].weight)
+    torch.testing.assert_close(model(x).detach(), before, atol=1e-6, rtol=1e-6)
+    adapter.remove()
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_lightnings_plugin_quantizes_what_is_adapted(mode, tmp_path):
+    import lightning as L
+    from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+    from torch.utils.data import DataLoader
+
+    from lightning_peft import PeftCallback
+
+    class Net(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+        def training_step(self, batch, batch_idx):
+            return self.body(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    net = Net()
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cuda", devices=1, plugins=BitsandbytesPrecision(mode), logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        callbacks=[PeftCallback(LoRA(r=2), model="body")],
+    )  # fmt: skip
+    trainer.fit(net, DataLoader(torch.randn(8, 64), batch_size=4))
+    assert is_quantized(net.body[0].weight)
+    assert net.body.adapters["default"].state_dict()["0.lora_B"].abs().max() > 0
