@@ -14,7 +14,7 @@ from torch.nn import Linear, Module, Parameter
 from lightning_peft.core.generated import SITE, adapted_class
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.routing import Routing, Switch, bind
-from lightning_peft.core.rows import IndivisibleError, Rows, join, refuse_handing_on, refuse_indivisible, take
+from lightning_peft.core.rows import IndivisibleError, Rows, Split, join, refuse_handing_on, refuse_indivisible, take
 from lightning_peft.core.view import with_tensors
 
 
@@ -90,6 +90,16 @@ def is_frozen_here(weight: Tensor | None) -> bool:
     return type(weight) is Parameter and not weight.requires_grad and weight.layout is torch.strided
 
 
+def is_watched(module: Module) -> bool:
+    """Whether something beside its forward runs when a module is called.
+
+    Args:
+        module: any module.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in module.__dict__ or any(hooks)
+
+
 def is_frozen_linear(module: Module) -> bool:
     """Whether a module is a Linear as PyTorch has it, not adapted, watched or replaced, whose parameters rest.
 
@@ -153,12 +163,13 @@ class Site:
         return self._through(args, kwargs)
 
     def _through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        routing = self.switch.routing
-        if routing.rows is not None:
-            return bind(_untraced(self._by_rows)(routing, routing.rows, args, kwargs), routing)
         if not args and len(kwargs) == 1 and not self.base.module._modules:
             # a single layer called by its input's name, which is not the adapter layers'
             args, kwargs = tuple(kwargs.values()), {}
+        routing = self.switch.routing
+        if routing.rows is not None:
+            by_rows = _untraced() if "torch._dynamo" in sys.modules else Site._by_rows
+            return bind(by_rows(self, routing, routing.rows, args, kwargs), routing)
         call: Callable[..., Any] = self.base
         for name in routing.active:
             layer = self.layers.get(name)
@@ -175,13 +186,25 @@ class Site:
             if not layer.divisible:
                 refuse_handing_on(name, rows.methods[name])
         try:
-            return self._parted(routing, rows, args, kwargs)
+            split = rows.split(self.base.module, args, kwargs)
+            output = self._together(rows, here, args, kwargs)
+            return self._parted(routing, split, args, kwargs) if output is NotImplemented else output
         except IndivisibleError as error:
             raise RuntimeError(f"{error}; {rows.apart(here)}") from None
 
-    def _parted(self, routing: Routing, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _together(
+        self, rows: Rows, here: dict[str, AdapterLayer], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """All examples in one call, if the layers are of one kind that can do that and nobody watches one of them."""
+        layers = here.values()
+        kinds = {type(layer) for layer in layers}
+        if len(kinds) > 1 or any(is_watched(layer) for layer in layers):
+            return NotImplemented
+        by_example: list[Any] = [here.get(n) if n is not None else None for n in rows.names]
+        return kinds.pop().together(by_example, self.base, *args, **kwargs)
+
+    def _parted(self, routing: Routing, split: Split, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original forward once for all examples, and around each group of them its adapter's layer."""
-        split = rows.split(self.base.module, args, kwargs)
         whole = _Once(functools.partial(self._whole, routing, args, kwargs))
         outputs, parts = [], []
         for name, index in split.groups.items():
@@ -203,9 +226,10 @@ class Site:
             return self.base(*args, **kwargs)
 
 
-def _untraced(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call without torch.compile, which leaves its graph in an ``adapter_names`` block and goes on inside."""
-    return torch.compiler.disable(call) if "torch._dynamo" in sys.modules else call  # type: ignore[no-untyped-call]
+@functools.cache
+def _untraced() -> Callable[..., Any]:
+    """`Site._by_rows` without torch.compile, which leaves its graph in an ``adapter_names`` block and goes on there."""
+    return torch.compiler.disable(Site._by_rows)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Once:

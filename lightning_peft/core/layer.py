@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,23 @@ class AdapterLayer(Module):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs ``base``, the module's original forward or the next inner layer, and adds to what it gives."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(base, *args, **kwargs)")
+
+    @classmethod
+    def together(cls, layers: Sequence[Self | None], base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs ``base`` once and adds to each example what its own layer adds; a kind may leave this out.
+
+        Args:
+            layers: the layer of each example, None for the base alone. An example may be several rows, one behind the
+                other.
+            base: the module's original forward.
+            *args: the module's inputs for all examples.
+            **kwargs: its named inputs.
+
+        Returns:
+            What each example gets alone, or ``NotImplemented``, before ``base`` has been called, where these layers
+            or inputs have to be run by one adapter after the other.
+        """
+        return NotImplemented
 
     def deltas(self, module: Module) -> dict[str, Tensor] | None:
         """What merging would add to the module's parameters.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from lightning_peft.methods.linear import is_readable, module_below, oriented, s
 from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import starting_factors
 from lightning_peft.ops.lora_linear import can_draw_again, count, lora_linear
+from lightning_peft.ops.lora_rows import Factors, add_by_row
 from lightning_peft.ops.row_norms import row_norms
 
 if TYPE_CHECKING:
@@ -134,12 +136,7 @@ class LinearLayer(LowRank):
             bias = base.module._parameters["bias"]
             return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
         count("plain")
-        y: Tensor = base(x)
-        if not isinstance(y, Tensor):
-            raise TypeError(
-                f"LoRA adds to one tensor, but a {class_of(module_of(base)).__name__} gives {an(type(y).__name__)}: "
-                "exclude it (exclude_modules=...)"
-            )
+        y = self._given(base, x)
         seen = self.dropped(x).to(y.dtype)
         change = self._product(seen, self.lora_A, self.lora_B)
         if "lora_A0" in self._buffers:
@@ -150,6 +147,35 @@ class LinearLayer(LowRank):
             return self._decomposed(base, y, seen, change * self.scale)
         return y + change * self.scale
 
+    @classmethod
+    def together(cls, layers: Sequence[LinearLayer | None], base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The module once for all examples, and to each run of them with one layer that layer's change.
+
+        Options that change more than a product, and dropout, run by one adapter after the other.
+        """
+        x = args[0] if len(args) == 1 and not kwargs else None
+        distinct = {layer for layer in layers if layer is not None}
+        if not isinstance(x, Tensor) or x.dim() < 2 or not all(layer._is_one_product() for layer in distinct):
+            return NotImplemented
+        count("by_row")
+        y = cls._given(base, x)
+        changes = {n: Factors(n.lora_A.to(y.dtype), n.lora_B.to(y.dtype), n.scale) for n in distinct}
+        rows = len(x) // len(layers)
+        runs = [(rows * len(list(run)), changes[n] if n else None) for n, run in itertools.groupby(layers)]
+        # what a plain Linear gives is new each time
+        new = isinstance(base, Base) and base.plain_weight(x) is not None
+        return add_by_row(y, x, runs, in_place=new)
+
+    @staticmethod
+    def _given(base: Callable[..., Any], x: Tensor) -> Tensor:
+        y = base(x)
+        if isinstance(y, Tensor):
+            return y
+        raise TypeError(
+            f"LoRA adds to one tensor, but a {class_of(module_of(base)).__name__} gives {an(type(y).__name__)}: "
+            "exclude it (exclude_modules=...)"
+        )
+
     def _require_data(self) -> None:
         # asked of the tensors: how they were filled, by a checkpoint or a file, says nothing to the layer
         self.awaits_data = not is_seen(self.lora_A.detach(), self.lora_B.detach())
@@ -158,6 +184,11 @@ class LinearLayer(LowRank):
 
     def _is_plain(self) -> bool:
         return not (self._parameters.keys() - {"lora_A", "lora_B"} or self._buffers.keys() - {"lora_A"})
+
+    def _is_one_product(self) -> bool:
+        """Whether a forward here and now is ``s B A x`` of tensors that no sharding has made its own."""
+        as_is = not (self.training and (self.p or self.awaits_data))
+        return as_is and self._is_plain() and {type(self.lora_A), type(self.lora_B)} <= {Tensor, Parameter}
 
     @staticmethod
     def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-calls = {"fused": 0, "plain": 0}
-"""How many low-rank linears ran fused and plain since the start; losing the fast path shows here."""
+calls = {"fused": 0, "plain": 0, "by_row": 0}
+"""How many low-rank linears ran fused, plain and for all adapters of a batch since the start; losing a fast path shows
+here."""
 
 
 def count(path: str) -> None:
     """Notes that a low-rank linear ran on this path; a compiled graph runs no such notes.
 
     Args:
-        path: ``"fused"`` or ``"plain"``.
+        path: ``"fused"``, ``"plain"`` or ``"by_row"``.
     """
     if not torch.compiler.is_compiling():
         calls[path] += 1

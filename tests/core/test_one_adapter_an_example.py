@@ -227,8 +227,10 @@ def test_a_recomputation_inside_the_block_is_right_and_one_outside_raises(pertur
     with adapter_names(model, NAMES):
         model(x).pow(2).sum().backward()
         late = model(x).sum()
-        with adapter_names(model, ["b", "b", "a", None, "a"]):
+        with adapter_names(model, ["b", "a", "b", None, "a"]):
             other = model(x).sum()
+        with adapter_names(model, ["b", "b", "a", None, "a"]):
+            otherwise_mixed = model(x).sum()
     got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert got.keys() == expected.keys()
     for key, gradient in got.items():
@@ -237,6 +239,8 @@ def test_a_recomputation_inside_the_block_is_right_and_one_outside_raises(pertur
         late.backward()
     with adapter_names(model, NAMES), pytest.raises(RuntimeError, match="inside the adapter_names"):
         other.backward()
+    with adapter_names(model, NAMES), pytest.raises(RuntimeError, match=r"Recomputed values .* different metadata"):
+        otherwise_mixed.backward()
 
 
 @torch.no_grad()
