@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_peft.analysis.sizes import size
 from lightning_peft.core.adapters import adapters_of, tree_of
-from lightning_peft.core.in_place import base_tensors
+from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.matching import base_modules, class_of, is_conv1d, is_within, output_heads
 from lightning_peft.core.quantized import is_quantized, memory, number_of
 from lightning_peft.core.tree import AdapterTree
@@ -100,28 +100,25 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
     record = tree.record
     method = type(record.method).__name__
     entries: list[tuple[str, str, str, int, int]] = []
+    copies = set(record.copies)
     for place, layer in tree.layers_by_module.items():
-        fresh = place in record.copies and any(is_within(n, [place]) for n in record.new)
-        what = "new, in full" if fresh else "a copy, in full" if place in record.copies else method
+        fresh = place in copies and any(is_within(n, [place]) for n in record.new)
+        what = "new, in full" if fresh else "a copy, in full" if place in copies else method
         trained = [p for p in layer.parameters() if p.requires_grad]
         entries += [(_join(path, place), what, place, p.numel(), p.numel() * p.element_size()) for p in trained]
-    tensors = base_tensors(model)
+    base, new = base_parameters(model), set(record.new)
     for key in record.in_place:
-        tensor, owner = tensors[key], key.rpartition(".")[0]
-        what = "new, in place" if key in record.new else "in place"
+        tensor, owner = base[key], key.rpartition(".")[0]
+        what = "new, in place" if key in new else "in place"
         entries.append((_join(path, owner), what, owner, tensor.numel(), tensor.numel() * tensor.element_size()))
     rows = _grouped(entries)
-    adapters = adapters_of(model)
-    own = {id(p) for p in adapters.parameters()} if adapters is not None else set()
-    base = [p for p in model.parameters() if id(p) not in own]
     linears, covered = _coverage(model, tree)
     merge_bytes = _merge_bytes(model, name, tree)
-    new = [_join(path, n) for n in record.new]
     return Plan(
         method=method,
         rows=rows,
         trainable=sum(r.parameters for r in rows),
-        total=sum(map(number_of, base)),
+        total=sum(map(number_of, base.values())),
         trainable_bytes=sum(r.bytes for r in rows),
         originals_bytes=sum(map(_bytes, (record.originals or {}).values())),
         merge_bytes=merge_bytes,
@@ -129,7 +126,7 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
         covered=covered,
         notes=(
             *(_reach(linears, covered, _unreached_stacks(model, tree)) if _changes_weights(tree) else ()),
-            *_notes(new, record.originals is None, method),
+            *_notes([_join(path, n) for n in record.new], record.originals is None, method),
             *_costs(merge_bytes),
         ),
     )
@@ -228,10 +225,12 @@ def _unreached_stacks(model: Module, tree: AdapterTree) -> dict[str, int]:
     for name, module in base_modules(model).items():
         if isinstance(module, _ConvNd) or is_within(name, places):
             continue
-        for key, parameter in module.named_parameters(prefix=name, recurse=False):
+        for child, parameter in module._parameters.items():
             # a single matrix with a batch dimension is a table of positions or the like
-            stacked = parameter.dim() == 3 and len(parameter) > 1 and parameter.is_floating_point()
-            if stacked and key not in in_place:
+            if parameter is None or parameter.dim() != 3 or len(parameter) == 1 or not parameter.is_floating_point():
+                continue
+            key = _join(name, child)
+            if key not in in_place:
                 found[key] = parameter.numel()
     return found
 

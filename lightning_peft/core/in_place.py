@@ -65,17 +65,8 @@ def kept_originals(tree: AdapterTree, call: str) -> dict[str, torch.Tensor]:
 
 def set_in_place(model: Module, adapters: Adapters, names: set[str]) -> None:
     """Tells each module which of its parameters train in place: they become float32 and stay it."""
-    owners: dict[str, list[str]] = {}
-    trained = {id(p) for n, p in base_parameters(model).items() if n in names}
     modules = base_modules(model)
-    attention = [n for n, m in modules.items() if isinstance(m, MultiheadAttention)]
-    for owner, module in modules.items():
-        for key, parameter in module._parameters.items():
-            if id(parameter) in trained:
-                parent = owner.rpartition(".")[0]
-                inside = parent in attention and owner != parent
-                place, key_there = (parent, f"{owner.rpartition('.')[2]}.{key}") if inside else (owner, key)
-                owners.setdefault(place, []).append(key_there)
+    owners = _owners(model, modules, names) if names else {}
     for owner, module in modules.items():
         site = site_of(module)
         if owner in owners:
@@ -87,6 +78,21 @@ def set_in_place(model: Module, adapters: Adapters, names: set[str]) -> None:
             site.base.cast_to = None
         if site is not None and site.idle:
             detach(module)
+
+
+def _owners(model: Module, modules: dict[str, Module], names: set[str]) -> dict[str, list[str]]:
+    """The parameters by the module that runs with them, under every name that they have."""
+    owners: dict[str, list[str]] = {}
+    trained = {id(p) for n, p in base_parameters(model).items() if n in names}
+    attention = {n for n, m in modules.items() if isinstance(m, MultiheadAttention)}
+    for owner, module in modules.items():
+        for key, parameter in module._parameters.items():
+            if id(parameter) in trained:
+                parent = owner.rpartition(".")[0]
+                inside = parent in attention and owner != parent
+                place, key_there = (parent, f"{owner.rpartition('.')[2]}.{key}") if inside else (owner, key)
+                owners.setdefault(place, []).append(key_there)
+    return owners
 
 
 def keep_float32(model: Module, outside: Module) -> None:

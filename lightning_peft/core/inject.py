@@ -68,7 +68,7 @@ def inject(
         adapters.base_digests = parameter_digests(model)
     originals = None
     if placement.keep_originals:
-        tensors = base_tensors(model)
+        tensors = base_tensors(model) if in_place else {}
         moving = [*in_place, *moving_statistics(model, in_place)]
         originals = {n: tensors[n].detach().clone() for n in moving}
     record = Record(method, sorted(placement.layers), copies, new, in_place, originals)
@@ -219,10 +219,10 @@ def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) ->
     modules = base_modules(model)
     for place, layer in tree.layers_by_module.items():
         attach(modules[place], adapters.switch).layers[name] = layer
-    in_place = adapters.in_place
+    in_place, own = adapters.in_place, set(tree.record.in_place)
     for key, parameter in base_parameters(model).items():
         # what another adapter trains in place may have been told to rest
-        if key in tree.record.in_place or key not in in_place:
+        if key in own or key not in in_place:
             parameter.requires_grad_(key in in_place)
     set_in_place(model, adapters, in_place)
     freeze_statistics(model, adapters)

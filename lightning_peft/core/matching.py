@@ -51,17 +51,17 @@ def base_modules(model: Module) -> dict[str, Module]:
     """
     found: dict[str, Module] = {}
     seen: set[int] = set()
-
-    def visit(name: str, module: Module) -> None:
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
         if id(module) in seen or isinstance(module, Adapters):
-            return
+            continue
         seen.add(id(module))
         found[name] = module
-        for child, inner in module._modules.items():
-            if inner is not None:
-                visit(f"{name}.{child}" if name else child, inner)
-
-    visit("", model)
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            # the first child last, which is popped first
+            waiting += [(prefix + n, m) for n, m in reversed(module._modules.items()) if m is not None]
     return found
 
 
@@ -79,7 +79,7 @@ def output_heads(model: Module) -> list[str]:
     heads: set[str] = set()
     for name, part in modules.items():
         module: Any = part
-        trunk = getattr(module, "base_model_prefix", None)
+        trunk = getattr(type(module), "base_model_prefix", None)
         if not isinstance(trunk, str) or not hasattr(module, "get_output_embeddings"):
             continue
         output = module.get_output_embeddings()
@@ -103,7 +103,14 @@ def is_within(name: str, parents: Container[str]) -> bool:
         name: the name.
         parents: names; where they are many, a set or a dictionary is looked up fastest.
     """
-    return name in parents or any(name[:i] in parents for i, letter in enumerate(name) if letter == ".")
+    if name in parents:
+        return True
+    dot = name.find(".")
+    while dot >= 0:
+        if name[:dot] in parents:
+            return True
+        dot = name.find(".", dot + 1)
+    return False
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -19,9 +19,10 @@ def new_parameters(model: Module) -> list[str]:
         model: the root.
     """
     new: list[str] = []
-    adapters = {id(p) for m in model.modules() if isinstance(m, Adapters) for p in m.parameters()}
-    for prefix, module in base_modules(model).items():
-        if not hasattr(type(module), "base_model_prefix") or any(prefix.startswith(n) for n in new):
+    roots = {n: m for n, m in base_modules(model).items() if hasattr(type(m), "base_model_prefix")}
+    adapters = {id(p) for m in model.modules() if isinstance(m, Adapters) for p in m.parameters()} if roots else set()
+    for prefix, module in roots.items():
+        if any(prefix.startswith(n) for n in new):
             continue
         named = dict(module.named_parameters(prefix=prefix))
         loaded = {n for n, p in named.items() if getattr(p, "_is_hf_initialized", False)}

@@ -18,9 +18,10 @@ def moving_statistics(model: Module, in_place: list[str]) -> list[str]:
         in_place: names of the parameters that train in place.
     """
     owners = {n.rpartition(".")[0] for n in in_place}
+    modules = base_modules(model) if owners else {}
     return [
         f"{name}.{buffer}" if name else buffer
-        for name, module in base_modules(model).items()
+        for name, module in modules.items()
         if name in owners and _has_statistics(module)
         for buffer in module._buffers
     ]

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 
@@ -24,11 +22,11 @@ from lightning_peft.formats.card import Card
 from lightning_peft.formats.hf_peft import adapter_config, has_peft_format, method_from_peft
 from lightning_peft.formats.places import refuse_file, refuse_model
 from lightning_peft.formats.reading import naming, read_json
+from lightning_peft.formats.tensor_file import TENSORS, check_tensors, read_tensors, write_tensors
 from lightning_peft.formats.training_record import TrainingRecord
 from lightning_peft.formats.writing import write_json, written_whole
 from lightning_peft.methods.config import method_from_config, method_to_config
 
-TENSORS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 MANIFEST = "lightning_peft.json"
 
@@ -129,7 +127,7 @@ def save_folder(
     """
     refuse_occupied(path)
     tree = tree_of(model, name)
-    tensors = {k: t.detach().cpu().contiguous() for k, t in file_tensors(model, tree).items()}
+    tensors = file_tensors(model, tree)
     base = base_description(model, [name])
     manifest = {
         "format": 1,
@@ -152,17 +150,6 @@ def save_folder(
         if card is not None:
             card.write(scratch, beside=path)
     return path
-
-
-def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes an adapter's tensors.
-
-    Args:
-        folder: where.
-        tensors: by their names in the file; tied ones are written once for each name.
-    """
-    # safetensors refuses tensors that share memory
-    save_file({k: t.clone().contiguous() for k, t in tensors.items()}, folder / TENSORS, metadata={"format": "pt"})
 
 
 def read_folder(path: Path) -> SavedAdapter:
@@ -239,13 +226,11 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     packed = _packed(method, live)
     names = _file_names(model, tree, packed)
     wanted = {names[k]: t for k, t in packed.items() if names[k] not in absent}
-    try:
-        stored = load_file(saved.path / TENSORS)
-    except SafetensorError as error:
-        raise ValueError(f"{saved.path / TENSORS} cannot be read, it may be cut short: {error}") from error
+    stored = read_tensors(saved.path)
     if saved.foreign:
         stored = _without_repeats(model, stored, set(wanted))
-    _check_tensors(saved, wanted, stored)
+    projected = " (it was saved with save_projection=False; save it in peft with True)" if saved.seeded else ""
+    check_tensors(saved.path, stored, wanted, if_missing=projected)
     own = {k: stored[n] for k, n in names.items() if n not in absent}
     if isinstance(method, PeftRepacked):
         own = method.from_peft(own)
@@ -258,10 +243,12 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
 
 
 def _live_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
-    base = base_tensors(model)
+    own = tree.state_dict(keep_vars=True)
     in_place = tree.record.in_place
-    moving = [*in_place, *moving_statistics(model, in_place)]
-    return {**tree.state_dict(keep_vars=True), **{n: base[n] for n in moving}}
+    if not in_place:
+        return own
+    base = base_tensors(model)
+    return own | {n: base[n] for n in (*in_place, *moving_statistics(model, in_place))}
 
 
 def _packed(method: Method, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -312,31 +299,3 @@ def _at_tied_modules(model: Module, key: str) -> list[str]:
     weight = weights.get(place)
     others = [n for n, w in weights.items() if weight is not None and w is weight and n != place]
     return [f"base_model.model.{n}.{leaf}" for n in others]
-
-
-def _check_tensors(saved: SavedAdapter, wanted: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-    path, problems = saved.path, list[str]()
-    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
-    if missing:
-        why = " (it was saved with save_projection=False; save it in peft with True)" if saved.seeded else ""
-        problems.append(f"{len(missing)} missing, such as {missing[0]}{why}")
-    if extra:
-        problems.append(f"{len(extra)} unexpected, such as {extra[0]}")
-    both = sorted(set(wanted) & set(stored))
-    problems += [
-        f"{key} is {tuple(stored[key].shape)}, expected {tuple(wanted[key].shape)}"
-        for key in both
-        if wanted[key].shape != stored[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(f"the tensors in {path / TENSORS} do not fit this model: {shown}")
-    # 8 bits have no such test of their own
-    floats = {k: t if t.itemsize > 1 else t.float() for k, t in stored.items() if t.is_floating_point()}
-    broken = [k for k in both if k in floats and not torch.isfinite(floats[k]).all()]
-    if broken:
-        more = f" and in {len(broken) - 1} more tensors" if len(broken) > 1 else ""
-        raise ValueError(
-            f"{path / TENSORS} has NaN or infinite values in {broken[0]}{more}: the training that wrote it diverged, "
-            "or the file is damaged"
-        )

@@ -27,9 +27,9 @@ from lightning_peft.formats.folder import (
     PEFT_CONFIG,
     file_tensors,
     refuse_occupied,
-    write_tensors,
 )
 from lightning_peft.formats.hf_peft import adapter_config
+from lightning_peft.formats.tensor_file import write_tensors
 from lightning_peft.formats.writing import write_json, written_whole
 from lightning_peft.methods.linear import is_linear
 from lightning_peft.methods.lora import LoRA

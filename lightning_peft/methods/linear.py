@@ -161,7 +161,8 @@ def target_names(
     )
     saved = match_modules(model, method.modules_to_save, option="modules_to_save") if method.modules_to_save else []
     new, _ = new_modules(model, new_parameters(model))
-    return [n for n in names if not is_within(n, [*saved, *new])]
+    in_full = {*saved, *new}
+    return [n for n in names if not is_within(n, in_full)]
 
 
 def is_linear(module: Module) -> bool:

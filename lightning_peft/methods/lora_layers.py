@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear, Module, MultiheadAttention, Parameter, init
+from torch.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear, Module, MultiheadAttention, Parameter
 from torch.nn import functional as F
 
 from lightning_peft.core.adapted import Base, module_of
@@ -58,8 +58,6 @@ class LowRank(AdapterLayer):
         b: shape of B, with the number of outputs before the rank and what follows behind it.
         copies: how many pairs of factors lie side by side along the rank.
 
-    Attributes:
-        limit: the smaller side of the weight, above which no rank adds anything.
     """
 
     def __init__(
@@ -68,13 +66,14 @@ class LowRank(AdapterLayer):
         super().__init__()
         device = device_for(module)
         r, n_out = method.rank(name), b[0]
-        self.limit = min(math.prod(a), n_out)
         drawn = torch.empty(r * copies, *a, dtype=torch.float32, device=device)
         self.lora_B = Parameter(torch.zeros(n_out, r * copies, *b[1:], dtype=torch.float32, device=device))
         if method.init_lora_weights == "gaussian":
-            init.normal_(drawn, std=1 / r)
+            drawn.normal_(std=1 / r)
         else:
-            init.kaiming_uniform_(drawn, a=math.sqrt(5))
+            # the numbers of init.kaiming_uniform_(drawn, a=sqrt(5)), which would be a quarter of the layer's making
+            bound = 1 / math.sqrt(math.prod(a))
+            drawn.uniform_(-bound, bound)
         if method.lora_fa:
             self.register_buffer("lora_A", drawn)
         else:
@@ -82,6 +81,11 @@ class LowRank(AdapterLayer):
         self.scale = method.scale(name)
         self.p = method.lora_dropout
         self.awaits_data = method.needs_data
+
+    @property
+    def limit(self) -> int:
+        """The smaller side of the weight, above which no rank adds anything."""
+        return min(self.lora_A.shape[1:].numel(), len(self.lora_B))
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input as A sees it."""
@@ -114,7 +118,6 @@ class LinearLayer(LowRank):
                     getattr(self, key).copy_(factor)
                 # laid out as the factor itself: else the products could differ in their last bit
                 self.register_buffer(f"{key}0", getattr(self, key).detach().clone())
-        self.lora_bias = method.lora_bias
         if method.lora_bias:
             self.lora_B_bias = Parameter(torch.zeros(n_out, dtype=torch.float32, device=self.lora_B.device))
         if method.use_dora:
@@ -141,7 +144,7 @@ class LinearLayer(LowRank):
         change = self._product(seen, self.lora_A, self.lora_B)
         if "lora_A0" in self._buffers:
             change = change - self._product(seen, self.get_buffer("lora_A0"), self.get_buffer("lora_B0"))
-        if self.lora_bias:
+        if "lora_B_bias" in self._parameters:
             change = change + self.lora_B_bias.to(y.dtype)
         if "lora_magnitude_vector" in self._parameters:
             return self._decomposed(base, y, seen, change * self.scale)
@@ -228,7 +231,7 @@ class LinearLayer(LowRank):
             weight = weight_of(module).to(delta.dtype)
             delta = (self.lora_magnitude_vector / self._norm(module)).unsqueeze(1) * (weight + delta) - weight
         changes = {"weight": oriented(delta, module)}
-        if self.lora_bias:
+        if "lora_B_bias" in self._parameters:
             if module.bias is None:
                 raise ValueError("lora_bias=True cannot be merged into a module without a bias; keep the adapter")
             changes["bias"] = self.lora_B_bias * self.scale
