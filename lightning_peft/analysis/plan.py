@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Linear, Module, Parameter
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_peft.analysis.sizes import size
@@ -104,7 +105,7 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
     for place, layer in tree.layers_by_module.items():
         fresh = place in copies and any(is_within(n, [place]) for n in record.new)
         what = "new, in full" if fresh else "a copy, in full" if place in copies else method
-        trained = [p for p in layer.parameters() if p.requires_grad]
+        trained = [p for p in _parameters(layer) if p.requires_grad]
         entries += [(_join(path, place), what, place, p.numel(), p.numel() * p.element_size()) for p in trained]
     base, new = base_parameters(model), set(record.new)
     for key in record.in_place:
@@ -178,9 +179,14 @@ def _merge_bytes(model: Module, name: str, tree: AdapterTree) -> int:
         parameters = [p for key, p in adapters.originals.items() if is_within(key, places)]
     else:
         modules = base_modules(model)
-        parameters = [p for place in places for p in modules[place].parameters()]
+        parameters = [p for place in places for p in _parameters(modules[place])]
     distinct = {id(p): p for p in parameters}.values()
     return sum(memory(p) for p in distinct if p.is_floating_point() or is_quantized(p))
+
+
+def _parameters(module: Module) -> Iterable[Parameter]:
+    """A module's parameters, without the walk below it where nothing is, which is nearly all that it costs."""
+    return module.parameters() if module._modules else (p for p in module._parameters.values() if p is not None)
 
 
 def _costs(merge_bytes: int) -> list[str]:
@@ -191,9 +197,9 @@ def _costs(merge_bytes: int) -> list[str]:
 
 def _grouped(entries: list[tuple[str, str, str, int, int]]) -> tuple[PlanRow, ...]:
     rows: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+    patterns = {p: ".".join("*" if part.isdigit() else part for part in p.split(".")) for p in {e[0] for e in entries}}
     for place, what, module, count, taken in entries:
-        pattern = ".".join("*" if part.isdigit() else part for part in place.split("."))
-        rows.setdefault((pattern or "(model)", what), []).append((module, count, taken))
+        rows.setdefault((patterns[place] or "(model)", what), []).append((module, count, taken))
     return tuple(
         PlanRow(
             place,

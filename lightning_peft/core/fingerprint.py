@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_peft.core.adapters import Adapters
+from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.matching import is_within
 from lightning_peft.core.quantized import codes
 
@@ -29,7 +30,7 @@ def parameter_digests(model: Module) -> dict[str, tuple[str, str | None]]:
     Returns:
         Shape and hash; None instead of the hash where values cannot be read (offloaded to the meta device).
     """
-    return _digests(dict(model.named_parameters()))
+    return _digests(base_parameters(model))
 
 
 def renew_digests(adapters: Adapters, parameters: dict[str, Parameter], changed: Collection[str]) -> None:
@@ -115,9 +116,8 @@ def saved_parameters(adapters: Adapters, names: Iterable[str]) -> list[str]:
         names: those that are saved together.
     """
     records = [adapters.trees[name].record for name in names]
-    in_place = {key for record in records for key in record.in_place}
-    return [
-        key
-        for key in sorted(adapters.base_digests)
-        if key in in_place or all(is_within(key, record.copies) for record in records)
-    ]
+    saved = {key for record in records for key in record.in_place} & adapters.base_digests.keys()
+    copies = [set(record.copies) for record in records]
+    if all(copies):
+        saved |= {key for key in adapters.base_digests if all(is_within(key, c) for c in copies)}
+    return sorted(saved)

@@ -58,7 +58,15 @@ class LowRank(AdapterLayer):
         b: shape of B, with the number of outputs before the rank and what follows behind it.
         copies: how many pairs of factors lie side by side along the rank.
 
+    Attributes:
+        awaits_data: whether A is still to be taken from data.
     """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float
+    p: float
+    awaits_data: bool
 
     def __init__(
         self, name: str, module: Module, method: LoRA, a: Sequence[int], b: Sequence[int], copies: int = 1
@@ -67,20 +75,20 @@ class LowRank(AdapterLayer):
         device = device_for(module)
         r, n_out = method.rank(name), b[0]
         drawn = torch.empty(r * copies, *a, dtype=torch.float32, device=device)
-        self.lora_B = Parameter(torch.zeros(n_out, r * copies, *b[1:], dtype=torch.float32, device=device))
+        zeros = torch.zeros(n_out, r * copies, *b[1:], dtype=torch.float32, device=device)
         if method.init_lora_weights == "gaussian":
             drawn.normal_(std=1 / r)
         else:
             # the numbers of init.kaiming_uniform_(drawn, a=sqrt(5)), which would be a quarter of the layer's making
             bound = 1 / math.sqrt(math.prod(a))
             drawn.uniform_(-bound, bound)
+        # put where Module.__setattr__ would: what it looks at first, each time, is a third of a layer's making
+        self._parameters["lora_B"] = Parameter(zeros)
         if method.lora_fa:
-            self.register_buffer("lora_A", drawn)
+            self._buffers["lora_A"] = drawn
         else:
-            self.lora_A = Parameter(drawn)
-        self.scale = method.scale(name)
-        self.p = method.lora_dropout
-        self.awaits_data = method.needs_data
+            self._parameters["lora_A"] = Parameter(drawn)
+        self.__dict__.update(scale=method.scale(name), p=method.lora_dropout, awaits_data=method.needs_data)
 
     @property
     def limit(self) -> int:
