@@ -48,6 +48,15 @@ def test_olora_starts_from_orthonormal_columns_and_orthogonal_starts_cancel():
     torch.testing.assert_close(layer.lora_B @ layer.lora_A, torch.zeros(8, 12), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("module", [nn.Linear(7, 5), nn.Conv2d(3, 5, 3)], ids=["linear", "conv"])
+def test_a_starts_with_the_numbers_that_torch_and_peft_draw_for_a_seed(module):
+    torch.manual_seed(3)
+    drawn = adapt(nn.Sequential(module), LoRA(r=2, target_modules=["0"])).tree.get_parameter("0.lora_A")
+    torch.manual_seed(3)
+    expected = nn.init.kaiming_uniform_(torch.empty_like(drawn), a=5**0.5)  # as nn.Linear starts, and so peft's A
+    assert torch.equal(drawn, expected)
+
+
 def test_lora_fa_trains_b_alone_and_keeps_a_with_the_adapter():
     torch.manual_seed(0)
     model = nn.ModuleDict({"linear": nn.Linear(12, 8)})
