@@ -55,7 +55,7 @@ def _digests(parameters: dict[str, Parameter]) -> dict[str, tuple[str, str | Non
 
 
 @torch.no_grad()
-def _hashes(tensors: list[Parameter]) -> list[str]:
+def _hashes(tensors: list[Tensor]) -> list[str]:
     """A hash of evenly spaced values of each tensor; those of one device come over from it together."""
     places = {n: torch.arange(_SAMPLES) * (n - 1) // (_SAMPLES - 1) for n in {t.numel() for t in tensors}}
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -70,7 +70,7 @@ def _hashes(tensors: list[Parameter]) -> list[str]:
     return found
 
 
-def _values(tensor: Parameter, places: Tensor) -> Tensor:
+def _values(tensor: Tensor, places: Tensor) -> Tensor:
     """Values at places of the flattened tensor; 8 bits and subclasses know the slower of two ways only."""
     plain = type(tensor) is Parameter and tensor.itemsize > 1
     return torch.take(tensor, places) if plain else tensor.reshape(-1)[places]

@@ -63,7 +63,12 @@ def codes(weight: Tensor) -> Tensor:
 
     Args:
         weight: any parameter.
+
+    Returns:
+        The weight itself, if it is a plain one.
     """
+    if type(weight) is Parameter:
+        return weight
     if _kind(weight) == "torchao":
         known = cast(Any, weight)
         return cast(Tensor, getattr(known, known.tensor_data_names[0]))
