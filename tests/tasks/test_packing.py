@@ -115,7 +115,9 @@ def test_flex_attention_keeps_packed_rows_apart():
     model, batch = _adapted(_model(attention="flex_attention").eval(), LoRA(r=4)), _batch()
     with torch.no_grad():  # it has no backward pass on a CPU
         total, shape = _run(model, batch)
-        assert shape == (4, 12)
+        packed = model(**pack(model, batch).inputs).logits
+        # on CPUs without AVX-512 torch's kernel gives nan where a block of the mask is empty: then rows stay padded
+        assert shape == ((4, 12) if torch.isfinite(packed).all() else (6, 12))
         torch.testing.assert_close(total, _alone(_adapted(_model().eval(), LoRA(r=4)), batch), rtol=1e-5, atol=0)
 
 
