@@ -110,14 +110,16 @@ def test_packed_rows_have_the_losses_and_gradients_that_they_have_alone(kind, at
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="without AVX-512 torch's flex attention gives nan for short rows now and then, packed or not",
+)
 @pytest.mark.filterwarnings("ignore")  # what compiling it says
 def test_flex_attention_keeps_packed_rows_apart():
     model, batch = _adapted(_model(attention="flex_attention").eval(), LoRA(r=4)), _batch()
     with torch.no_grad():  # it has no backward pass on a CPU
         total, shape = _run(model, batch)
-        packed = model(**pack(model, batch).inputs).logits
-        # on CPUs without AVX-512 torch's kernel gives nan where a block of the mask is empty: then rows stay padded
-        assert shape == ((4, 12) if torch.isfinite(packed).all() else (6, 12))
+        assert shape == (4, 12)
         torch.testing.assert_close(total, _alone(_adapted(_model().eval(), LoRA(r=4)), batch), rtol=1e-5, atol=0)
 
 
