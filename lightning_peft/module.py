@@ -62,8 +62,9 @@ class PeftModule(EvaluatedModule):
             built, which then has to be given again to ``load_from_checkpoint``.
         method: the method, or its plain values.
         task: the task, its name, or its plain values.
-        optimizer: ``{"name": "AdamW", "lr": ..., ...}``: a class of ``torch.optim`` and its options. Without a
-            rate the method's own is taken; ``loraplus_lr_ratio`` makes B of LoRA learn so many times as fast.
+        optimizer: ``{"name": "AdamW", "lr": ..., ...}``: a class of ``torch.optim``, or of ``bitsandbytes.optim``
+            such as ``AdamW8bit``, and its options. Without a rate the method's own is taken; ``loraplus_lr_ratio``
+            makes B of LoRA learn so many times as fast.
         scheduler: ``{"name": "linear", "warmup": 0.06}``: one of transformers' schedules, and the share of the
             steps that warm up.
         generation: options of ``generate`` for prediction.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,15 +22,13 @@ def check_optimization(optimizer: dict[str, Any], scheduler: dict[str, Any]) -> 
     """Refuses names and numbers that would fail when training begins.
 
     Args:
-        optimizer: the name of a class of ``torch.optim``, and its options.
+        optimizer: the name of a class of ``torch.optim`` or ``bitsandbytes.optim``, and its options.
         scheduler: the name of one of transformers' schedules, and ``warmup``.
 
     Raises:
         ValueError: if a name is unknown or a number is out of its range.
     """
-    names = [n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type) and n != "Optimizer"]
-    if optimizer["name"] not in names:
-        raise ValueError(f"optimizer {optimizer['name']!r} is unknown{nearest(optimizer['name'], names)}")
+    _optimizer(optimizer["name"])
     rate = optimizer.get("lr")
     if rate is not None and rate <= 0:
         raise ValueError(f"optimizer.lr must be above 0, but got {rate}")
@@ -49,8 +49,8 @@ def make_optimizer(model: Module, config: dict[str, Any], learning_rate: float) 
 
     Args:
         model: what holds the parameters.
-        config: the name of a class of ``torch.optim``, and its options; ``loraplus_lr_ratio`` makes B of LoRA learn
-            so many times as fast.
+        config: the name of a class of ``torch.optim`` or ``bitsandbytes.optim``, and its options;
+            ``loraplus_lr_ratio`` makes B of LoRA learn so many times as fast.
         learning_rate: taken where the options have none.
     """
     options = {k: v for k, v in config.items() if k not in ("name", "loraplus_lr_ratio")}
@@ -60,8 +60,28 @@ def make_optimizer(model: Module, config: dict[str, Any], learning_rate: float) 
     trained: Any = [p for p in model.parameters() if p.requires_grad]
     if ratio is not None:
         trained = lora_plus_groups(model, options["lr"], ratio)
-    made: Optimizer = getattr(torch.optim, config["name"])(trained, **options)
+    made: Optimizer = _optimizer(config["name"])(trained, **options)
     return made
+
+
+def _optimizer(name: str) -> Any:
+    """An optimizer's class: PyTorch's, or where that has none of the name bitsandbytes', such as ``AdamW8bit``."""
+    known = _classes(torch.optim)
+    if name not in known and importlib.util.find_spec("bitsandbytes") is not None:
+        import bitsandbytes
+
+        known = {**_classes(bitsandbytes.optim), **known}
+    if name not in known:
+        missing = name.endswith("bit") and importlib.util.find_spec("bitsandbytes") is None
+        package = "; those with fewer bits need bitsandbytes: pip install 'lightning-peft[quantization]'"
+        raise ValueError(f"optimizer {name!r} is unknown{package if missing else nearest(name, known)}")
+    return known[name]
+
+
+def _classes(module: ModuleType) -> dict[str, Any]:
+    found = {n: c for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Optimizer)}
+    found.pop("Optimizer", None)
+    return found
 
 
 def make_schedule(optimizer: Optimizer, config: dict[str, Any], steps: float) -> Any:
