@@ -19,7 +19,7 @@ from lightning_peft.core.problems import an, raise_problems
 from lightning_peft.methods.linear import is_readable, module_below, oriented, sizes, weight_of
 from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import starting_factors
-from lightning_peft.ops.lora_linear import can_draw_again, count, lora_linear
+from lightning_peft.ops.lora_linear import can_draw_again, count, lora_beside, lora_linear
 from lightning_peft.ops.lora_rows import Factors, add_by_row
 from lightning_peft.ops.row_norms import row_norms
 
@@ -146,8 +146,12 @@ class LinearLayer(LowRank):
             count("fused")
             bias = base.module._parameters["bias"]
             return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
-        count("plain")
         y = self._given(base, x)
+        # what shards tensors, or transforms functions, does so to plain operators
+        if fused and {type(t) for t in (x, y, self.lora_A, self.lora_B)} <= {Tensor, Parameter}:
+            count("beside")
+            return lora_beside(y, x, self.lora_A, self.lora_B, self.scale, p)
+        count("plain")
         seen = self.dropped(x).to(y.dtype)
         change = self._product(seen, self.lora_A, self.lora_B)
         if "lora_A0" in self._buffers:

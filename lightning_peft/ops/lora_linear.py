@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-calls = {"fused": 0, "plain": 0, "by_row": 0}
-"""How many low-rank linears ran fused, plain and for all adapters of a batch since the start; losing a fast path shows
-here."""
+calls = {"fused": 0, "beside": 0, "plain": 0, "by_row": 0}
+"""How many low-rank linears ran fused with their base or beside it, plain, and for all adapters of a batch since the
+start; losing a fast path shows here."""
 
 
 def count(path: str) -> None:
     """Notes that a low-rank linear ran on this path; a compiled graph runs no such notes.
 
     Args:
-        path: ``"fused"``, ``"plain"`` or ``"by_row"``.
+        path: ``"fused"``, ``"beside"``, ``"plain"`` or ``"by_row"``.
     """
     if not torch.compiler.is_compiling():
         calls[path] += 1
@@ -53,7 +53,8 @@ class _LoRALinear(torch.autograd.Function):
     """Saves the input and the rank-sized product; adds the change into the output without a full-size temporary.
 
     What dropout left of the input is not saved: the backward pass draws the same mask again. Nor is an input that is
-    itself a product of two tensors which are saved anyway: it is multiplied again.
+    itself a product of two tensors which are saved anyway: it is multiplied again. What somebody else has computed is
+    given, and there is no weight then.
     """
 
     @staticmethod
@@ -61,7 +62,8 @@ class _LoRALinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         factors: tuple[Tensor, Tensor] | None,
-        weight: Tensor,
+        given: Tensor | None,
+        weight: Tensor | None,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -72,10 +74,14 @@ class _LoRALinear(torch.autograd.Function):
         bias = None if bias is None else bias.to(x.dtype)
         ctx.generator = _generator_state(x.device) if p else None
         h = (F.dropout(rows, p) if p else rows) @ a.T
-        y = F.linear(rows, weight.to(x.dtype), bias)
-        y.addmm_(h, b.T, alpha=scale)
+        if weight is not None:
+            y = F.linear(rows, weight.to(x.dtype), bias)
+            y.addmm_(h, b.T, alpha=scale)
+        else:
+            assert given is not None
+            y = torch.addmm(given.reshape(-1, given.shape[-1]), h, b.T, alpha=scale)
         # only the gradient of A asks for the input
-        read = (None, None) if not ctx.needs_input_grad[4] else factors or (x, None)
+        read = (None, None) if not ctx.needs_input_grad[5] else factors or (x, None)
         # the weight as it is, to be cast again: its cast would be kept beside it for every layer
         ctx.save_for_backward(*read, weight, a, b, h)
         ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
@@ -92,19 +98,24 @@ class _LoRALinear(torch.autograd.Function):
         mask = _mask_again(g.new_ones(len(g), ctx.shape[-1]), ctx.p, ctx.generator) if ctx.p else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = g @ weight.to(g.dtype)
-            if mask is None:
-                grad_x.addmm_(gb, a, alpha=ctx.scale)
+            if weight is None:
+                grad_x = (gb @ a).mul_(ctx.scale)
+                grad_x = grad_x if mask is None else grad_x.mul_(mask)
             else:
-                grad_x.addcmul_(gb @ a, mask, value=ctx.scale)
+                grad_x = g @ weight.to(g.dtype)
+                if mask is None:
+                    grad_x.addmm_(gb, a, alpha=ctx.scale)
+                else:
+                    grad_x.addcmul_(gb @ a, mask, value=ctx.scale)
             grad_x = grad_x.view(ctx.shape)
-        grad_bias = g.sum(0) if ctx.needs_input_grad[3] else None
+        grad_given = grad if ctx.needs_input_grad[2] else None
+        grad_bias = g.sum(0) if ctx.needs_input_grad[4] else None
         grad_a = None
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[5]:
             rows = (left if right is None else left * right).reshape(-1, ctx.shape[-1])
             grad_a = gb.T @ (rows if mask is None else mask.mul_(rows)) * ctx.scale
-        grad_b = g.T @ h * ctx.scale if ctx.needs_input_grad[5] else None
-        return grad_x, None, None, grad_bias, grad_a, grad_b, None, None
+        grad_b = g.T @ h * ctx.scale if ctx.needs_input_grad[6] else None
+        return grad_x, None, grad_given, None, grad_bias, grad_a, grad_b, None, None
 
 
 def _factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -176,13 +187,46 @@ def lora_linear(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return _apply(_shared_cast(x, dtype), weight, bias, a, b, scale, p)
-    return _apply(x, weight, bias, a, b, scale, p)
+            return _apply(_shared_cast(x, dtype), None, weight, bias, a, b, scale, p)
+    return _apply(x, None, weight, bias, a, b, scale, p)
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+def lora_beside(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0) -> Tensor:
+    """A low-rank change added to what a layer gave that is none to be fused with, such as one with quantized weights.
+
+    As much is kept for the backward pass as in `lora_linear`: the input, shared with other layers that read it.
+
+    Args:
+        y: ``(..., out)``, what the layer gave.
+        x: ``(..., in)``, what it was given.
+        a: ``(r, in)``.
+        b: ``(out, r)``.
+        scale: the factor ``s`` on the change.
+        p: the share of the change's inputs that is dropped, as in `lora_linear`.
+
+    Returns:
+        ``(..., out)`` in the dtype of ``y``.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return _apply(_shared_cast(x, dtype), y.to(dtype), None, None, a, b, scale, p).to(y.dtype)
+    return _apply(_shared_cast(x, y.dtype), y, None, None, a, b, scale, p)
+
+
+def _apply(
+    x: Tensor,
+    given: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float,
+) -> Tensor:
     factors = a.to(x.dtype), b.to(x.dtype)
-    out: Tensor = _LoRALinear.apply(x, _factors(x), weight, bias, *factors, scale, p)  # type: ignore[no-untyped-call]
+    out: Tensor = _LoRALinear.apply(x, _factors(x), given, weight, bias, *factors, scale, p)  # type: ignore[no-untyped-call]
     return out
 
 

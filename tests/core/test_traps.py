@@ -92,11 +92,11 @@ def test_the_fused_path_runs_on_plain_linears_and_only_there():
     def ran(model, x=None):
         before = dict(calls)
         model(torch.randn(2, 4) if x is None else x)
-        return {k: calls[k] - before[k] for k in ("fused", "plain")}
+        return {k: calls[k] - before[k] for k in ("fused", "beside")}
 
     plain = nn.Sequential(nn.Linear(4, 4))
     adapt(plain, LoRA(r=2))
-    assert ran(plain) == {"fused": 1, "plain": 0}
+    assert ran(plain) == {"fused": 1, "beside": 0}
 
     class Twice(nn.Linear):
         def forward(self, x):
@@ -104,19 +104,19 @@ def test_the_fused_path_runs_on_plain_linears_and_only_there():
 
     subclass = nn.Sequential(Twice(4, 4))
     adapt(subclass, LoRA(r=2))
-    assert ran(subclass) == {"fused": 0, "plain": 1}
+    assert ran(subclass) == {"fused": 0, "beside": 1}
     parametrized = nn.Sequential(nn.Linear(4, 4))
     parametrize.register_parametrization(parametrized[0], "weight", nn.Tanh())
     base = parametrized(torch.ones(1, 4))
     adapt(parametrized, LoRA(r=2))
     assert torch.equal(parametrized(torch.ones(1, 4)), base)
-    assert ran(parametrized) == {"fused": 0, "plain": 1}
+    assert ran(parametrized) == {"fused": 0, "beside": 1}
     hooked = nn.Sequential(nn.Linear(4, 4))
     hooked[0].forward = lambda x: nn.functional.linear(x, hooked[0].weight) * 3
     base = hooked(torch.ones(1, 4))
     adapt(hooked, LoRA(r=2))
     assert torch.equal(hooked(torch.ones(1, 4)), base)
-    assert ran(hooked) == {"fused": 0, "plain": 1}
+    assert ran(hooked) == {"fused": 0, "beside": 1}
 
 
 def test_a_weight_on_another_device_is_never_read_by_the_fused_path():
@@ -125,7 +125,7 @@ def test_a_weight_on_another_device_is_never_read_by_the_fused_path():
     model[0]._parameters["weight"] = nn.Parameter(torch.empty(4, 4, device="meta"), requires_grad=False)
     before = dict(calls)
     model(torch.ones(1, 4))  # F.linear takes the meta weight without a word
-    assert calls["plain"] == before["plain"] + 1
+    assert calls["beside"] == before["beside"] + 1
     assert calls["fused"] == before["fused"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.ops.lora_linear import lora_linear, lora_linear_reference
+from lightning_peft.ops.lora_linear import lora_beside, lora_linear, lora_linear_reference
 
 
 def _tensors(dtype=torch.float64, bias=True):
@@ -35,6 +35,52 @@ def test_values_and_gradients_are_those_of_the_reference(bias, p):
         results.append([y, x.grad, a.grad, up.grad, b.grad if bias else y])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def _beside(x, w, b, a, up, scale, p=0.0):
+    return lora_beside(torch.nn.functional.linear(x, w, b), x, a, up, scale, p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_beside_a_layers_output_values_and_gradients_are_those_of_the_reference(p):
+    results = []
+    for function in (_beside, lora_linear_reference):
+        x, w, b, a, up = _tensors()
+        w.requires_grad_()  # whatever gave the output may train
+        torch.manual_seed(3)
+        y = function(x, w, b, a, up, 1.7, p)
+        y.pow(2).sum().backward()
+        results.append([y, x.grad, w.grad, b.grad, a.grad, up.grad])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_beside_a_layers_output_gradients_are_those_of_finite_differences():
+    x, w, b, a, up = _tensors()
+    y = torch.nn.functional.linear(x, w, b).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *t: lora_beside(*t, 0.3), (y, x, a, up))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_beside_a_layers_output_the_input_and_the_factors_are_kept_and_no_mask(p):
+    saved = []
+    x, w, b, a, up = _tensors()
+    y = torch.nn.functional.linear(x, w, b).detach()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_beside(y, x, a, up, 0.3, p)
+    assert [tuple(t.shape) for t in saved] == [(2, 3, 5), (2, 5), (4, 2), (6, 2)]
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_beside_a_layers_output_autocast_computes_in_16_bits_and_gives_the_layers_dtype(own):
+    x, _, _, a, up = _tensors(torch.float32)
+    y = torch.zeros(2, 3, 4, dtype=own)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lora_beside(y, x, a, up, 1.0)
+    assert found.dtype == own
+    expected = (x.bfloat16().float() @ a.bfloat16().float().T).bfloat16().float() @ up.bfloat16().float().T
+    # 8 bits of the product are kept
+    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=2**-6)
 
 
 def test_gradients_are_those_of_finite_differences():
