@@ -1,13 +1,15 @@
 """Supervised fine-tuning of a Llama with LoRA: examples a second and peak memory, beside the tools that people use.
 
-    python benchmarks/supervised_fine_tuning.py ours trainer
-    python benchmarks/supervised_fine_tuning.py ours trl:default trl:grouped trl:packed     # needs `pip install trl`
+    python benchmarks/supervised_fine_tuning.py ours ours:smallest trainer
+    python benchmarks/supervised_fine_tuning.py ours trl:default trl:grouped trl:packed trl:smallest
+
+What begins with ``trl`` needs ``pip install trl``.
 
 The bodies of functions of Python's standard library are prompts, their docstrings completions, at most 384 and 128
 tokens of them; half of a batch that is padded is padding, and a ninth of its tokens is supervised. Each run is a
-process of its own, in turns with the others; every tool gets the same weights, examples, rate and optimizer, and
-``trainer`` and ``ours`` the same examples in every step, so their losses are compared too. The figures go to
-``benchmarks/results/supervised_fine_tuning.json``.
+process of its own, in turns with the others; every tool gets the same weights, examples, rate and optimizer in 32 bits,
+and ``trainer``, ``trl:default`` and ``ours`` the same examples in every step, so their losses are compared too. The
+figures go to ``benchmarks/results/supervised_fine_tuning.json``.
 """
 
 from __future__ import annotations
@@ -109,8 +111,8 @@ def module(folder: Path) -> Any:
     return made
 
 
-def ours(folder: Path) -> dict[str, Any]:
-    """`PeftModule` under Lightning's Trainer."""
+def ours(folder: Path, kind: str) -> dict[str, Any]:
+    """`PeftModule` under Lightning's Trainer; ``smallest`` computes the layers again in the backward pass."""
     import lightning as L
     from torch.utils.data import DataLoader
 
@@ -125,6 +127,8 @@ def ours(folder: Path) -> dict[str, Any]:
 
     rows = json.loads((folder / "rows.json").read_text())
     adapted, losses = module(folder), Losses()
+    if kind == "smallest":
+        adapted.model.gradient_checkpointing_enable({"use_reentrant": False})
     collate = partial(adapted.task.collate, tokenizer=adapted.tokenizer, training=True)
     loader = DataLoader(rows, BATCH, collate_fn=collate)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
@@ -141,48 +145,57 @@ def peft_model(folder: Path) -> Any:
     return PeftModel.from_pretrained(base, str(folder / "start"), is_trainable=True)
 
 
-def trainer(folder: Path) -> dict[str, Any]:
-    """Transformers' Trainer with PEFT, as it is but for the order of the examples."""
+def in_order(kind: Any, seen: list[float]) -> Any:
+    """A trainer that takes the examples as they come, and notes the loss of every step."""
     import torch
-    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    seen: list[float] = []
-
-    class InOrder(Trainer):
+    class InOrder(kind):  # type: ignore[misc]
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+            return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
             seen.append(float(loss))
             return loss
 
-    rows = json.loads((folder / "rows.json").read_text())
+    return InOrder
+
+
+def trainer(folder: Path) -> dict[str, Any]:
+    """Transformers' Trainer with PEFT, as it is but for the order of the examples."""
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    rows, seen = json.loads((folder / "rows.json").read_text()), list[float]()
     collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder))
-    run = InOrder(peft_model(folder), arguments(TrainingArguments, folder), collator, rows)  # type: ignore[arg-type]
+    run = in_order(Trainer, seen)(peft_model(folder), arguments(TrainingArguments, folder), collator, rows)
     return timed(run.train, len(rows), seen)
 
 
+TRL: dict[str, dict[str, Any]] = {
+    "default": {},
+    "grouped": {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False},
+    "packed": {"packing": True, "max_length": 1600, "per_device_train_batch_size": 1, "gradient_checkpointing": False},
+    "smallest": {"packing": True, "max_length": 1600, "per_device_train_batch_size": 1},
+}
+"""TRL's settings by name; its default computes the layers again in the backward pass, which takes time for memory."""
+
+
 def trl(folder: Path, kind: str) -> dict[str, Any]:
-    """TRL's SFTTrainer with PEFT."""
+    """TRL's SFTTrainer with PEFT, in 32 bits as the others; at its default with the same examples in every step."""
     import datasets
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 
-    rows = json.loads((folder / "rows.json").read_text())
-    masked = [
-        {"input_ids": r["input_ids"], "completion_mask": [int(label != -100) for label in r["labels"]]} for r in rows
-    ]
-    more: dict[str, Any] = {"max_length": PROMPT + COMPLETION}
-    if kind == "grouped":
-        more["group_by_length"] = True
-    if kind == "packed":
-        more |= {"packing": True, "max_length": 1600, "per_device_train_batch_size": 1}
-    options = arguments(SFTConfig, folder, **more)
-    model = peft_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    run = SFTTrainer(model, options, train_dataset=datasets.Dataset.from_list(masked), processing_class=tokenizer)
-    return timed(run.train, len(rows), [])
+    rows, seen = json.loads((folder / "rows.json").read_text()), list[float]()
+    options = arguments(SFTConfig, folder, **{"bf16": False, "max_length": PROMPT + COMPLETION, **TRL[kind]})
+    made = in_order(SFTTrainer, seen) if kind == "default" else SFTTrainer
+    run = made(
+        peft_model(folder),
+        options,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )
+    return timed(run.train, len(rows), seen)
 
 
 def arguments(kind: Any, folder: Path, **more: Any) -> Any:
@@ -205,7 +218,9 @@ def timed(run: Any, examples: int, losses: list[float]) -> dict[str, Any]:
 def main() -> None:
     """Starts the runs in turns, and compares."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", help="ours, trainer, trl:default, trl:grouped, trl:packed")
+    parser.add_argument(
+        "runs", nargs="+", help="ours, ours:smallest, trainer, " + ", ".join(f"trl:{kind}" for kind in TRL)
+    )
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -219,7 +234,8 @@ def main() -> None:
 
         torch.set_num_threads(options.threads)
         name, _, kind = options.runs[0].partition(":")
-        found = trl(options.folder, kind) if name == "trl" else {"ours": ours, "trainer": trainer}[name](options.folder)
+        run = trainer if name == "trainer" else partial({"ours": ours, "trl": trl}[name], kind=kind)
+        found = run(options.folder)
         print("\n" + json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as scratch:
