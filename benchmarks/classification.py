@@ -27,7 +27,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -46,6 +46,7 @@ from lightning_peft import PeftModule, TextClassification, TextDataModule
 from lightning_peft.cli.commands import monitor_as_the_task_says
 from lightning_peft.tasks.base_model import BaseModel, resolve
 
+CONF = Path(__file__).parents[1] / "conf"
 BATCH, RATE, WARMUP = 32, 2e-3, 0.06
 RUNS = ("ours", "trainer", "lightning", "trainer, grouped", "lightning, grouped")
 
@@ -102,9 +103,9 @@ class Noted(L.Callback):
 def ours(folder: Path, examples: int) -> Steps:
     """The job of ``lightning-peft``, with its callbacks and its logger."""
     run = Path(tempfile.mkdtemp(dir=folder))
-    words = [f"data.limit={examples}", "trainer.max_epochs=1", f"run_dir={run}", "callbacks.interrupt=null"]
-    with initialize_config_module("lightning_peft.conf", version_base="1.3"):
-        config = compose("train", words)
+    words = [f"data.limit={examples}", "trainer.max_epochs=1", "trainer.limit_val_batches=1", f"run_dir={run}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", [*words, "callbacks.interrupt=null"])
     monitor_as_the_task_says(config)
     L.seed_everything(config.seed, verbose=False)
     options: Any = OmegaConf.to_container(config)

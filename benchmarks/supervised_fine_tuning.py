@@ -1,9 +1,9 @@
 """Supervised fine-tuning of a Llama with LoRA: examples a second and peak memory, beside the tools that people use.
 
-    python benchmarks/supervised_fine_tuning.py ours ours:smallest trainer
-    python benchmarks/supervised_fine_tuning.py ours trl:default trl:grouped trl:packed trl:smallest
+    python benchmarks/supervised_fine_tuning.py ours trainer
+    python benchmarks/supervised_fine_tuning.py ours ours:smallest trl:default trl:grouped trl:packed trl:smallest
 
-What begins with ``trl`` needs ``pip install trl``.
+All runs of one line are compared with its first; what begins with ``trl`` needs ``pip install trl``.
 
 The bodies of functions of Python's standard library are prompts, their docstrings completions, at most 384 and 128
 tokens of them; half of a batch that is padded is padding, and a ninth of its tokens is supervised. Each run is a
@@ -98,7 +98,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def module(folder: Path) -> Any:
+def module(folder: Path, activation_checkpointing: int = 0) -> Any:
     """The base with LoRA of this package, always with the same numbers."""
     import torch
 
@@ -106,7 +106,8 @@ def module(folder: Path) -> Any:
 
     torch.manual_seed(0)
     optimizer = {"name": "AdamW", "lr": RATE, "weight_decay": 0.0}
-    made = PeftModule(str(folder), LoRA(r=16, lora_alpha=32), SupervisedFineTuning(), optimizer, {"name": "constant"})
+    base = {"name_or_path": str(folder), "activation_checkpointing": activation_checkpointing}
+    made = PeftModule(base, LoRA(r=16, lora_alpha=32), SupervisedFineTuning(), optimizer, {"name": "constant"})
     made.configure_model()
     return made
 
@@ -126,9 +127,7 @@ def ours(folder: Path, kind: str) -> dict[str, Any]:
             self.seen.append(float(outputs["loss"]))
 
     rows = json.loads((folder / "rows.json").read_text())
-    adapted, losses = module(folder), Losses()
-    if kind == "smallest":
-        adapted.model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted, losses = module(folder, activation_checkpointing=int(kind == "smallest")), Losses()
     collate = partial(adapted.task.collate, tokenizer=adapted.tokenizer, training=True)
     loader = DataLoader(rows, BATCH, collate_fn=collate)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)

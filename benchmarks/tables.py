@@ -1,4 +1,4 @@
-"""The page of figures, `docs/benchmarks.md`, out of what the benchmarks wrote.
+"""The page of figures, `docs/benchmarks.md`, and its picture, out of what the benchmarks wrote.
 
 python benchmarks/tables.py
 """
@@ -109,7 +109,41 @@ def mixed() -> str:
     return rows(head, lines)
 
 
-TABLES = {"one_step": one_step, "fine_tuning": fine_tuning, "cached": cached, "starting": starting, "mixed": mixed}
+def classifying() -> str:
+    """Classification beside other tools."""
+    found = read("classification")
+    lines = []
+    for name, r in found.items():
+        if isinstance(r, dict):
+            apart = r["largest_difference_of_losses"]
+            times = ("", "") if name == "ours" else (f"{r['times_as_fast']:.2f}", spread(r["spread"]))
+            losses = "" if apart is None or name == "ours" else f"{apart:.0e}"
+            lines.append((name, r["examples_per_second"], *times, losses))
+    return rows(("", "examples a second", "ours is as fast, times", "spread", "losses apart by"), lines)
+
+
+def growing() -> str:
+    """What the largest of each size costs beside the smallest."""
+    found = read("cost_against_size")
+    lines = []
+    for name in ("rank", "layers", "tokens", "adapters", "adapters in a batch"):
+        first, *_, last = found[name]
+        r = found[name][last]
+        kept = f"{r['kept_mib'] / found[name][first]['kept_mib']:.2f}" if "kept_mib" in r else ""
+        sizes, times = f"{name}: {first} to {last}", f"{r['over_smallest']:.2f}"
+        lines.append((sizes, times, spread(r["spread"]), r.get("by_arithmetic", ""), kept))
+    return rows(("", "time, times", "spread", "by arithmetic", "kept, times"), lines)
+
+
+TABLES = {
+    "one_step": one_step,
+    "fine_tuning": fine_tuning,
+    "classifying": classifying,
+    "cached": cached,
+    "starting": starting,
+    "mixed": mixed,
+    "growing": growing,
+}
 
 
 def page(text: str) -> str:
@@ -118,4 +152,7 @@ def page(text: str) -> str:
 
 
 if __name__ == "__main__":
+    from plots import draw
+
     PAGE.write_text(page(PAGE.read_text()))
+    (PAGE.parent / "cost_against_size.png").write_bytes(draw(read("cost_against_size")))

@@ -30,6 +30,8 @@ def test_the_benchmark_of_data_loading_writes_its_figures(tmp_path):
         ("one_step", ["--small", "--repeats", "1"]),
         ("start_and_stop", ["--linears", "100", "--repeats", "1"]),
         ("one_adapter_an_example", ["--layers", "1", "--tokens", "8", "--repeats", "1"]),
+        ("classification", ["--examples", "32", "--repeats", "1"]),
+        ("cost_against_size", ["--small", "--repeats", "1"]),
     ],
 )
 def test_a_benchmark_writes_its_figures(name, small, tmp_path):
@@ -39,8 +41,31 @@ def test_a_benchmark_writes_its_figures(name, small, tmp_path):
     assert found.keys() == kept.keys()
 
 
+def _loaded(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_page_of_figures_holds_what_was_measured():
-    spec = importlib.util.spec_from_file_location("tables", FOLDER / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    tables = _loaded("tables")
     assert tables.page(tables.PAGE.read_text()) == tables.PAGE.read_text()
+
+
+def test_the_picture_of_costs_has_a_panel_for_each_size_and_a_line_for_each_figure(monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: drawn.append(figure))
+    found = _loaded("tables").read("cost_against_size")
+    _loaded("plots").draw(found)
+    panels = drawn[0].axes
+    for panel, name in zip(panels, ("rank", "layers", "tokens", "adapters"), strict=True):
+        by_arithmetic, kept, times, *_ = (list(line.get_ydata()) for line in panel.lines)
+        assert times == [row["over_smallest"] for row in found[name].values()]
+        assert by_arithmetic == [row["by_arithmetic"] for row in found[name].values()]
+        assert kept[0] == 1
+    assert list(panels[-1].lines[-1].get_ydata()) == [
+        row["over_smallest"] for row in found["adapters in a batch"].values()
+    ]
