@@ -30,8 +30,8 @@ def test_the_benchmark_of_data_loading_writes_its_figures(tmp_path):
         ("one_step", ["--small", "--repeats", "1"]),
         ("start_and_stop", ["--linears", "100", "--repeats", "1"]),
         ("one_adapter_an_example", ["--layers", "1", "--tokens", "8", "--repeats", "1"]),
-        ("classification", ["--examples", "32", "--repeats", "1"]),
-        ("cost_against_size", ["--small", "--repeats", "1"]),
+        ("classification", ["--examples", "32", "--repeats", "1", "--threads", "1"]),
+        ("cost_against_size", ["--small", "--repeats", "1", "--threads", "1"]),
     ],
 )
 def test_a_benchmark_writes_its_figures(name, small, tmp_path):
