@@ -14,7 +14,7 @@ from lightning_peft.core.fingerprint import parameter_digests
 from lightning_peft.core.in_place import base_parameters, base_tensors, kept_originals, set_in_place
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules, reads_directly
-from lightning_peft.core.method import Bounded, Method, Placement
+from lightning_peft.core.method import Bounded, Method, Placement, Residual
 from lightning_peft.core.new_heads import new_modules, new_parameters
 from lightning_peft.core.quantized import refuse_training
 from lightning_peft.core.saved_module import SavedModule
@@ -52,6 +52,8 @@ def inject(
     placement = method.place(model)
     if isinstance(method, Bounded) and not saved:
         method.refuse_beyond(model, placement.layers)
+    if isinstance(method, Residual) and method.needs_codes and not saved:
+        method.make_up(model, placement.layers)
     modules = base_modules(model)
     copies, single = _copies(model, modules, method, placement, new)
     in_place = [n for n in dict.fromkeys([*placement.in_place, *single, *also_in_place]) if not is_within(n, copies)]

@@ -163,6 +163,32 @@ class Bounded(Protocol):
 
 
 @runtime_checkable
+class Residual(Protocol):
+    """A method whose adapter may start as what quantizing the base has lost.
+
+    Attributes:
+        needs_codes: whether these options ask for it: then it fits a base with the same codes alone.
+    """
+
+    @property
+    def needs_codes(self) -> bool:
+        """As above."""
+        ...
+
+    def make_up(self, model: Module, layers: dict[str, AdapterLayer]) -> None:
+        """Sets new layers to what quantizing has lost; one that was saved is never asked.
+
+        Args:
+            model: the root.
+            layers: those that `place` gave for it.
+
+        Raises:
+            ValueError: if a weight is not quantized, or what it was before is not known.
+        """
+        ...
+
+
+@runtime_checkable
 class DataDriven(Protocol):
     """A method that looks at training data once, before the first step."""
 

@@ -7,6 +7,7 @@ weight exists, so they are there.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -56,6 +57,26 @@ def dequantized(module: Module, weight: Tensor) -> Tensor:
         scales = _scales(module, weight)
         return weight.data.to(scales.device).float() * (scales / 127).unsqueeze(1)
     return cast(Tensor, known.dequantize()).detach().float()
+
+
+def note_full(weight: Tensor, read: Callable[[], Tensor]) -> None:
+    """Notes on a quantized weight how to get what it was before.
+
+    Args:
+        weight: the weight.
+        read: gives the numbers, ``(out, in)``.
+    """
+    cast(Any, weight).read_full = read
+
+
+def full_weight(weight: Tensor) -> Tensor | None:
+    """What a quantized weight was before, in float32; None where nobody knows.
+
+    Args:
+        weight: the weight.
+    """
+    read: Callable[[], Tensor] | None = getattr(weight, "read_full", None)
+    return None if read is None else read().to(weight.device, torch.float32)
 
 
 def codes(weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn import Module
 from lightning_peft.core.adapters import require_adapters
 from lightning_peft.core.fingerprint import fingerprint, same_structure, saved_parameters
 from lightning_peft.core.in_place import base_parameters
+from lightning_peft.core.method import Residual
 from lightning_peft.core.quantized import is_quantized
 
 
@@ -17,7 +18,7 @@ def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
     """The base's name, revision and fingerprint, and what that leaves out, in plain values.
 
     It leaves out what is saved beside it, and quantized weights, whose numbers are rounded: an adapter that was trained
-    on a quantized base fits the base as it was, or quantized in another way.
+    on a quantized base fits the base as it was, or quantized in another way, unless it holds what rounding has lost.
 
     Args:
         model: the adapted model.
@@ -25,13 +26,16 @@ def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
     """
     config = getattr(model, "config", None)
     adapters = require_adapters(model, names := list(names))
-    without, quantized = saved_parameters(adapters, names), _quantized(model)
+    methods = [adapters.trees[name].record.method for name in names]
+    bound = any(isinstance(method, Residual) and method.needs_codes for method in methods)
+    without, quantized = saved_parameters(adapters, names), [] if bound else _quantized(model)
     return {
         "name": getattr(config, "name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
         "fingerprint": fingerprint(adapters.base_digests, [*without, *quantized]),
         "without": without,
         "quantized": quantized,
+        "codes": bound,
     }
 
 
@@ -50,7 +54,7 @@ def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
     Raises:
         ValueError: if the base is another one.
     """
-    if set(_quantized(model)) - set(base["quantized"]):
+    if not base["codes"] and set(_quantized(model)) - set(base["quantized"]):
         return  # the fingerprint says what the numbers were before they were rounded
     digests = require_adapters(model).base_digests
     saved, mine = base["fingerprint"], fingerprint(digests, [*base["without"], *base["quantized"]])
@@ -58,7 +62,12 @@ def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
         return
     named = f"{base['name']} with " if base["name"] else ""
     lost = [n for n in base["without"] if n not in digests]
-    if same_structure(saved, mine):
+    if base["codes"]:
+        why = (
+            "the adapter holds what quantizing that base has lost: load the same weights, quantized in the same way "
+            "(model.quantization)"
+        )
+    elif same_structure(saved, mine):
         why = (
             "names and shapes agree, values do not: load the same weights; what starts at random values each time, "
             "such as a head, has to be trained and saved (modules_to_save)"

@@ -33,7 +33,9 @@ from lightning_peft.methods.lora_experts import (
     refuse_ranks,
 )
 from lightning_peft.methods.lora_init import changed_base_problem, doubled, halved, is_apart, start_problems
-from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, layer_for
+from lightning_peft.methods.lora_layers import EmbeddingLayer, layer_for
+from lightning_peft.methods.lora_low_rank import LowRank
+from lightning_peft.methods.lora_on_linear import LinearLayer
 from lightning_peft.methods.lora_targets import (
     b_bias_problems,
     biases_to_train,
@@ -68,7 +70,8 @@ class LoRA:
         init_lora_weights: where the factors start: True (A random, B zero), ``"gaussian"``, ``"orthogonal"``,
             ``"olora"``, ``"pissa"``, ``"pissa_niter_4"``, or ``"eva"`` (A from training data; without a Trainer call
             ``adapter.prepare``). Those from orthogonal to pissa change the base in the papers; here what they start
-            with is subtracted instead, so that the base stays the base. All for linear layers only.
+            with is subtracted instead, so that the base stays the base. On a quantized base ``"loftq"`` starts as what
+            quantizing has lost (LoftQ, arXiv 2310.08659, with one step). All for linear layers only.
         use_dora: also train the lengths of the weight's rows. Linear layers only.
         lora_bias: also train a bias beside B. Linear layers only, and not with ``use_dora``.
         lora_fa: leave A as it starts, which halves what trains and keeps no input for the backward pass.
@@ -141,6 +144,26 @@ class LoRA:
         return is_apart(self.init_lora_weights)
 
     @property
+    def needs_codes(self) -> bool:
+        """Whether the factors make up for the rounding of a quantized base."""
+        return self.init_lora_weights == "loftq"
+
+    def make_up(self, model: Module, layers: dict[str, AdapterLayer]) -> None:
+        """Sets the factors to the largest singular values of what quantizing each weight has lost.
+
+        Args:
+            model: the root.
+            layers: those of its linear modules.
+
+        Raises:
+            ValueError: if a weight is not quantized, or what it was before is not known.
+        """
+        modules = base_modules(model)
+        for name, layer in layers.items():
+            if isinstance(layer, LinearLayer):
+                layer.make_up(name, modules[name])
+
+    @property
     def needs_data(self) -> bool:
         """Whether A starts from data."""
         return self.init_lora_weights == "eva"
@@ -194,7 +217,7 @@ class LoRA:
             "use_dora=True": self.use_dora,
             "lora_bias=True": self.lora_bias,
             "lora_fa=True": self.lora_fa,
-            f"init_lora_weights={self.init_lora_weights!r}": self.starts_apart or self.needs_data,
+            f"init_lora_weights={self.init_lora_weights!r}": self.starts_apart or self.needs_data or self.needs_codes,
         }
         refuse_beyond_linear(model, names, [option for option, given in linear_only.items() if given])
         layers: dict[str, AdapterLayer] = {}

@@ -17,7 +17,8 @@ from lightning_peft.core.adapted import Base
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, is_within, matches
 from lightning_peft.core.problems import nearest, raise_problems
-from lightning_peft.methods.lora_layers import EmbeddingLayer, LowRank, refuse_rank
+from lightning_peft.methods.lora_layers import EmbeddingLayer
+from lightning_peft.methods.lora_low_rank import LowRank, refuse_rank
 
 if TYPE_CHECKING:
     from lightning_peft.methods.lora import LoRA
@@ -207,6 +208,8 @@ def _beyond(method: LoRA) -> list[str]:
         "lora_bias=True": method.lora_bias,
         "lora_fa=True": method.lora_fa,
         f"lora_dropout={method.lora_dropout}": method.lora_dropout,
-        f"init_lora_weights={method.init_lora_weights!r}": method.starts_apart or method.needs_data,
+        f"init_lora_weights={method.init_lora_weights!r}": method.starts_apart
+        or method.needs_data
+        or method.needs_codes,
     }
     return [option for option, value in given.items() if value]

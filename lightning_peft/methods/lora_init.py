@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_peft.core.quantized import dequantized, full_weight, is_quantized
 
 CHANGING = ("orthogonal", "olora", "pissa")
 """Starts at which the product of the factors is not zero, or is so only up to rounding."""
 
 
-_STARTS = "True, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_<iterations>', 'eva'"
+_STARTS = "True, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_<iterations>', 'eva', 'loftq'"
 
 
 def start_problems(start: object, ranks: Sequence[int], *, fixed: bool) -> list[str]:
@@ -24,11 +27,11 @@ def start_problems(start: object, ranks: Sequence[int], *, fixed: bool) -> list[
         fixed: whether A stays as it starts (``lora_fa``).
     """
     problems = []
-    if not (start is True or start in ("gaussian", "eva") or is_apart(start)):
+    if not (start is True or start in ("gaussian", "eva", "loftq") or is_apart(start)):
         problems.append(f"init_lora_weights must be one of {_STARTS}, but got {start!r}")
     if start == "orthogonal" and any(r % 2 for r in ranks):
         problems.append("init_lora_weights='orthogonal' needs even ranks")
-    if fixed and is_apart(start):
+    if fixed and (is_apart(start) or start == "loftq"):
         problems.append(
             "lora_fa=True leaves A as it starts, so A must be drawn or taken from data: init_lora_weights True, "
             "'gaussian' or 'eva'"
@@ -91,6 +94,42 @@ def starting_factors(name: str, weight: Tensor, r: int, scale: float) -> tuple[T
     root = (values[:r] / scale).sqrt()
     # in rows, as the parameters lie: in columns the same product would be rounded otherwise
     return (root.unsqueeze(1) * vt[:r]).contiguous(), (u[:, :r] * root).contiguous()
+
+
+@torch.no_grad()
+def residual_factors(name: str, module: Any, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The factors whose product is nearest to what quantizing a weight has lost (LoftQ, arXiv 2310.08659, Alg. 1).
+
+    The algorithm's first step: ``A`` and ``B`` are the largest singular values of ``W - q(W)``. Later steps would
+    change the codes to ``q(W - s B A)``, and the base would be no longer what everybody gets who quantizes it.
+
+    Args:
+        name: the module's, for errors.
+        module: a linear layer with a quantized weight.
+        r: the rank.
+        scale: the factor ``s`` on the change.
+
+    Returns:
+        A: ``(r, in)`` and B: ``(out, r)``.
+
+    Raises:
+        ValueError: if the weight is not quantized, or what it was before is not known.
+    """
+    weight = module.weight
+    full = full_weight(weight) if is_quantized(weight) else None
+    if full is None:
+        unknown = (
+            f"what {name!r} was before is not known: load the model by model.quantization, or say where its weights "
+            "lie (lightning_peft.tasks.quantization.note_full_weights)"
+        )
+        plain = f"{name!r} is not quantized: load the model in 4 or 8 bits (model.quantization=nf4), or choose True"
+        raise ValueError(
+            "LoRA: init_lora_weights='loftq' starts as what quantizing has lost, but "
+            + (unknown if is_quantized(weight) else plain)
+        )
+    u, values, vt = torch.linalg.svd(full - dequantized(module, weight), full_matrices=False)
+    root = (values[:r] / scale).sqrt()
+    return root.unsqueeze(1) * vt[:r], u[:, :r] * root
 
 
 def doubled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.formats.hub import hub_is_reachable
-from lightning_peft.tasks.quantization import plain_where_new, quantization_config, quantization_problem
+from lightning_peft.tasks.quantization import (
+    note_full_weights,
+    plain_where_new,
+    quantization_config,
+    quantization_problem,
+)
 from lightning_peft.tasks.task import processing_auto_class
 
 if TYPE_CHECKING:
@@ -145,6 +150,7 @@ class BaseModel:
             model = auto.from_pretrained(source, dtype=torch.float32, **where, **options)
         if self.quantization is not None:
             plain_where_new(model)
+            note_full_weights(model, source if Path(source).is_dir() else _snapshot(source, self.revision))
         if getattr(model.config, "pad_token_id", -1) is None and processing_auto_class(task) == "AutoTokenizer":
             model.config.pad_token_id = _pad_token(self.load_tokenizer())
         if self.activation_checkpointing:
@@ -236,6 +242,13 @@ class BaseModel:
             source, local = resolve(name)
             auto = getattr(transformers, auto_class)
             return auto.from_pretrained(source, revision=revision, local_files_only=local)
+
+
+def _snapshot(name: str, revision: str | None) -> str:
+    """The folder in the hub's cache that a model was just loaded from."""
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, revision=revision, local_files_only=True)
 
 
 def _refuse_kind(name: str, config: Any, auto: Any) -> None:

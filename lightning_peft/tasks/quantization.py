@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
 from lightning_peft.core.problems import nearest
+from lightning_peft.core.quantized import is_quantized, note_full
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WAYS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8_weight_only": "torchao"}
 """The names that ``model.quantization`` takes, and the package that each needs."""
@@ -77,6 +85,38 @@ def plain_where_new(model: Module) -> None:
             plain = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             plain.weight, plain.bias = module.weight, module.bias
             model.set_submodule(name, plain)
+
+
+def note_full_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Notes on each quantized weight where its numbers before quantization lie, for starts that make up for its loss.
+
+    Nothing is read yet. Weights that the folder has under another name, or in no safetensors file, are left out.
+
+    Args:
+        model: a quantized model.
+        folder: the folder that it was loaded from.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), path)
+    prefix = f"{model.base_model_prefix}."
+    for place, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or not is_quantized(weight):
+            continue
+        name = f"{place}.weight"
+        known = [n for n in (name, name.removeprefix(prefix), f"{prefix}{name}") if n in files]
+        if known:
+            # layers that transformers turned when it quantized them, such as GPT-2's, say what they were
+            turned = getattr(module, "source_cls", Linear).__name__ == "Conv1D"
+            note_full(weight, partial(_read, files[known[0]], known[0], turned=turned))
+
+
+def _read(path: Path, name: str, *, turned: bool) -> Tensor:
+    with safe_open(path, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor.T if turned else tensor
 
 
 def _methods() -> list[str]:

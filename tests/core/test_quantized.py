@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ from lightning_peft import (
     adapt,
     load_adapter,
 )
-from lightning_peft.core.quantized import dequantized, is_quantized, memory, number_of, requantized
+from lightning_peft.core.quantized import dequantized, full_weight, is_quantized, memory, number_of, requantized
+from lightning_peft.tasks.quantization import note_full_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*merged weights are quantized again"),
@@ -354,3 +356,112 @@ def test_lightnings_plugin_quantizes_what_is_adapted(mode, tmp_path):
     trainer.fit(net, DataLoader(torch.randn(8, 64), batch_size=4))
     assert is_quantized(net.body[0].weight)
     assert net.body.adapters["default"].state_dict()["0.lora_B"].abs().max() > 0
+
+
+LOFTQ = LoRA(r=8, lora_alpha=16, init_lora_weights="loftq", target_modules=["q_proj", "down_proj"])
+
+
+@pytest.fixture
+def noted(quantized, llama_folder):
+    """The quantized Llama that knows where its weights lie."""
+
+    def load(name):
+        model = quantized(name)
+        note_full_weights(model, llama_folder)
+        return model
+
+    return load
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_loftq_starts_as_the_nearest_of_its_rank_to_what_quantizing_has_lost(noted, llama_folder, quantizer):
+    from transformers import LlamaForCausalLM
+
+    full, model = LlamaForCausalLM.from_pretrained(llama_folder), noted(quantizer)
+    adapter = adapt(model, LOFTQ)
+    for place, layer in adapter.tree.layers_by_module.items():
+        if place:
+            module = model.get_submodule(place)
+            lost = (full.get_submodule(place).weight - dequantized(module, module.weight)).detach().double()
+            change = (layer.lora_B.double() @ layer.lora_A.double()).detach() * layer.scale
+            # by Eckart and Young: what is left is the root of the sum of the other singular values' squares
+            left = torch.linalg.svdvals(lost)[8:].square().sum().sqrt()
+            torch.testing.assert_close((lost - change).norm(), left, rtol=1e-4, atol=1e-7)
+
+
+def test_loftqs_start_is_pefts(noted, llama_folder):
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.utils.loftq_utils import _low_rank_decomposition
+    from transformers import LlamaForCausalLM
+
+    full, model = LlamaForCausalLM.from_pretrained(llama_folder), noted("nf4")
+    adapter = adapt(model, LoRA(r=8, lora_alpha=8, init_lora_weights="loftq", target_modules=["down_proj"]))
+    for place, layer in adapter.tree.layers_by_module.items():
+        if place:
+            module = model.get_submodule(place)
+            # what PEFT does with it where there is a GPU; the sign of a pair of singular vectors is anybody's choice
+            lost = full.get_submodule(place).weight.detach() - dequantize_4bit(module.weight, module.weight.quant_state)
+            found = _low_rank_decomposition(lost, reduced_rank=8)
+            expected = found["L"] @ found["R"]
+            torch.testing.assert_close(layer.lora_B @ layer.lora_A, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_loftq_brings_the_model_nearer_to_what_it_was(noted, llama_folder):
+    from transformers import LlamaForCausalLM
+
+    full, model = _logits(LlamaForCausalLM.from_pretrained(llama_folder).eval()), noted("nf4")
+    before = (_logits(model) - full).norm()
+    adapter = adapt(model, LoRA(r=16, init_lora_weights="loftq"))
+    assert (_logits(model) - full).norm() < 0.7 * before
+    adapter.remove()
+    torch.testing.assert_close((_logits(model) - full).norm(), before)
+
+
+def test_loftq_with_dora_starts_at_the_sum(noted):
+    plain, dora = noted("nf4"), noted("nf4")
+    adapt(plain, LOFTQ)
+    adapt(dora, replace(LOFTQ, use_dora=True))
+    torch.testing.assert_close(_logits(dora), _logits(plain), atol=1e-5, rtol=1e-5)
+
+
+def test_a_loftq_adapter_fits_the_same_codes_alone(noted, quantized, llama_folder, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = noted("nf4")
+    adapter = adapt(model, LOFTQ)
+    _train(model, adapter)
+    adapter.save(tmp_path / "a")
+    again = quantized("nf4")
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(_logits(again), _logits(model))
+    Adapter(again).save(tmp_path / "b")
+    for folder in ("a", "b"):
+        for other in (LlamaForCausalLM.from_pretrained(llama_folder), quantized("int8")):
+            with pytest.raises(ValueError, match="holds what quantizing that base has lost: load the same weights"):
+                load_adapter(other, tmp_path / folder)
+
+
+@pytest.mark.parametrize("where", ["plain", "unknown"])
+def test_loftq_needs_codes_and_what_they_were_before(quantized, build, where):
+    model = build("llama") if where == "plain" else quantized("nf4")
+    said = {"plain": "is not quantized: load the model in 4 or 8 bits", "unknown": "what .* was before is not known"}
+    with pytest.raises(ValueError, match=rf"'loftq' starts as what quantizing has lost, but .*{said[where]}"):
+        adapt(model, LOFTQ)
+    assert not hasattr(model, "adapters")
+
+
+def test_layers_that_were_turned_when_they_were_quantized_are_read_turned(tmp_path):
+    from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    full = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=100, n_positions=32))
+    full.save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**NF4)
+    model = GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    note_full_weights(model, tmp_path)
+    for place in ("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"):
+        module, expected = model.get_submodule(place), full.get_submodule(place).weight.T
+        assert torch.equal(full_weight(module.weight), expected)
+        assert (dequantized(module, module.weight) - expected).abs().max() < 0.16 * expected.abs().max()
+    adapter = adapt(model, LoRA(r=4, init_lora_weights="loftq"))
+    adapter.merge()
