@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,8 +36,19 @@ def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
         "fingerprint": fingerprint(adapters.base_digests, [*without, *quantized]),
         "without": without,
         "quantized": quantized,
+        "quantization": _configuration(config),
         "codes": bound,
     }
+
+
+def _configuration(config: Any) -> dict[str, Any] | None:
+    """How transformers quantized the model, in plain values."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    # its names are members of an enumeration, which a checkpoint of plain containers cannot hold
+    plain: dict[str, Any] = json.loads(json.dumps(given if isinstance(given, dict) else given.to_dict()))
+    return {k: v for k, v in plain.items() if not k.startswith("_")}
 
 
 def _quantized(model: Module) -> list[str]:

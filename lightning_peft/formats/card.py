@@ -205,4 +205,16 @@ def _introduction(facts: CardFacts) -> str:
     )
     revision = f", revision `{facts.base['revision']}`" if facts.base["revision"] else ""
     mark = f"\n\nBase fingerprint: `{facts.base['fingerprint']}`{revision}." if facts.base["fingerprint"] else ""
-    return f"{what}, made with lightning_peft by the method {facts.method_called}.{mark}"
+    return f"{what}, made with lightning_peft by the method {facts.method_called}.{mark}{_quantization(facts)}"
+
+
+def _quantization(facts: CardFacts) -> str:
+    given = facts.base["quantization"]
+    if given is None:
+        return ""
+    how = f"{given.get('quant_method')}{', 4 bits' if given.get('load_in_4bit') else ''}"
+    if facts.form == "merged":
+        return f"\n\nIts weights are quantized ({how}), and were again when the adapter was merged."
+    if facts.base["codes"]:
+        return f"\n\nIt holds what quantizing the base has lost, so it fits the base in the same codes alone ({how})."
+    return f"\n\nThe base was quantized while it was trained ({how}); it fits the base as it was too."

@@ -45,6 +45,8 @@ def _base(facts: CardFacts, variable: str) -> list[str]:
     given: dict[str, Any] = {**facts.model.options, **(facts.info.get("model") or {}).get("config", {})}
     if facts.base_on_hub and facts.base["revision"]:
         given = {"revision": facts.base["revision"], **given}
+    if facts.base["codes"] and facts.base["quantization"]:
+        given["quantization_config"] = facts.base["quantization"]
     words = "".join(f", {k}={_quoted(v)}" for k, v in given.items())
     note = "" if facts.base_on_hub else "  # the folder of the base"
     return [f"{variable} = {loader}.from_pretrained({_quoted(called)}{words}){note}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from dataclasses import replace
@@ -465,3 +466,21 @@ def test_layers_that_were_turned_when_they_were_quantized_are_read_turned(tmp_pa
         assert (dequantized(module, module.weight) - expected).abs().max() < 0.16 * expected.abs().max()
     adapter = adapt(model, LoRA(r=4, init_lora_weights="loftq"))
     adapter.merge()
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("start", [True, "loftq"])
+def test_the_card_says_how_the_base_was_quantized_and_code_for_loftq_quantizes_it_so(
+    noted, llama_folder, tmp_path, start, quantizer
+):
+    from transformers import LlamaForCausalLM
+
+    adapter = adapt(noted(quantizer), LoRA(r=2, init_lora_weights=start))
+    adapter.save(tmp_path / "a")
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert {"nf4": "(bitsandbytes, 4 bits)", "int8": "(bitsandbytes)"}.get(quantizer, "(torchao)") in text
+    assert ("fits the base as it was too" in text) == (start is True)
+    assert ("quantization_config={" in text) == (start == "loftq")
+    given = json.loads((tmp_path / "a" / "lightning_peft.json").read_text())["base"]["quantization"]
+    again = LlamaForCausalLM.from_pretrained(llama_folder, quantization_config=given, dtype=torch.float32)
+    load_adapter(again, tmp_path / "a")
