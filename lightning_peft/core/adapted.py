@@ -13,6 +13,7 @@ from torch.nn import Linear, Module, Parameter
 
 from lightning_peft.core.generated import SITE, adapted_class
 from lightning_peft.core.layer import AdapterLayer
+from lightning_peft.core.quantized import is_quantized
 from lightning_peft.core.routing import Routing, Switch, bind
 from lightning_peft.core.rows import IndivisibleError, Rows, Split, join, refuse_handing_on, refuse_indivisible, take
 from lightning_peft.core.view import with_tensors
@@ -42,6 +43,8 @@ class Base:
         if casts:
             # Some models cast what they hand to a layer to its weight's dtype (T5), which is float32 here
             return self.cls.forward(self.view(casts), *(self._as_computed(a) for a in args), **kwargs)
+        if self.in_place and is_quantized(self.module._parameters.get("weight")):
+            return self.cls.forward(self.view(self._beside_codes(args)), *args, **kwargs)
         if self.instance_forward is not None:
             return self.instance_forward(*args, **kwargs)
         return self.cls.forward(self.module, *args, **kwargs)
@@ -59,6 +62,12 @@ class Base:
             return {}
         parameters = {name: self.module.get_parameter(name) for name in self.in_place}
         return {n: p.to(self.cast_to) for n, p in parameters.items() if p.dtype != self.cast_to}
+
+    def _beside_codes(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
+        """What trains beside codes, as the layer computes with it: bitsandbytes' would cast the parameter itself."""
+        dtype = next((a.dtype for a in args if isinstance(a, Tensor)), torch.float32)
+        wanted: torch.dtype = getattr(self.module, "compute_dtype", None) or dtype
+        return {name: self.module.get_parameter(name).to(wanted) for name in self.in_place}
 
     def _as_computed(self, argument: Any) -> Any:
         """A floating-point input in the dtype that a layer without children computes in."""

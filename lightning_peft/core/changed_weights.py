@@ -69,7 +69,8 @@ def _sum(
 ) -> dict[str, Tensor]:
     """The parameters of one module that change, in float32 or wider."""
     # one that cannot be read, such as one that is offloaded, goes through as it is and is refused if it changes
-    readable = [k for k, p in start.items() if is_quantized(p) or (p.is_floating_point() and not now[k].is_meta)]
+    wide = {k for k, p in start.items() if p.is_floating_point() and p.itemsize > 1 and not now[k].is_meta}
+    readable = [k for k, p in start.items() if is_quantized(p) or k in wide]
     weights = {k: _numbers(module, k, start, now) for k in readable}
     changed: dict[str, Tensor] = {}
     for tree in trees:

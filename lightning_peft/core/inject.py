@@ -16,7 +16,7 @@ from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules, reads_directly
 from lightning_peft.core.method import Bounded, Method, Placement, Residual
 from lightning_peft.core.new_heads import new_modules, new_parameters
-from lightning_peft.core.quantized import refuse_training
+from lightning_peft.core.quantized import keep_codes, refuse_training
 from lightning_peft.core.saved_module import SavedModule
 from lightning_peft.core.statistics import freeze_statistics, moving_statistics
 from lightning_peft.core.tree import AdapterTree, Record
@@ -47,6 +47,7 @@ def inject(
             or if the method does not fit the model.
     """
     adapters = _checked_adapters(model, name)
+    keep_codes(model)
     before = {n: p.requires_grad for n, p in base_parameters(model).items()}
     new = new_parameters(model)
     placement = method.place(model)
@@ -194,8 +195,9 @@ def _refuse_unreachable(modules: dict[str, Module], layers: dict[str, AdapterLay
 
 
 def _refuse_quantized(model: Module, method: Method, in_place: list[str], copies: list[str]) -> None:
+    trained, copied = set(in_place), set(copies)
     for name, parameter in base_parameters(model).items():
-        if name in in_place or is_within(name, copies):
+        if name in trained or is_within(name, copied):
             refuse_training(type(method).__name__, name, parameter)
 
 

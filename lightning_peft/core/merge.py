@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -16,7 +17,7 @@ from lightning_peft.core.fingerprint import renew_digests
 from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.inject import eject
 from lightning_peft.core.matching import base_modules, is_within
-from lightning_peft.core.quantized import Rounding, take_place
+from lightning_peft.core.quantized import Rounding, move, take_place
 from lightning_peft.core.tree import AdapterTree
 
 
@@ -210,17 +211,18 @@ def _exchange(model: Module, key: str, new: Tensor) -> Tensor:
     held: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
     old: Tensor = held[attribute]
     if (new.device, new.dtype) != (old.device, old.dtype):
-        new.data = new.data.to(old.device, old.dtype)
+        move(new, old.device, old.dtype)
     held[attribute] = new
     take_place(module, old, new)
     return old
 
 
 def _wait_on_cpu(model: Module, adapters: Adapters) -> None:
+    cpu = torch.device("cpu")
     used = {id(t) for t in (*model.parameters(), *model.buffers())}
     for original in adapters.originals.values():
-        if id(original) not in used:  # the other end of a tie goes on with it
-            original.data = original.data.cpu()
+        if id(original) not in used and original.device != cpu:  # the other end of a tie goes on with it
+            move(original, cpu, original.dtype)
 
 
 def _above(key: str) -> list[str]:

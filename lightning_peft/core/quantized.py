@@ -51,11 +51,9 @@ def dequantized(module: Module, weight: Tensor) -> Tensor:
     if kind == "4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        # of a weight that waits on the CPU only the codes do
-        return dequantize_4bit(weight.data.to(known.quant_state.absmax.device), known.quant_state).float()
+        return dequantize_4bit(weight.data, known.quant_state).float()
     if kind == "8bit":
-        scales = _scales(module, weight)
-        return weight.data.to(scales.device).float() * (scales / 127).unsqueeze(1)
+        return weight.data.float() * (_scales(module, weight) / 127).unsqueeze(1)
     return cast(Tensor, known.dequantize()).detach().float()
 
 
@@ -119,8 +117,8 @@ def requantized(value: Tensor, like: Tensor) -> Parameter:
     """A weight of the same kind for other numbers: quantized as that one was.
 
     Args:
-        value: the numbers, ``(out, in)``.
-        like: the quantized weight that it is to stand in for; it is left as it is.
+        value: the numbers, ``(out, in)``, on the device where the weight is to be.
+        like: the quantized weight that it is to stand in for; it is left as it is, and may be on another device.
 
     Raises:
         ValueError: if its quantizer is none that can be run again from the weight alone.
@@ -129,16 +127,59 @@ def requantized(value: Tensor, like: Tensor) -> Parameter:
     known = cast(Any, like)
     if kind == "4bit":
         made = type(known)(
-            value.to("cpu", known.quant_state.dtype),
+            value.cpu().to(known.quant_state.dtype),
             blocksize=known.blocksize,
             compress_statistics=known.compress_statistics,
             quant_type=known.quant_type,
             quant_storage=known.quant_storage,
         )
-        return cast(Parameter, made.to(like.device))
+        return cast(Parameter, made.to(value.device))
     if kind == "8bit":
-        return cast(Parameter, type(known)(value.cpu(), requires_grad=False).to(like.device))
-    return Parameter(_from_torchao(value.to(like.device, like.dtype), known), requires_grad=False)
+        return cast(Parameter, type(known)(value.cpu(), requires_grad=False).to(value.device))
+    return Parameter(_from_torchao(value.to(like.dtype), known), requires_grad=False)
+
+
+def move(weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves a weight that a model does not hold, which stays the same object: codes with their scales.
+
+    Args:
+        weight: the weight.
+        device: where to.
+        dtype: what to cast to; codes of bitsandbytes stay what they are.
+    """
+    kind = _kind(weight)
+    if kind == "torchao":
+        notes = dict(weight.__dict__)
+        # .data of such a tensor would say that it moved, and leave the codes where they are
+        moved = Parameter(weight.to(device, dtype), requires_grad=False)
+        torch.utils.swap_tensors(weight, moved)  # type: ignore[no-untyped-call]
+        weight.__dict__.update({**notes, **weight.__dict__})
+        return
+    weight.data = weight.data.to(device, weight.dtype if kind else dtype)
+    known = cast(Any, weight)
+    if kind == "4bit":
+        known.quant_state.to(device)
+    if kind == "8bit" and known.SCB is not None:
+        known.SCB = known.SCB.to(device)
+
+
+def keep_codes(model: Module) -> None:
+    """Keeps bitsandbytes' 4-bit weights in the order in which they can be trained through and read.
+
+    On CPUs with AVX512-BF16 a layer puts its codes into another order at the first evaluation, for good, and gives no
+    gradient to its input any more.
+
+    Args:
+        model: the root.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast(Any, module).support_avx512bf16_for_cpu = False
+            weight = cast(Any, module.weight)
+            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as in_order
+
+                weight.data, weight.quant_state = in_order(weight.data, weight.quant_state)
 
 
 def take_place(module: Module, old: Tensor, new: Tensor) -> None:

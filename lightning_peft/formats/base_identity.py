@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from torch.nn import Module
+from torch.nn import Embedding, Module
 
 from lightning_peft.core.adapters import require_adapters
 from lightning_peft.core.fingerprint import fingerprint, same_structure, saved_parameters
 from lightning_peft.core.in_place import base_parameters
+from lightning_peft.core.matching import base_modules
 from lightning_peft.core.method import Residual
 from lightning_peft.core.quantized import is_quantized
 
@@ -37,6 +38,7 @@ def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
         "without": without,
         "quantized": quantized,
         "quantization": _configuration(config),
+        "beside": fingerprint(adapters.base_digests, _quantizable(model, adapters.base_digests, without)),
         "codes": bound,
     }
 
@@ -49,6 +51,18 @@ def _configuration(config: Any) -> dict[str, Any] | None:
     # its names are members of an enumeration, which a checkpoint of plain containers cannot hold
     plain: dict[str, Any] = json.loads(json.dumps(given if isinstance(given, dict) else given.to_dict()))
     return {k: v for k, v in plain.items() if not k.startswith("_")}
+
+
+def _quantizable(model: Module, digests: Iterable[str], without: Iterable[str]) -> list[str]:
+    """The parameters that a quantizer may have rounded, and others to be left out: all but vectors and embeddings."""
+    kept = {
+        f"{place}.{key}" if place else key
+        for place, module in base_modules(model).items()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and (parameter.dim() == 1 or isinstance(module, Embedding))
+    }
+    kept -= set(without)
+    return [n for n in digests if n not in kept]
 
 
 def _quantized(model: Module) -> list[str]:
@@ -66,10 +80,12 @@ def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
     Raises:
         ValueError: if the base is another one.
     """
-    if not base["codes"] and set(_quantized(model)) - set(base["quantized"]):
-        return  # the fingerprint says what the numbers were before they were rounded
     digests = require_adapters(model).base_digests
-    saved, mine = base["fingerprint"], fingerprint(digests, [*base["without"], *base["quantized"]])
+    if not base["codes"] and set(_quantized(model)) - set(base["quantized"]):
+        # the fingerprint says what the numbers were before they were rounded
+        saved, mine = base["beside"], fingerprint(digests, _quantizable(model, digests, base["without"]))
+    else:
+        saved, mine = base["fingerprint"], fingerprint(digests, [*base["without"], *base["quantized"]])
     if saved is None or mine is None or saved == mine:
         return
     named = f"{base['name']} with " if base["name"] else ""

@@ -246,7 +246,9 @@ def is_readable(module: Any) -> bool:
     if is_quantized(module.weight):
         return True
     weight = weight_of(module)
-    return weight.is_floating_point() and not weight.is_meta and weight.shape == sizes(module)[::-1]
+    # numbers of 8 bits have their scales elsewhere
+    wide = weight.is_floating_point() and weight.itemsize > 1
+    return wide and not weight.is_meta and weight.shape == sizes(module)[::-1]
 
 
 class DeltaLayer(AdapterLayer):

@@ -18,7 +18,7 @@ from lightning_peft.methods.linear import is_readable, module_below, oriented, s
 from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import residual_factors, starting_factors
 from lightning_peft.methods.lora_low_rank import LowRank, refuse_rank
-from lightning_peft.ops.lora_linear import can_draw_again, count, lora_beside, lora_linear
+from lightning_peft.ops.lora_linear import can_draw_again, count, is_transformed, lora_beside, lora_linear
 from lightning_peft.ops.lora_rows import Factors, add_by_row
 from lightning_peft.ops.row_norms import row_norms
 
@@ -84,14 +84,14 @@ class LinearLayer(LowRank):
         if self.awaits_data and self.training:
             self._require_data()
         p = self.p if self.training else 0.0
-        fused = self._is_plain() and (not p or can_draw_again(x.device))
+        fused = self._is_plain() and (not p or can_draw_again(x.device)) and not is_transformed()
         weight = base.plain_weight(x) if isinstance(base, Base) and fused else None
         if weight is not None and isinstance(base, Base):
             count("fused")
             bias = base.module._parameters["bias"]
             return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
         y = self._given(base, x)
-        # what shards tensors, or transforms functions, does so to plain operators
+        # what shards tensors does so to plain operators
         if fused and {type(t) for t in (x, y, self.lora_A, self.lora_B)} <= {Tensor, Parameter}:
             count("beside")
             return lora_beside(y, x, self.lora_A, self.lora_B, self.scale, p)

@@ -54,7 +54,7 @@ class _LoRALinear(torch.autograd.Function):
 
     What dropout left of the input is not saved: the backward pass draws the same mask again. Nor is an input that is
     itself a product of two tensors which are saved anyway: it is multiplied again. What somebody else has computed is
-    given, and there is no weight then.
+    given, and there is no weight then; without that too it is the change alone.
 
     Products of low rank are taken with the rank first, ``(r, tokens)``: with few columns instead, a CPU's take up to
     six times as long.
@@ -81,8 +81,8 @@ class _LoRALinear(torch.autograd.Function):
             y = F.linear(rows, weight.to(x.dtype), bias)
             y.addmm_(h.T, b.T, alpha=scale)
         else:
-            assert given is not None
-            y = torch.addmm(given.reshape(-1, given.shape[-1]), h.T, b.T, alpha=scale)
+            y = h.T @ b.T if given is None else torch.addmm(given.reshape(-1, given.shape[-1]), h.T, b.T, alpha=scale)
+            y = y.mul_(scale) if given is None else y
         # only the gradient of A asks for the input
         read = (None, None) if not ctx.needs_input_grad[5] else factors or (x, None)
         # the weight as it is, to be cast again: its cast would be kept beside it for every layer
@@ -138,6 +138,11 @@ def _factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
     if left is None or right is None or left.shape != x.shape or right.shape != x.shape:
         return None
     return (left.detach(), right.detach()) if left.dtype == right.dtype == x.dtype else None
+
+
+def is_transformed() -> bool:
+    """Whether a functional transform such as ``torch.func.vmap`` is at work, which takes plain operators alone."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def can_draw_again(device: torch.device) -> bool:
@@ -214,7 +219,11 @@ def lora_beside(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: flo
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return _apply(_shared_cast(x, dtype), y.to(dtype), None, None, a, b, scale, p).to(y.dtype)
+            x = _shared_cast(x, dtype)
+            if y.dtype == dtype:
+                return _apply(x, y, None, None, a, b, scale, p)
+            # in fewer bits what the layer gave would be rounded
+            return y + _apply(x, None, None, None, a, b, scale, p)
     return _apply(_shared_cast(x, y.dtype), y, None, None, a, b, scale, p)
 
 

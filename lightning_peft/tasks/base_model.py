@@ -54,7 +54,8 @@ class BaseModel:
         offload_activations: keep those inputs in the host's memory until they are needed.
         quantization: ``"nf4"`` for bitsandbytes' 4-bit NormalFloat with quantized scales (QLoRA, arXiv 2305.14314),
             ``"int8"`` for its 8-bit weights (LLM.int8, arXiv 2208.07339), ``"int8_weight_only"`` for torchao's; or a
-            dictionary as transformers' ``quantization_config`` takes. The head stays as it is. None keeps all weights.
+            dictionary of theirs as transformers' ``quantization_config`` takes. The head stays as it is. None keeps all
+            weights.
 
     Raises:
         ValueError: if ``activation_checkpointing`` is below 0, or 0 with ``offload_activations``, or ``quantization``

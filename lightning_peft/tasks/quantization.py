@@ -28,20 +28,21 @@ def quantization_problem(given: Any) -> str | None:
     Args:
         given: what the user gave.
     """
-    known = f"{', '.join(map(repr, WAYS))}, or a dictionary as transformers' quantization_config takes"
-    if isinstance(given, dict):
-        methods = _methods()
-        named = given.get("quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & given.keys() else None)
-        if named not in methods:
-            return (
-                f"quantization must say its quant_method, one of {', '.join(methods)}, but got {named!r}"
-                f"{nearest(str(named), methods)}"
-            )
+    if given is None:
         return None
-    if given is not None and given not in WAYS:
-        return f"quantization must be {known}, but got {given!r}{nearest(str(given), WAYS)}"
-    package = None if given is None else WAYS[given]
-    if package is not None and importlib.util.find_spec(package) is None:
+    methods = sorted(set(WAYS.values()))
+    if isinstance(given, dict):
+        package = given.get("quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & given.keys() else None)
+        if package not in methods:
+            near = nearest(str(package), methods)
+            return f"quantization must say its quant_method, {' or '.join(methods)}, but got {package!r}{near}"
+    elif given in WAYS:
+        package = WAYS[given]
+    else:
+        names = ", ".join(map(repr, WAYS))
+        near = nearest(str(given), WAYS)
+        return f"quantization must be {names}, or a dictionary with its quant_method, but got {given!r}{near}"
+    if importlib.util.find_spec(package) is None:
         return f"quantization={given} needs {package}: pip install 'lightning-peft[quantization]'"
     return None
 
@@ -73,7 +74,7 @@ def quantization_config(given: str | dict[str, Any], compute_dtype: torch.dtype)
 
 
 def plain_where_new(model: Module) -> None:
-    """Puts PyTorch's own linear layers where a quantizer's hold weights that it did not quantize.
+    """Puts PyTorch's own linear layers where bitsandbytes' hold weights that it did not quantize.
 
     So it is where the checkpoint had none for a layer, such as a new head: they were drawn, and are to train.
 
@@ -81,7 +82,8 @@ def plain_where_new(model: Module) -> None:
         model: as ``from_pretrained`` gave it.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, Linear) and type(module) is not Linear and type(module.weight) is Parameter:
+        known = isinstance(module, Linear) and type(module).__module__.startswith("bitsandbytes.")
+        if known and type(module.weight) is Parameter:
             plain = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             plain.weight, plain.bias = module.weight, module.bias
             model.set_submodule(name, plain)
@@ -117,11 +119,3 @@ def _read(path: Path, name: str, *, turned: bool) -> Tensor:
     with safe_open(path, framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(name)
     return tensor.T if turned else tensor
-
-
-def _methods() -> list[str]:
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    # bitsandbytes' two are told apart by load_in_4bit and load_in_8bit, under its own name
-    found = {k.removesuffix("_4bit").removesuffix("_8bit") for k in AUTO_QUANTIZATION_CONFIG_MAPPING}
-    return sorted(found)

@@ -9,6 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bitsandbytes.functional import (
+    _convert_weight_packed_for_cpu,
+    dequantize_4bit,
+    int8_vectorwise_quant,
+    quantize_4bit,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torchao.quantization import (
@@ -31,6 +37,7 @@ from lightning_peft import (
     PromptTuning,
     Selective,
     SparseTuning,
+    activate,
     adapt,
     load_adapter,
 )
@@ -117,6 +124,20 @@ def test_a_method_trains_on_a_quantized_base_and_gives_it_back(quantized, quanti
     assert torch.equal(_logits(model), before)
 
 
+def _quantized_afresh(quantizer, weight):
+    """The numbers that the quantizer's own package makes of a weight."""
+    if quantizer == "nf4":
+        codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)
+        return dequantize_4bit(codes, state)
+    if quantizer == "int8":
+        codes, scales, _ = int8_vectorwise_quant(weight.half())
+        return codes.float() * (scales / 127).unsqueeze(1)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight.clone())
+    quantize_(layer, INT4 if quantizer == "int4_weight_only" else Int8WeightOnlyConfig())
+    return layer.weight.dequantize().detach()
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_merging_into_codes_is_the_sum_quantized_again_and_can_be_undone_to_the_bit(quantized, quantizer, name):
@@ -136,8 +157,7 @@ def test_merging_into_codes_is_the_sum_quantized_again_and_can_be_undone_to_the_
     # half a step of the quantizer: NF4's widest is 0.28 of the largest value in a block, double quantization apart
     step = {"nf4": 0.16, "int4_weight_only": 1 / 14}.get(quantizer, 1 / 200)
     assert (dequantized(module, module.weight) - wanted).abs().max() < step * wanted.abs().max()
-    again = dequantized(module, requantized(wanted, weight))
-    assert torch.equal(dequantized(module, module.weight), again)
+    assert torch.equal(dequantized(module, module.weight), _quantized_afresh(quantizer, wanted))
     assert not torch.equal(_logits(model), trained)
     with adapter.disabled():
         assert module.weight is weight
@@ -296,6 +316,110 @@ def test_a_merged_model_keeps_its_codes_in_a_folder(quantized, quantizer, tmp_pa
     torch.testing.assert_close(_logits(again), _logits(model), atol=1e-6, rtol=1e-6)
 
 
+def test_embeddings_are_compared_where_weights_cannot_be(quantized, llama_folder, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    adapt(LlamaForCausalLM.from_pretrained(llama_folder), LoRA(r=2)).save(tmp_path / "a")
+    other = quantized("nf4")
+    other.get_input_embeddings().weight.data += 1
+    with pytest.raises(ValueError, match="on another base"):
+        load_adapter(other, tmp_path / "a")
+
+
+@pytest.mark.parametrize("quantizer", ["int8_weight_only", "int4_weight_only"])
+def test_codes_that_waited_while_the_model_was_cast_are_cast_when_they_return(quantized, quantizer):
+    model, expected = quantized(quantizer), quantized(quantizer).to(torch.bfloat16)
+    adapter = adapt(model, LoRA(r=2))
+    adapter.merge()
+    model.to(torch.bfloat16)
+    adapter.unmerge()
+    adapter.remove()
+    assert model.model.layers[0].mlp.down_proj.weight.dtype == expected.model.layers[0].mlp.down_proj.weight.dtype
+    assert torch.equal(_logits(model), _logits(expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_two_adapters_merge_into_codes_on_a_gpu_and_come_out_again(quantized, quantizer):
+    model = quantized(quantizer).cuda()
+    ids = _ids().cuda()
+
+    def logits():
+        with torch.no_grad():
+            return model(ids).logits
+
+    before = logits()
+    for name in ("first", "second"):
+        adapter = adapt(model, LoRA(r=2, init_lora_weights="gaussian"), name)
+        for parameter in adapter.parameters():
+            parameter.data.normal_(std=0.05)
+    first, second = Adapter(model, "first"), adapter
+    activate(model, "first", "second")
+    both = logits()
+    first.merge()
+    second.merge()
+    assert not torch.equal(logits(), both)
+    second.unmerge()
+    first.unmerge()
+    assert torch.equal(logits(), both)
+    second.remove()
+    first.remove()
+    assert torch.equal(logits(), before)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantizer", ["nf4", "int8"])
+def test_biases_beside_codes_train_in_32_bits_whatever_the_layer_computes_in(bert_folder, quantizer, compute):
+    from transformers import BertModel, BitsAndBytesConfig
+
+    config = (
+        BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=compute)
+        if quantizer == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    options = {"dtype": torch.float32, "add_pooling_layer": False}
+    model = BertModel.from_pretrained(bert_folder, quantization_config=config, **options)
+    adapter = adapt(model, Selective(parameter_types=["bias"]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
+        model(_ids()).last_hidden_state.square().mean().backward()
+    dense = model.encoder.layer[0].intermediate.dense
+    assert is_quantized(dense.weight)
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    assert dense.bias.grad.abs().sum() > 0
+
+
+def test_codes_that_an_evaluation_has_put_into_another_order_are_put_back():
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=False).to("cpu")
+    model = nn.Sequential(layer)
+    expected = dequantized(layer, layer.weight)
+    layer.support_avx512bf16_for_cpu = True  # as on CPUs that have it, where an evaluation does this:
+    weight = layer.weight
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    adapt(model, LoRA(r=2))
+    # a block's scale has been rounded to bfloat16 by then
+    torch.testing.assert_close(dequantized(layer, layer.weight), expected, rtol=2**-8, atol=0)
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        model.eval()(x)
+    x.requires_grad_()
+    model(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected.sum(0).expand(2, -1), rtol=2**-7, atol=1e-2)
+
+
+def test_numbers_of_eight_bits_whose_scales_are_elsewhere_are_not_read():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="use_dora=True reads the weight of '0', which is offloaded or quantized"):
+        adapt(model, LoRA(r=2, use_dora=True))
+    adapter = adapt(model, LoRA(r=2))
+    with pytest.raises(ValueError, match=r"0.weight cannot be merged into: it is offloaded, quantized or"):
+        adapter.merge()
+
+
 def test_codes_of_one_scale_are_made_again_with_one():
     model = nn.Sequential(nn.Linear(64, 32, bias=False))
     quantize_(model, Int8WeightOnlyConfig(granularity=PerTensor()))
@@ -391,7 +515,6 @@ def test_loftq_starts_as_the_nearest_of_its_rank_to_what_quantizing_has_lost(not
 
 
 def test_loftqs_start_is_pefts(noted, llama_folder):
-    from bitsandbytes.functional import dequantize_4bit
     from peft.utils.loftq_utils import _low_rank_decomposition
     from transformers import LlamaForCausalLM
 

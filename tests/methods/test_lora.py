@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import LoRA, MiSS, adapt
 
@@ -107,6 +108,16 @@ def test_a_bias_beside_b_cannot_be_merged_where_there_is_none():
     adapter = adapt(model, LoRA(r=4, lora_bias=True))
     with pytest.raises(ValueError, match="cannot be merged into a module without a bias"):
         adapter.merge()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: Conv1D(4, 6)], ids=["fused", "beside"])
+def test_functional_transforms_take_plain_operators(perturb, make):
+    model = nn.Sequential(make())
+    perturb(adapt(model, LoRA(r=2)))
+    x = torch.randn(5, 6)
+    expected = torch.stack([torch.autograd.functional.jacobian(lambda one: model(one).sum(), row) for row in x])
+    found = torch.func.vmap(torch.func.grad(lambda one: model(one).sum()))(x)
+    torch.testing.assert_close(found, expected)
 
 
 class Packed(nn.Linear):

@@ -81,6 +81,9 @@ def test_beside_a_layers_output_autocast_computes_in_16_bits_and_gives_the_layer
     expected = (x.bfloat16().float() @ a.bfloat16().float().T).bfloat16().float() @ up.bfloat16().float().T
     # 8 bits of the product are kept
     torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=2**-6)
+    y = torch.randn(2, 3, 4).to(own)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lora_beside(y, x, a, torch.zeros_like(up), 1.0), y)
 
 
 def test_gradients_are_those_of_finite_differences():

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_peft import IA3, BottleneckAdapter, LoRA, PeftModule, PromptTuning
 from lightning_peft.core.quantized import is_quantized
 from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.quantization import plain_where_new
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -101,6 +102,16 @@ def test_a_new_head_is_a_plain_layer_that_trains(bert_folder, tmp_path, quantiza
     assert any("classifier" in k for k in moved)
 
 
+def test_layers_of_a_models_own_kind_stay_what_they_are():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = nn.Sequential(Router(4, 4))
+    plain_where_new(model)
+    assert type(model[0]) is Router
+
+
 def test_any_quantization_that_transformers_knows_can_be_given_as_it_is(llama_folder):
     given = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
     module = PeftModule({"name_or_path": str(llama_folder), "quantization": given}, LoRA(r=2), "sft")
@@ -113,8 +124,9 @@ def test_any_quantization_that_transformers_knows_can_be_given_as_it_is(llama_fo
     ("given", "said"),
     [
         ("nf5", r"must be 'nf4', 'int8', 'int8_weight_only', or a dictionary .* but got 'nf5'.*'nf4'"),
+        ({"quant_method": "fp8"}, r"must say its quant_method, bitsandbytes or torchao, but got 'fp8'"),
         (4, "but got 4"),
-        ({"bits": 4}, r"must say its quant_method, one of .*bitsandbytes.*, but got None"),
+        ({"bits": 4}, r"must say its quant_method, bitsandbytes or torchao, but got None"),
         ({"quant_method": "torch_ao"}, r"but got 'torch_ao'.*did you mean 'torchao'"),
     ],
 )
@@ -127,8 +139,9 @@ def test_a_quantization_that_is_none_is_said_at_once(given, said):
 def test_a_package_that_is_not_there_is_named_with_how_to_get_it(monkeypatch, name, package):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == package else found(n, *a))
-    with pytest.raises(ValueError, match=rf"needs {package}: pip install 'lightning-peft\[quantization\]'"):
-        BaseModel("x", quantization=name)
+    for given in (name, {"quant_method": package}):
+        with pytest.raises(ValueError, match=rf"needs {package}: pip install 'lightning-peft\[quantization\]'"):
+            BaseModel("x", quantization=given)
 
 
 def test_moments_of_eight_bits_come_from_bitsandbytes_and_from_the_checkpoint(llama_folder, tmp_path):
@@ -143,9 +156,20 @@ def test_moments_of_eight_bits_come_from_bitsandbytes_and_from_the_checkpoint(ll
     moments = [state["state1"] for state in trainer.optimizers[0].state.values()]
     assert {m.dtype for m in moments if m.numel() >= 4096} == {torch.uint8}
     trainer.save_checkpoint(tmp_path / "a.ckpt")
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, module):
+            seen.extend(state["state1"].clone() for state in trainer.optimizers[0].state.values())
+
     again = _trainer(tmp_path, epochs=2)
+    again.callbacks.append(Look())
     again.fit(module(), _rows(), ckpt_path=tmp_path / "a.ckpt")
     assert again.global_step == 2 * trainer.global_step
+    assert len(seen) == len(moments)
+    for restored, moment in zip(seen, moments, strict=True):
+        assert restored.dtype == moment.dtype
+        assert torch.equal(restored, moment)
 
 
 def test_an_optimizer_of_fewer_bits_without_its_package_says_how_to_get_it(monkeypatch):
