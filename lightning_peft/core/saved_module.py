@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_peft.core.adapted import compute_dtype
+from lightning_peft.core.base import compute_dtype
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.view import with_tensors
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from lightning_peft.core.adapted import module_of
+from lightning_peft.core.base import module_of
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, layer_number
 from lightning_peft.core.problems import an

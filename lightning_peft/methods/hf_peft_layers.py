@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_peft.core.adapted import Base, compute_dtype
+from lightning_peft.core.base import Base, compute_dtype
 from lightning_peft.core.generated import SITE
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import class_of

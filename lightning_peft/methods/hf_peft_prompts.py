@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lightning_peft.core.adapted import compute_dtype, module_of
+from lightning_peft.core.base import compute_dtype, module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of
 from lightning_peft.core.method import Placement

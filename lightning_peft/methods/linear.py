@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 from torch.nn import functional as F
 
-from lightning_peft.core.adapted import Base
+from lightning_peft.core.base import Base
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import ALL_LINEAR, base_modules, class_of, is_conv1d, is_within, match_modules
 from lightning_peft.core.method import Placement

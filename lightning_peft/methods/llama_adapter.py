@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
-from lightning_peft.core.adapted import module_of
+from lightning_peft.core.base import module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_conv1d, match_modules
 from lightning_peft.core.method import Placement

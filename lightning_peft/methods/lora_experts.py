@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_peft.core.adapted import Base
+from lightning_peft.core.base import Base
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, is_within, matches
 from lightning_peft.core.problems import nearest, raise_problems

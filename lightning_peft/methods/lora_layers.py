@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear, Module, MultiheadAttention, Parameter
 from torch.nn import functional as F
 
-from lightning_peft.core.adapted import Base, module_of
+from lightning_peft.core.base import Base, module_of
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import class_of, is_conv1d
 from lightning_peft.core.problems import raise_problems

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
-from lightning_peft.core.adapted import Base, module_of
+from lightning_peft.core.base import Base, module_of
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.problems import an
 from lightning_peft.methods.linear import is_readable, module_below, oriented, sizes, weight_of

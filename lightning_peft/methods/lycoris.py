@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Conv1d, Conv2d, Module
 from torch.nn import functional as F
 
-from lightning_peft.core.adapted import module_of
+from lightning_peft.core.base import module_of
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.methods.linear import is_linear, oriented, sizes
 

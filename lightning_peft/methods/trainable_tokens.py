@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Embedding, Linear, Module, Parameter
 from torch.nn import functional as F
 
-from lightning_peft.core.adapted import innermost
+from lightning_peft.core.base import innermost
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules
 from lightning_peft.core.method import Placement
