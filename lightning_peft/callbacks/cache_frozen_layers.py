@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from torch.nn import Module
 from typing_extensions import override
 
 from lightning_peft.analysis.sizes import size
-from lightning_peft.core.adapted import site_of
 from lightning_peft.core.adapters import require_adapters
 from lightning_peft.core.fingerprint import fingerprint
-from lightning_peft.core.frozen_layers import Watch, left_out, watching
+from lightning_peft.core.frozen_layers import Watch, layers_around, left_out, watching
 from lightning_peft.core.per_forward import this_forward
 from lightning_peft.core.probing import agree, undrawn
 from lightning_peft.data.state_file import StateFile, row_keys
@@ -34,6 +33,9 @@ class CacheFrozenLayers(Callback):
     they are: no dropout below that layer, no augmentation. In the first epoch the last frozen layer's output for each
     row goes to a memory-mapped file; a batch whose rows are all there starts at the first trained layer. Validation
     runs the whole model. A row of n tokens takes n times the model's width times 4 bytes in float32, 2 in 16 bits.
+
+    A network that runs beside the frozen layers and reads each of them (ladder side tuning) finds the outputs of all
+    but the last in the file, which is so many times as large.
 
     On the first batch that could be read it is seen whether the model then says what it says without; where it does
     not, where something frozen draws random numbers, or where the first layer trains, all goes on without the file and
@@ -105,7 +107,7 @@ class _Cache:
         self.depth: int | None = None  # how many layers are frozen, once it is known
         self.file: StateFile | None = None
         self._frozen: list[torch.nn.Parameter] = []
-        self._checked = self._aside = self._told = False
+        self._checked = self._aside = self._told = self._read_each = False
         self._open = ExitStack()
         self._rows: tuple[list[str], Tensor | None] = ([], None)
         self._in_tuples: list[bool] = []
@@ -131,7 +133,7 @@ class _Cache:
         if self.file is not None and self.depth and self.file.holds(self._rows[0]):
             states = self._read(*self._rows)
             if self._checked or self._is_right(kwargs, states):
-                self._open.enter_context(left_out(self.layers[: self.depth], states, self._in_tuples))
+                self._open.enter_context(self._from_file(states))
                 return
         self._watch = self._open.enter_context(watching(self.layers))
 
@@ -148,20 +150,20 @@ class _Cache:
         if self.depth is None:
             self._begin(watch, kwargs)
         if self.depth and self.file is not None:
-            states = watch.states[self.depth - 1]
-            assert states is not None
+            states = self._kept(watch)
             keys, mask = self._rows
             for i, key in enumerate(keys):
                 self.file.put(key, states[i] if mask is None else states[i][mask[i].bool()])
 
     def _begin(self, watch: Watch, kwargs: dict[str, Any]) -> None:
-        adapted = (i for i, layer in enumerate(self.layers) if any(_has_layers(m) for m in layer.modules()))
+        adapted = (i for i, layer in enumerate(self.layers) if not _runs_as_it_is(layer))
         self.depth = min(watch.frozen, next(adapted, len(self.layers)))
         if not self.depth:
             self._stop("the first layer trains, or what comes before it, or it gives more than hidden states")
             return
         with self._beside(), watching(self.layers[: self.depth]) as again:
             self.root(**kwargs)
+        self._read_each = any(layers_around(layer) for layer in self.layers[: self.depth])
         first, second = watch.states[self.depth - 1], again.states[-1]
         if first is None or second is None or not torch.equal(first, second):
             self._stop(
@@ -183,6 +185,7 @@ class _Cache:
             "base": fingerprint(adapters.base_digests, trained),
             "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
             "layers": self.depth,
+            "each": self._read_each,
             "dtype": str(dtype),
         }
 
@@ -190,13 +193,25 @@ class _Cache:
         """Whether the model says the same without its frozen layers."""
         with self._beside():
             whole = self.root(**kwargs)
-        with self._beside(), left_out(self.layers[: self.depth], states, self._in_tuples):
+        with self._beside(), self._from_file(states):
             short = self.root(**kwargs)
         mask = self._rows[1]
         self._checked = agree(_said(short, mask), _said(whole, mask))
         if not self._checked:
             self._stop("the layers above read more than the last frozen layer's output")
         return self._checked
+
+    def _kept(self, watch: Watch) -> Tensor:
+        """For the file: ``(batch, tokens, hidden)``; ``(batch, tokens, layers, hidden)`` where each layer is read."""
+        assert self.depth
+        states = [state for state in watch.states[: self.depth] if state is not None]
+        return torch.stack(states, -2) if self._read_each else states[-1]
+
+    def _from_file(self, states: Tensor) -> AbstractContextManager[None]:
+        """A forward without the frozen layers, which give what the file has."""
+        assert self.depth
+        each = list(states.unbind(-2)) if self._read_each else [*[None] * (self.depth - 1), states]
+        return left_out(self.layers[: self.depth], each, self._in_tuples)
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -251,9 +266,10 @@ class _Cache:
             self.file.delete()
 
 
-def _has_layers(module: Module) -> bool:
-    site = site_of(module)
-    return site is not None and bool(site.layers)
+def _runs_as_it_is(layer: Module) -> bool:
+    """Whether no adapter changes what a layer gives."""
+    inside = any(layers_around(part) for part in layer.modules() if part is not layer)
+    return not inside and all(around.beside for around in layers_around(layer))
 
 
 def _said(output: Any, mask: Tensor | None) -> Tensor:

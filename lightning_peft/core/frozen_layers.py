@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
+from lightning_peft.core.adapted import site_of
+from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.per_forward import this_forward
 
 
@@ -59,39 +61,59 @@ def watching(layers: Sequence[Module]) -> Iterator[Watch]:
         yield seen
 
 
+def layers_around(layer: Module) -> list[AdapterLayer]:
+    """The adapter layers around a layer of a stack.
+
+    Args:
+        layer: the layer.
+    """
+    site = site_of(layer)
+    return [] if site is None else list(site.layers.values())
+
+
 @contextmanager
-def left_out(layers: Sequence[Module], states: Tensor, in_tuples: Sequence[bool]) -> Iterator[None]:
-    """Lets layers hand on what comes in, and the last of them give states that were computed before, in this forward.
+def left_out(layers: Sequence[Module], states: Sequence[Tensor | None], in_tuples: Sequence[bool]) -> Iterator[None]:
+    """Lets layers give what was computed before, or hand on what comes in, in this forward.
+
+    Adapter layers around them run, with that as what their base gives.
 
     Args:
         layers: the first ones of a stack.
-        states: what the last of them would give.
+        states: what each of them would give, None where nobody reads it.
         in_tuples: for each whether it gives its output alone in a tuple.
     """
-    before = [layer.__dict__.get("forward") for layer in layers]
-    mine = this_forward()
-    for layer, own, in_tuple in zip(layers, before, in_tuples, strict=True):
-        given = states if layer is layers[-1] else None
-        layer.__dict__["forward"] = _short(layer, own, given, mine, in_tuple=in_tuple)
-    try:
+    with ExitStack() as forwards:
+        for layer, given, in_tuple in zip(layers, states, in_tuples, strict=True):
+            forwards.enter_context(_short(layer, given, in_tuple=in_tuple))
         yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del layer.__dict__["forward"]
-            else:
-                layer.__dict__["forward"] = forward
 
 
-def _short(
-    layer: Module, own: Callable[..., Any] | None, given: Tensor | None, mine: Callable[[], bool], *, in_tuple: bool
-) -> Callable[..., Any]:
-    """A forward that computes nothing, but for other forwards than the one that it is for."""
+@contextmanager
+def _short(layer: Module, given: Tensor | None, *, in_tuple: bool) -> Iterator[None]:
+    """A layer's own forward computes nothing, but for other forwards than the one that it is for."""
+    site = site_of(layer)
+    base = site.base if site is not None and site.layers else None
+    # what stands beside a layer may run it without a graph
+    mine = this_forward(same_graph=base is None)
+    own = layer.__dict__.get("forward") if base is None else base.instance_forward
+    kind = type(layer) if base is None else base.cls
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not mine():
-            return type(layer).forward(layer, *args, **kwargs) if own is None else own(*args, **kwargs)
+            return kind.forward(layer, *args, **kwargs) if own is None else own(*args, **kwargs)
         state = given if given is not None else args[0] if args else kwargs["hidden_states"]
         return (state,) if in_tuple else state
 
-    return forward
+    if base is not None:
+        base.instance_forward = forward
+    else:
+        layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if base is not None:
+            base.instance_forward = own
+        elif own is None:
+            del layer.__dict__["forward"]
+        else:
+            layer.__dict__["forward"] = own

@@ -36,9 +36,12 @@ class AdapterLayer(Module):
     Attributes:
         divisible: whether the layer may see some examples of a batch and another the others: not where layers of an
             adapter hand something on from one to the next.
+        beside: whether the layer gives what its base gives, as it is, and does the rest beside it. What a frozen base
+            gave for the same input once may stand in for it then.
     """
 
     divisible: ClassVar[bool] = True
+    beside: bool = False
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs ``base``, the module's original forward or the next inner layer, and adds to what it gives."""

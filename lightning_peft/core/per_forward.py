@@ -68,13 +68,16 @@ class PerForward(Generic[T]):
         return None if checkpoint is None else _checkpointed.get(checkpoint, {}).get(id(self))
 
 
-def this_forward() -> Callable[[], bool]:
+def this_forward(*, same_graph: bool = True) -> Callable[[], bool]:
     """Tells later whether the code runs in the thread and the grad mode of now.
 
     Another thread may be serving the model, and somebody's hook may run it without a graph in between.
+
+    Args:
+        same_graph: whether the grad mode counts; not for what is run without a graph in the same forward.
     """
     here, graph = threading.get_ident(), torch.is_grad_enabled()
-    return lambda: threading.get_ident() == here and torch.is_grad_enabled() == graph
+    return lambda: threading.get_ident() == here and (torch.is_grad_enabled() == graph or not same_graph)
 
 
 def _checkpoint() -> Any:

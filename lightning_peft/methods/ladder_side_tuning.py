@@ -163,6 +163,7 @@ class _Rung(AdapterLayer):
         super().__init__()
         self.ladder, self.place = ladder, place
         self.mixes, self.first, self.last = mixes, first, last
+        self.beside = not last
         hidden, m = ladder.hidden, ladder.width
         if first:
             self._add_linear("first", hidden, m, device)

@@ -36,9 +36,13 @@ class Noted(L.Callback):
     def on_train_start(self, trainer, pl_module):
         queries = (m for n, m in pl_module.model.named_modules() if n.endswith(("query", "q_proj")))
         next(queries).register_forward_hook(lambda *_: self._run())
+        pl_module.model.register_forward_pre_hook(lambda *_: self._begin())
+
+    def _begin(self):
+        self.is_step = torch.is_grad_enabled()
 
     def _run(self):
-        if torch.is_grad_enabled():
+        if self.is_step:
             self.runs[-1] += 1
 
     def on_train_epoch_start(self, trainer, pl_module):
@@ -76,8 +80,9 @@ def _data(files):
         (Selective(last_layers=1, learning_rate=1e-2), QUIET),
         (Selective(parameter_types=["head"], learning_rate=1e-2), QUIET),
         (LoRA(r=2, layers_to_transform=[1], lora_dropout=0.2, learning_rate=1e-2), QUIET),
+        (LadderSideTuning(reduction_factor=4, dropout=0.2), QUIET),
     ],
-    ids=["last layers", "head", "LoRA in the last layer"],
+    ids=["last layers", "head", "LoRA in the last layer", "ladder"],
 )
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_is_the_same_and_the_frozen_layers_run_once(method, config, precision, bert_folder, texts, tmp_path):
@@ -106,7 +111,7 @@ def test_dropout_above_the_frozen_layers_draws_the_same_numbers(bert_folder, tex
         (Selective(last_layers=1), {}, "draw random numbers; set their dropout to 0"),
         (LoRA(r=2), QUIET, "the first layer trains"),
         (Selective(parameter_types=["embedding"]), QUIET, "the first layer trains, or what comes before it"),
-        (LadderSideTuning(reduction_factor=4), QUIET, "the first layer trains"),
+        (LadderSideTuning(reduction_factor=4), {}, "draw random numbers; set their dropout to 0"),
     ],
 )
 def test_what_cannot_be_kept_is_computed_and_said(method, config, why, bert_folder, texts, tmp_path):

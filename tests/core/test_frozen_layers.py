@@ -46,7 +46,7 @@ def test_a_forward_without_its_first_layers_gives_the_same(kind):
     assert seen.frozen == 2
     calls = []
     model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    with left_out(model.layers[:2], seen.states[1], seen.in_tuples[:2]):
+    with left_out(model.layers[:2], [None, seen.states[1]], seen.in_tuples[:2]):
         assert torch.equal(model(torch.zeros(3, 4)), expected)
     assert torch.equal(model(x), expected)
     assert not any("forward" in layer.__dict__ for layer in model.layers)
@@ -62,7 +62,7 @@ def test_another_thread_and_a_forward_without_a_graph_run_all_layers():
     def serve():
         found.append(model(x).detach())
 
-    with left_out(model.layers[:2], torch.zeros(3, 4), [False, False]), watching(model.layers) as seen:
+    with left_out(model.layers[:2], [None, torch.zeros(3, 4)], [False, False]), watching(model.layers) as seen:
         thread = threading.Thread(target=serve)
         thread.start()
         thread.join()
