@@ -238,7 +238,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         rounds = measure(Path(scratch), options.examples, options.repeats)
-    table: dict[str, Any] = {"examples": options.examples}
+    table: dict[str, Any] = {"examples": options.examples, "threads": options.threads}
     print(f"{'':<20}{'examples/s':>12}{'ours is':>10}{'spread':>16}{'losses':>10}")
     for name, runs in rounds.items():
         ratios = sorted(a.speed / b.speed for a, b in zip(rounds["ours"], runs, strict=True))
