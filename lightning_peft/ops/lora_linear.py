@@ -250,7 +250,7 @@ def _shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
     It lives as long as one of them keeps it for its backward pass. Autocast's own cache takes parameters alone.
     """
-    if x.dtype == dtype or x.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.dtype == dtype or x.is_inference():
         return x.to(dtype)
     source, version, kept = _last_cast.__dict__.get("held", (_gone, 0, _gone))
     cast: Tensor | None = kept()

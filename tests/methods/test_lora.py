@@ -120,6 +120,26 @@ def test_functional_transforms_take_plain_operators(perturb, make):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: Conv1D(4, 6)], ids=["fused", "beside"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_it_compiles_into_one_graph_under_autocast_too(perturb, make, autocast):
+    model = nn.Sequential(make())
+    adapter = adapt(model, LoRA(r=2))
+    perturb(adapter)
+    found = []
+    for runs in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        x = torch.ones(3, 6).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = runs(x)
+        y.float().square().sum().backward()
+        found.append([y.float(), x.grad, *(p.grad for p in adapter.parameters())])
+        model.zero_grad()
+    # 8 bits of each sum are kept under autocast
+    exact = {"rtol": 2**-6, "atol": 2**-6} if autocast else {}
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **exact)
+
+
 class Packed(nn.Linear):
     """Two numbers a byte, as 4-bit quantizers keep them."""
 
