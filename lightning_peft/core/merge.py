@@ -17,6 +17,7 @@ from lightning_peft.core.fingerprint import renew_digests
 from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.inject import eject
 from lightning_peft.core.matching import base_modules, is_within
+from lightning_peft.core.method import Residual
 from lightning_peft.core.quantized import Rounding, move, take_place
 from lightning_peft.core.tree import AdapterTree
 
@@ -68,7 +69,8 @@ def merge(model: Module, name: str, *, keep_originals: bool = True) -> None:
             _exchange(model, key, value)
             changed.append(key)
         renew_digests(adapters, base_parameters(model), changed)
-    rounding.warn()
+    method = adapters.trees[name].record.method
+    rounding.warn(bound=isinstance(method, Residual) and method.needs_codes)
     adapters.merged[name] = keep_originals
     adapters.switch.active = tuple(n for n in adapters.switch.active if n != name)
 

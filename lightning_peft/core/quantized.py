@@ -240,8 +240,12 @@ class Rounding:
         error, change, size = (float(part.double().square().sum()) for part in parts)
         self._squares[name] = error, change, size
 
-    def warn(self) -> None:
-        """Says by how much the merged weights are off, relative to what the adapter changes and to themselves."""
+    def warn(self, *, bound: bool) -> None:
+        """Says by how much the merged weights are off, relative to what the adapter changes and to themselves.
+
+        Args:
+            bound: whether the adapter fits these codes alone.
+        """
         if not self._squares:
             return
         error, change, size = (sum(column) for column in zip(*self._squares.values(), strict=True))
@@ -249,8 +253,12 @@ class Rounding:
         warnings.warn(
             f"{len(self._squares)} merged weights are quantized again, which rounds them: they are off by "
             f"{_share(error, size)} of their size, which is {_share(error, change)} of the adapter's change (most at "
-            f"{worst!r}: {_share(*self._squares[worst][:2])}). To lose nothing, load the base without quantization and "
-            "merge there",
+            f"{worst!r}: {_share(*self._squares[worst][:2])}). To lose nothing, "
+            + (
+                "keep the adapter beside the base: it holds what quantizing that has lost"
+                if bound
+                else "load the base without quantization (model.quantization=null) and merge there"
+            ),
             stacklevel=2,
         )
 

@@ -49,7 +49,9 @@ def _configuration(config: Any) -> dict[str, Any] | None:
     if given is None:
         return None
     # its names are members of an enumeration, which a checkpoint of plain containers cannot hold
-    plain: dict[str, Any] = json.loads(json.dumps(given if isinstance(given, dict) else given.to_dict()))
+    whole = given if isinstance(given, dict) else given.to_dict()
+    changed = given.to_diff_dict() if hasattr(given, "to_diff_dict") else whole
+    plain: dict[str, Any] = json.loads(json.dumps({"quant_method": whole.get("quant_method"), **changed}))
     return {k: v for k, v in plain.items() if not k.startswith("_")}
 
 

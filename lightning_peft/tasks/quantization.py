@@ -36,6 +36,11 @@ def quantization_problem(given: Any) -> str | None:
         if package not in methods:
             near = nearest(str(package), methods)
             return f"quantization must say its quant_method, {' or '.join(methods)}, but got {package!r}{near}"
+        if package == "bitsandbytes" and given.get("load_in_4bit") is given.get("load_in_8bit"):
+            return "quantization with bitsandbytes must say load_in_4bit or load_in_8bit, one of them true"
+        kind = given.get("bnb_4bit_quant_type", "nf4")
+        if kind not in ("nf4", "fp4"):
+            return f"quantization: bnb_4bit_quant_type must be 'nf4' or 'fp4', but got {kind!r}"
     elif given in WAYS:
         package = WAYS[given]
     else:
@@ -81,12 +86,17 @@ def plain_where_new(model: Module) -> None:
     Args:
         model: as ``from_pretrained`` gave it.
     """
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     for name, module in list(model.named_modules()):
         known = isinstance(module, Linear) and type(module).__module__.startswith("bitsandbytes.")
         if known and type(module.weight) is Parameter:
             plain = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             plain.weight, plain.bias = module.weight, module.bias
             model.set_submodule(name, plain)
+    if hasattr(config, "llm_int8_skip_modules"):
+        # who loads it again, merged, is to leave the same layers as they are
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+        config.llm_int8_skip_modules = sorted(n for n, m in linear.items() if not is_quantized(m.weight))
 
 
 def note_full_weights(model: PreTrainedModel, folder: str | Path) -> None:

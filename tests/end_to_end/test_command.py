@@ -396,6 +396,9 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(monkeypatch, capsys, w
         (["-m", "method.rank_pattern.query=4,8"], "method.rank_pattern", {"query": 4}),
         (["-m", "method=p_tuning,prompt_tuning", "method.num_virtual_tokens=5"], "method.num_virtual_tokens", 5),
         (["-m", "method=glob(lora*)", "method.r=3"], "method.r", 3),
+        (["method.init_lora_weights=pissa"], "method.init_lora_weights", "pissa"),
+        (["model.quantization={load_in_4bit: true}"], "model.quantization", {"load_in_4bit": True}),
+        (["model.quantization=nf4", "optimizer=adamw_8bit"], "optimizer.name", "AdamW8bit"),
     ],
 )
 def test_entries_of_dictionaries_and_options_of_swept_methods_are_given_like_any_option(

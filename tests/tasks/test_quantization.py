@@ -102,6 +102,27 @@ def test_a_new_head_is_a_plain_layer_that_trains(bert_folder, tmp_path, quantiza
     assert any("classifier" in k for k in moved)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "int8_weight_only"])
+@pytest.mark.filterwarnings("ignore:.*merged weights are quantized again")
+def test_a_merged_quantized_model_is_loaded_by_transformers_with_its_head(bert_folder, tmp_path, quantization):
+    from transformers import AutoModelForSequenceClassification
+
+    module = PeftModule(
+        {"name_or_path": str(bert_folder), "quantization": quantization},
+        LoRA(r=2, init_lora_weights="pissa"),
+        {"name": "text_classification", "labels": ["a", "b"]},
+    )
+    module.configure_model()
+    _trainer(tmp_path).fit(module, _rows(labels=2))
+    module.adapter.save_merged(tmp_path / "merged")
+    module.adapter.merge()
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        expected, found = module.model.eval()(input_ids=ids).logits, again(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_layers_of_a_models_own_kind_stay_what_they_are():
     class Router(nn.Linear):
         def forward(self, x):
@@ -124,6 +145,8 @@ def test_any_quantization_that_transformers_knows_can_be_given_as_it_is(llama_fo
     ("given", "said"),
     [
         ("nf5", r"must be 'nf4', 'int8', 'int8_weight_only', or a dictionary .* but got 'nf5'.*'nf4'"),
+        ({"quant_method": "bitsandbytes"}, r"must say load_in_4bit or load_in_8bit, one of them true"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "xx4"}, r"bnb_4bit_quant_type must be 'nf4' or 'fp4', .* 'xx4'"),
         ({"quant_method": "fp8"}, r"must say its quant_method, bitsandbytes or torchao, but got 'fp8'"),
         (4, "but got 4"),
         ({"bits": 4}, r"must say its quant_method, bitsandbytes or torchao, but got None"),
@@ -139,7 +162,7 @@ def test_a_quantization_that_is_none_is_said_at_once(given, said):
 def test_a_package_that_is_not_there_is_named_with_how_to_get_it(monkeypatch, name, package):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == package else found(n, *a))
-    for given in (name, {"quant_method": package}):
+    for given in (name, {"quant_method": package, "load_in_4bit": True}):
         with pytest.raises(ValueError, match=rf"needs {package}: pip install 'lightning-peft\[quantization\]'"):
             BaseModel("x", quantization=given)
 
