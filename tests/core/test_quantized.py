@@ -45,6 +45,7 @@ from lightning_peft.core.quantized import dequantized, full_weight, is_quantized
 from lightning_peft.tasks.quantization import note_full_weights
 
 pytestmark = [
+    pytest.mark.usefixtures("codes_in_order"),
     pytest.mark.filterwarnings("ignore:.*merged weights are quantized again"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
 ]

@@ -16,6 +16,7 @@ from lightning_peft.tasks.base_model import BaseModel
 from lightning_peft.tasks.quantization import plain_where_new
 
 pytestmark = [
+    pytest.mark.usefixtures("codes_in_order"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
 ]
