@@ -72,4 +72,5 @@ class EvaluatedModule(LightningModule):
         if isinstance(self.task, InOtherUnits):
             values |= self.task.from_loss(loss, values)
         for name, value in values.items():  # what concerns one class only, such as PER/f1, is too much for a bar
-            self.log(f"{stage}/{name}", value, prog_bar="/" not in name)
+            # torchmetrics' MCC of some predictions is a whole number's tensor
+            self.log(f"{stage}/{name}", torch.as_tensor(value).float(), prog_bar="/" not in name)
