@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
