@@ -9,6 +9,7 @@ from typing import Any
 from torch.nn import Embedding, Module
 
 from lightning_peft.core.adapters import require_adapters
+from lightning_peft.core.changed_weights import joined
 from lightning_peft.core.fingerprint import fingerprint, same_structure, saved_parameters
 from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.matching import base_modules
@@ -58,7 +59,7 @@ def _configuration(config: Any) -> dict[str, Any] | None:
 def _quantizable(model: Module, digests: Iterable[str], without: Iterable[str]) -> list[str]:
     """The parameters that a quantizer may have rounded, and others to be left out: all but vectors and embeddings."""
     kept = {
-        f"{place}.{key}" if place else key
+        joined(place, key)
         for place, module in base_modules(model).items()
         for key, parameter in module._parameters.items()
         if parameter is not None and (parameter.dim() == 1 or isinstance(module, Embedding))

@@ -80,9 +80,10 @@ class _LoRALinear(torch.autograd.Function):
         if weight is not None:
             y = F.linear(rows, weight.to(x.dtype), bias)
             y.addmm_(h.T, b.T, alpha=scale)
+        elif given is not None:
+            y = torch.addmm(given.reshape(-1, given.shape[-1]), h.T, b.T, alpha=scale)
         else:
-            y = h.T @ b.T if given is None else torch.addmm(given.reshape(-1, given.shape[-1]), h.T, b.T, alpha=scale)
-            y = y.mul_(scale) if given is None else y
+            y = (h.T @ b.T).mul_(scale)
         # only the gradient of A asks for the input
         read = (None, None) if not ctx.needs_input_grad[5] else factors or (x, None)
         # the weight as it is, to be cast again: its cast would be kept beside it for every layer
