@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -137,10 +138,10 @@ def _three_rows(model: Any, first: int = 0) -> dict[str, Tensor]:
 
 
 def pack(model: Any, inputs: dict[str, Tensor]) -> Packed | None:
-    """Puts the rows of a batch into as few bins as first-fit-decreasing finds.
+    """Puts the rows of a batch into bins of one width.
 
-    A bin is as wide as the longest row, since attention costs its square; flash attention skips what it does not
-    look at, and takes one bin of all rows.
+    As many as cost least: few bins have little padding, but in wide ones attention looks at more. Flash attention skips
+    what it does not look at, and takes one bin of all rows.
 
     Args:
         model: a Hugging Face model that takes packed rows.
@@ -157,9 +158,8 @@ def pack(model: Any, inputs: dict[str, Tensor]) -> Packed | None:
     if elsewhere or min(lengths) < 1:
         return None
     flash = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
-    width = sum(lengths) if flash else max(lengths)
-    starts = _first_fit_decreasing(lengths, width)
-    bins = 1 + max(start // width for start in starts)
+    hidden = model.get_input_embeddings().weight.shape[-1]
+    starts, bins, width = _fill(lengths, 1) if flash else _cheapest(lengths, hidden)
     if bins == len(lengths):
         return None
     offsets = torch.arange(ids.shape[1])
@@ -174,14 +174,33 @@ def pack(model: Any, inputs: dict[str, Tensor]) -> Packed | None:
     return Packed(found, places.clamp_(max=bins * width - 1).to(ids.device))
 
 
-def _first_fit_decreasing(lengths: Sequence[int], width: int) -> list[int]:
-    """Where each row begins, among the places of all bins."""
-    filled: list[int] = []
-    starts = [0] * len(lengths)
+class Bins(NamedTuple):
+    """Where rows go: the place at which each begins, among those of all bins; how many bins, and how wide."""
+
+    starts: list[int]
+    number: int
+    width: int
+
+
+def _cheapest(lengths: Sequence[int], hidden: int) -> Bins:
+    """The bins that cost least, where attention in one 4 x ``hidden`` wide costs as much as all else.
+
+    That width was measured: two cores, float32, training a Llama with LoRA, of a hidden size of 256 and of 512.
+    """
+    found = []
+    for number in range(1, len(lengths) + 1):
+        found.append(_fill(lengths, number))
+        if found[-1].width == max(lengths):  # with more bins there is only more padding
+            break
+    return min(found, key=lambda bins: bins.number * bins.width * (4 * hidden + bins.width))
+
+
+def _fill(lengths: Sequence[int], number: int) -> Bins:
+    """Rows in so many bins, the longest first, each into the emptiest (Graham, 1969)."""
+    filled = [(0, bin_) for bin_ in range(number)]
+    starts = [(0, 0)] * len(lengths)
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = next((b for b, n in enumerate(filled) if n + lengths[row] <= width), len(filled))
-        if fits == len(filled):
-            filled.append(0)
-        starts[row] = fits * width + filled[fits]
-        filled[fits] += lengths[row]
-    return starts
+        place, bin_ = starts[row] = filled[0]
+        heapq.heapreplace(filled, (place + lengths[row], bin_))
+    width = max(filled)[0]
+    return Bins([bin_ * width + place for place, bin_ in starts], number, width)

@@ -29,7 +29,7 @@ from lightning_peft.tasks.packing import pack
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = {**SIZES, "num_key_value_heads": 2, "vocab_size": 97, "pad_token_id": 0}
-LENGTHS = (12, 3, 7, 5, 4, 8)  # 39 tokens of 72; four bins of 12 at the least, which first-fit-decreasing finds
+LENGTHS = (12, 3, 7, 5, 4, 8)  # 39 tokens of 72, which two bins of 20 hold
 
 
 def _model(kind="Llama", attention="sdpa", **config):
@@ -100,7 +100,7 @@ def test_packed_rows_have_the_losses_and_gradients_that_they_have_alone(kind, at
     batch = _batch()
     model = _adapted(_model(kind, attention, **PACKING[kind]).eval(), LoRA(r=4))
     total, shape = _run(model, batch)
-    assert shape == (4, 12)
+    assert shape == (2, 20)
     expected = _alone(model, batch)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -119,7 +119,7 @@ def test_flex_attention_keeps_packed_rows_apart():
     model, batch = _adapted(_model(attention="flex_attention").eval(), LoRA(r=4)), _batch()
     with torch.no_grad():  # it has no backward pass on a CPU
         total, shape = _run(model, batch)
-        assert shape == (4, 12)
+        assert shape == (2, 20)
         torch.testing.assert_close(total, _alone(_adapted(_model().eval(), LoRA(r=4)), batch), rtol=1e-5, atol=0)
 
 
@@ -137,7 +137,7 @@ def test_each_tokens_loss_is_at_its_place():
         (PromptTuning(num_virtual_tokens=3), (6, 15)),
         (DeepPrompt(num_virtual_tokens=3), (6, 15)),
         (LoReFT(), (6, 12)),
-        (PrefixTuning(num_virtual_tokens=3), (4, 12)),  # every token sees them, whatever row it is of
+        (PrefixTuning(num_virtual_tokens=3), (2, 20)),  # every token sees them, whatever row it is of
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -166,7 +166,7 @@ def test_a_model_that_cannot_keep_rows_apart_gets_them_padded(kind, config):
 
 def test_what_packs_is_asked_again_of_another_adapter_with_the_same_name():
     model, batch = _model().eval(), _batch()
-    for method, shape in ((LoRA(r=4), (4, 12)), (PromptTuning(num_virtual_tokens=3), (6, 15)), (LoRA(r=4), (4, 12))):
+    for method, shape in ((LoRA(r=4), (2, 20)), (PromptTuning(num_virtual_tokens=3), (6, 15)), (LoRA(r=4), (2, 20))):
         adapter = adapt(model, method)
         assert _run(model, batch)[1] == shape
         adapter.remove()
@@ -199,7 +199,7 @@ def test_sixteen_bits_hide_no_leak(kind, method, precision):
 def test_models_in_sixteen_bits_are_packed(kind):
     model, batch = _model(kind, **PACKING[kind]).eval().bfloat16(), _batch()
     adapt(model, LoRA(r=4))
-    assert _run(model, batch)[1] == (4, 12)
+    assert _run(model, batch)[1] == (2, 20)
 
 
 def test_an_offset_that_all_logits_share_hides_nothing():
@@ -227,8 +227,17 @@ def test_packing_can_be_left_out():
     assert _run(model, batch, packing=False)[1] == (6, 12)
 
 
-@pytest.mark.parametrize("lengths", [(5,), (5, 5), (6, 5)])
-def test_what_packing_would_not_make_fewer_is_left_as_it_is(lengths):
+@pytest.mark.parametrize(("hidden", "shape"), [(8, (2, 12)), (64, (1, 22))])
+def test_bins_are_wider_where_padding_costs_more_than_attention(hidden, shape):
+    batch = _batch((12, 3, 7))
+    packed = pack(
+        _model(**{**LLAMA_LIKE, "hidden_size": hidden}), {k: batch[k] for k in ("input_ids", "attention_mask")}
+    )
+    assert packed.inputs["input_ids"].shape == shape
+
+
+@pytest.mark.parametrize("lengths", [(5,), (5, 5), (60, 59)])
+def test_rows_that_cost_less_apart_are_left_as_they_are(lengths):
     batch = _batch(lengths)
     assert pack(_model(), {k: batch[k] for k in ("input_ids", "attention_mask")}) is None
 
