@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import Module
 
 from lightning_peft.core.adapters import adapters_of
@@ -31,6 +31,7 @@ def probing(model: Module, size: float = _SIZE) -> Iterator[None]:
         size: how large the sums of the numbers are that are added to the adapters'.
     """
     adapters = adapters_of(model)
+    reshard(model)
     changed = [p for p in adapters.parameters() if p.is_floating_point()] if adapters is not None else []
     kept = [p.detach().clone() for p in changed]
     with ExitStack() as stack:
@@ -46,8 +47,25 @@ def probing(model: Module, size: float = _SIZE) -> Iterator[None]:
         try:
             yield
         finally:
+            reshard(model)
             for p, value in zip(changed, kept, strict=True):
                 p.data.copy_(value)
+
+
+def reshard(model: Module) -> None:
+    """Makes FSDP2 forget the whole parameters that it has gathered: what is changed are the shards.
+
+    After a forward without a backward pass the root keeps them, and would run the next one with them.
+
+    Args:
+        model: the root of what may be adapted; one that is not sharded is left alone.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @contextmanager
