@@ -1,4 +1,4 @@
-"""Losses of the tokens that count, packed, in two processes: under DDP and FSDP2 what one process gives for all rows."""
+"""Losses of tokens that count, packed, in two processes: under DDP and FSDP2 what one process gives for all rows."""
 
 from __future__ import annotations
 
@@ -57,6 +57,13 @@ class _Loss(torch.nn.Module):
         return counted(self.model, batch).total()
 
 
+def _shapes(module):
+    """Shapes of what a module is called with, from now on."""
+    seen = []
+    module.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    return seen
+
+
 def _gradients(model):
     found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
@@ -74,8 +81,7 @@ def _run(rank, folder):
                     fully_shard(layer, mesh=mesh)
                 fully_shard(model, mesh=mesh)
             step = _Loss(model)
-            shapes = []
-            model.get_input_embeddings().register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+            shapes = _shapes(model.get_input_embeddings())
             step = DistributedDataParallel(step) if strategy == "ddp" else step
             total = step(_batch(rank))
             total.backward()
