@@ -15,17 +15,18 @@ from typing_extensions import override
 
 from lightning_peft.analysis.report import print_plan
 from lightning_peft.callbacks.adaptation import (
-    KEY,
     adapt_lightning_module,
     check_record,
-    checkpoint_record,
     default_dtype,
+    record_in,
 )
 from lightning_peft.callbacks.hyperparameters import log_hyperparameters
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.loading import require_peft_module
-from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
+from lightning_peft.callbacks.optimizer_names import match_resumed
+from lightning_peft.callbacks.randomness import resume_within_epoch
 from lightning_peft.callbacks.record_training import RecordTraining
+from lightning_peft.callbacks.sharding import shard
 from lightning_peft.callbacks.steps import after_step, before_step, check_schedule, prepare
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.per_forward import labels_of_batch
@@ -168,6 +169,7 @@ class PeftModule(EvaluatedModule):
             agree_on_tokens(data, self.model)
             refuse_long_texts(data, self.model)
         adapt_lightning_module(self, self.method, "model")
+        shard(self, self.model)
         self._save_plain_hparams()
 
     def _loaded(self) -> Module:
@@ -241,6 +243,7 @@ class PeftModule(EvaluatedModule):
     @override
     def on_fit_start(self) -> None:
         self._checked = False
+        match_resumed(self)
         log_hyperparameters(self.trainer, self.hparams)
         if isinstance(self.task, Checking):
             self.task.check_model(self.model)
@@ -257,19 +260,18 @@ class PeftModule(EvaluatedModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
-        checkpoint[KEY] = checkpoint_record(self.model, "model", checkpoint["state_dict"])
+        record_in(checkpoint, self, "model")
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
-        check_record(self.model, checkpoint)
+        check_record(checkpoint, self, "model")
         saved = task_from_config(checkpoint["hyper_parameters"]["task"])
         if saved.to_config() != self.task.to_config():
             raise ValueError(
                 f"the checkpoint's task is {saved.to_config()}, but this run's is {self.task.to_config()}; resume with "
                 "the same data and labels"
             )
-        resume_random_state(self, checkpoint[KEY]["random_state"])
 
     @classmethod
     @override

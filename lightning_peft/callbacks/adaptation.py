@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.nn import ModuleList
 
-from lightning_peft.callbacks.randomness import random_state
+from lightning_peft.callbacks.optimizer_names import note_resumed, number_by_module
+from lightning_peft.callbacks.randomness import random_state, resume_random_state
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.in_place import keep_float32
 from lightning_peft.core.method import Method
@@ -62,6 +64,9 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
         adapter = adapter or adapt(root, method, name)
         if isinstance(precision, HalfPrecision):
             keep_float32(module, outside=root)
+        if module._trainer is not None and isinstance(module._trainer.strategy, ModelParallelStrategy):
+            # it looks for every parameter in a whole checkpoint, and asks no hook; what is missing is found afterwards
+            module.strict_loading = False
     hooks = module._state_dict_hooks.values()
     if not any(isinstance(hook, PartialState) and hook.path == path for hook in hooks):
         PartialState(module, path)
@@ -100,42 +105,47 @@ def existing_adapter(module: LightningModule, method: Method, path: str, name: s
     return adapter
 
 
-def checkpoint_record(root: Module, path: str, state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says about its adapters: method, base, tensors and where the dice are, in plain values.
+def record_in(checkpoint: dict[str, Any], module: LightningModule, path: str) -> None:
+    """Writes into a checkpoint which adapters it holds: method, base, tensors, and where the dice are, in plain values.
+
+    The numbers in its optimizer states become the module's, and their names stand beside them.
 
     Args:
-        root: the adapted submodule.
-        path: its name in the LightningModule.
-        state: the checkpoint's ``state_dict``.
+        checkpoint: the checkpoint that is being made.
+        module: the module that is saved.
+        path: the adapted submodule.
     """
+    root = module.get_submodule(path)
     adapters = adapters_of(root)
     assert adapters is not None
     methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
-    return {
+    checkpoint[KEY] = {
         "format": _FORMAT,
         "model": path,
         "methods": methods,
         "base": base_description(root, adapters),
-        "tensors": sorted(state),
-        "trained": _trained(root),
+        "tensors": sorted(checkpoint["state_dict"]),
+        "optimizers": number_by_module(checkpoint, module),
         "prepared": {n: tree.record.prepared for n, tree in adapters.trees.items()},
         "training": {n: tree.record.training and tree.record.training.to_dict() for n, tree in adapters.trees.items()},
         "random_state": random_state(),
     }
 
 
-def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
-    """Compares a checkpoint with the module that is to take it.
+def check_record(checkpoint: dict[str, Any], module: LightningModule, path: str) -> None:
+    """Compares a checkpoint with the module that is to take it, and takes over what the record says.
 
     Args:
-        root: the adapted submodule.
         checkpoint: the checkpoint.
+        module: the module.
+        path: the adapted submodule.
 
     Raises:
         ValueError: if the checkpoint holds no adapter, belongs to another base or another method, or lacks
-            tensors that it lists.
+            tensors that it lists or that the module needs.
     """
     record = record_of(checkpoint)
+    root = module.get_submodule(path)
     adapters = adapters_of(root)
     assert adapters is not None
     methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
@@ -144,19 +154,25 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
             "the checkpoint was trained by another method: " + "; ".join(_differences(record["methods"], methods))
         )
     refuse_another_base(root, record["base"], "the checkpoint was made")
-    if record["trained"] != _trained(root):
-        # Optimizer states are matched to parameters by their order alone
-        raise ValueError(
-            f"the checkpoint trained {len(record['trained'])} tensors in another order or number than this module "
-            f"({len(_trained(root))}); its optimizer's states would go to the wrong ones"
-        )
-    lost = sorted(set(record["tensors"]) - set(checkpoint["state_dict"]))
-    if lost:
-        raise ValueError(f"the checkpoint lacks {len(lost)} of the tensors that it lists, such as {lost[0]}")
+    _refuse_lost(record["tensors"], checkpoint, module)
+    note_resumed(checkpoint, record["optimizers"], module)
     for name, tree in adapters.trees.items():
         tree.record.prepared = record["prepared"][name]
         training = record.get("training", {}).get(name)
         tree.record.training = training and TrainingRecord.from_dict(training)
+    resume_random_state(module, record["random_state"])
+
+
+def _refuse_lost(listed: list[str], checkpoint: dict[str, Any], module: LightningModule) -> None:
+    state = checkpoint.get("state_dict")
+    if state is None:  # a strategy that shards has loaded it, and did not ask for all
+        lost = sorted(module.state_dict().keys() - set(listed))
+        if lost:
+            raise ValueError(f"the checkpoint lacks {len(lost)} tensors of this module, such as {lost[0]}")
+        return
+    lost = sorted(set(listed) - set(state))
+    if lost:
+        raise ValueError(f"the checkpoint lacks {len(lost)} of the tensors that it lists, such as {lost[0]}")
 
 
 def _differences(saved: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any]]) -> list[str]:
@@ -169,10 +185,6 @@ def _differences(saved: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any
         for option in dict.fromkeys([*saved[name], *mine[name]])
         if saved[name].get(option) != mine[name].get(option)
     ]
-
-
-def _trained(root: Module) -> list[str]:
-    return [n for n, p in root.named_parameters() if p.requires_grad]
 
 
 def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -15,14 +15,14 @@ from typing_extensions import override
 from lightning_peft.analysis.plan import plan_within
 from lightning_peft.analysis.report import print_plan
 from lightning_peft.callbacks.adaptation import (
-    KEY,
     adapt_lightning_module,
     check_record,
-    checkpoint_record,
     existing_adapter,
+    record_in,
 )
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
-from lightning_peft.callbacks.randomness import resume_random_state, resume_within_epoch
+from lightning_peft.callbacks.optimizer_names import match_resumed
+from lightning_peft.callbacks.randomness import resume_within_epoch
 from lightning_peft.callbacks.rebuilding import adapted_parts, carry_over, refuse_rebuilt_parts
 from lightning_peft.callbacks.record_training import RecordTraining
 from lightning_peft.callbacks.steps import after_step, before_step, check_schedule, prepare
@@ -153,6 +153,7 @@ class PeftCallback(RecordTraining):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._checked = False
+        match_resumed(pl_module)
         if self.print_plan and not self._printed:
             self._printed = True
             rank_zero_only(print_plan)(plan_within(pl_module, self.model, self.name))
@@ -258,15 +259,13 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     """Adds to the checkpoint which adapters it holds, for which base."""
     type(self).on_save_checkpoint(self, checkpoint)
     path = self.__dict__[_PENDING].path
-    root = self.get_submodule(path)
-    if adapters_of(root) is not None:
-        checkpoint[KEY] = checkpoint_record(root, path, checkpoint["state_dict"])
+    if adapters_of(self.get_submodule(path)) is not None:
+        record_in(checkpoint, self, path)
 
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Refuses a checkpoint of another base or method before its weights are loaded."""
     type(self).on_load_checkpoint(self, checkpoint)
-    root = self.get_submodule(self.__dict__[_PENDING].path)
-    if adapters_of(root) is not None:
-        check_record(root, checkpoint)
-        resume_random_state(self, checkpoint[KEY]["random_state"])
+    path = self.__dict__[_PENDING].path
+    if adapters_of(self.get_submodule(path)) is not None:
+        check_record(checkpoint, self, path)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_peft.callbacks.randomness import random_state, restore_random_state
 from lightning_peft.core.mode import evaluating
+from lightning_peft.core.sharded import sharded_modules
 from lightning_peft.handle import Adapter
 
 
@@ -28,10 +29,16 @@ def prepare(trainer: Trainer, module: LightningModule, adapter: Adapter) -> None
         adapter: the adapter.
 
     Raises:
-        ValueError: if the module optimizes by hand, so that its ``training_step`` would step.
+        ValueError: if the module optimizes by hand, so that its ``training_step`` would step, or if the model is
+            sharded, so that no process has its weights.
     """
     if not adapter.needs_data:
         return
+    if sharded_modules(adapter.model):
+        raise ValueError(
+            f"{type(adapter.method).__name__} is to look at data and at whole weights before it trains, but the model "
+            "is sharded; save a checkpoint after a first step under another strategy, and resume it with this one"
+        )
     if not module.automatic_optimization:
         raise ValueError(
             f"{adapter.method!r} looks at data before it trains, but the module optimizes by hand; call "

@@ -8,12 +8,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.mode import evaluating
 from lightning_peft.core.per_forward import labels_of_batch
+from lightning_peft.core.sharded import own_part, reshard
 
 _SIZE = 0.5  # of what is added up in a product, so that nothing an adapter does is lost in rounding
 
@@ -32,8 +33,11 @@ def probing(model: Module, size: float = _SIZE) -> Iterator[None]:
     """
     adapters = adapters_of(model)
     reshard(model)
-    changed = [p for p in adapters.parameters() if p.is_floating_point()] if adapters is not None else []
-    kept = [p.detach().clone() for p in changed]
+    with torch.no_grad():
+        # by .data: a graph that waits for its backward pass gets back the numbers that it was made with
+        parameters = adapters.parameters() if adapters is not None else ()
+        changed = [own_part(p.data) for p in parameters if p.is_floating_point()]
+    kept = [p.clone() for p in changed]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
@@ -42,30 +46,13 @@ def probing(model: Module, size: float = _SIZE) -> Iterator[None]:
         stack.enter_context(_precision(model))
         with undrawn(model):
             for p in changed:
-                # by .data: a graph that waits for its backward pass gets back the numbers that it was made with
-                p.data.add_(torch.randn_like(p), alpha=size / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1.0))
+                p.add_(torch.randn_like(p), alpha=size / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1.0))
         try:
             yield
         finally:
             reshard(model)
             for p, value in zip(changed, kept, strict=True):
-                p.data.copy_(value)
-
-
-def reshard(model: Module) -> None:
-    """Makes FSDP2 forget the whole parameters that it has gathered: what is changed are the shards.
-
-    After a forward without a backward pass the root keeps them, and would run the next one with them.
-
-    Args:
-        model: the root of what may be adapted; one that is not sharded is left alone.
-    """
-    if distributed.is_available() and distributed.is_initialized():
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+                p.copy_(value)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lightning_peft.core.layer import AdapterLayer, device_for
 from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import nearest, raise_problems
+from lightning_peft.core.sharded import cut_like, whole
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.methods.linear import DeltaLayer, LinearMethod, above_rank, sizes
 
@@ -140,8 +141,8 @@ class AdaLoRA(LinearMethod):
         """Adds the gradient of the regularization, which keeps P and Q near orthonormal (3.1)."""
         self.check_schedule(total)
         if self.orth_reg_weight:
-            factors = [f for layer in _layers(tree) for f in (layer.lora_A, layer.lora_B.T) if f.requires_grad]
             trained = [p for layer in _layers(tree) for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
+            factors = [f for layer in _layers(tree) for f in layer.factors() if f.requires_grad]
             grads = torch.autograd.grad(self.orth_reg_weight * orthogonality(factors), trained)
             for parameter, grad in zip(trained, grads, strict=True):
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
@@ -158,7 +159,7 @@ class AdaLoRA(LinearMethod):
             self._choose(layers, 1 - (step - self.tinit) / (end - self.tinit))
         if step >= end:
             for layer in layers:
-                layer.lora_E.mul_(layer.lora_E_mask)
+                layer.mask()
 
     def _choose(self, layers: list[_SVDLayer], left: float) -> None:
         """Keeps as many triplets as the budget allows.
@@ -182,7 +183,7 @@ class AdaLoRA(LinearMethod):
         threshold = torch.cat(scores).kthvalue(gone).values
         for layer, score in zip(layers, scores, strict=True):
             layer.lora_E_mask.copy_((score > threshold).unsqueeze(1))
-            layer.lora_E.mul_(layer.lora_E_mask)
+            layer.mask()
 
     def peft_config(self, model: Module, placed: Sequence[str]) -> dict[str, Any]:
         """The fields of ``adapter_config.json``; PEFT wants a number of steps even to load."""
@@ -264,13 +265,24 @@ class _SVDLayer(DeltaLayer):
         """Moves the scores by the step's sensitivities ``|w dL/dw|`` (eq. 8 to 10)."""
         for key in _FACTORS:
             parameter = self.get_parameter(key)
+            if parameter.grad is None:
+                continue
+            value, grad = whole(parameter), whole(parameter.grad)
             # a step that overflowed in 16 bits was skipped and says nothing
-            if parameter.grad is None or not torch.isfinite(parameter.grad).all():
+            if not torch.isfinite(grad).all():
                 continue
             mean, uncertainty = self.get_buffer(f"{key}_ipt"), self.get_buffer(f"{key}_unc")
-            now = (parameter * parameter.grad).abs()
+            now = (value * grad).abs()
             mean.mul_(beta1).add_(now, alpha=1 - beta1)
             uncertainty.mul_(beta2).add_((now - mean).abs(), alpha=1 - beta2)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Q and the transpose of P, whose rows ought to be orthonormal."""
+        return whole(self.lora_A), whole(self.lora_B).T
+
+    def mask(self) -> None:
+        """Sets the values of the triplets that are gone to zero."""
+        self.lora_E.mul_(cut_like(self.lora_E_mask, self.lora_E))
 
     def importance(self) -> Tensor:
         """One score for each triplet, ``(r,)``: its value's, and the means of its two vectors' (eq. 7)."""

@@ -1,0 +1,68 @@
+"""Tensors of which each process holds a part (DTensor)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, distributed
+from torch.nn import Module
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; every process has to ask for it.
+
+    Args:
+        tensor: any; one that is not sharded is given back.
+    """
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds.
+
+    Args:
+        tensor: any; one that is not sharded is given back.
+    """
+    local: Any = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
+
+
+def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, the same in all processes, cut as another one is.
+
+    Args:
+        tensor: the tensor.
+        other: of the same shape; where it is whole, nothing is done.
+    """
+    if not hasattr(other, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = other
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements)
+
+
+def sharded_modules(model: Module) -> list[Any]:
+    """The modules that FSDP2 has sharded, outermost first.
+
+    Args:
+        model: the root.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def reshard(model: Module) -> None:
+    """Makes FSDP2 forget the whole parameters that it has gathered: what is changed are the shards.
+
+    After a forward without a backward pass the root keeps them, and would run the next one with them.
+
+    Args:
+        model: the root; one that is not sharded is left alone.
+    """
+    for module in sharded_modules(model):
+        module.reshard()

@@ -1,0 +1,146 @@
+"""DDP and FSDP2 in several processes: the run of one process, saved by any of them and resumed by any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+CONF = Path(__file__).parents[2] / "conf" / "method"
+# what the YAML leaves to the user, or what a run of few steps needs
+OPTIONS = {
+    "trainable_tokens": {"token_indices": [1996, 2709, 1011]},
+    "adalora": {"tinit": 1, "tfinal": 1, "deltaT": 1},
+    "gradual_unfreezing": {"unfreeze_until": 0.5},
+}
+FAMILIES = (
+    "lora",
+    "dora",
+    "adalora",
+    "vera",
+    "boft",
+    "ia3",
+    "houlsby",
+    "prefix_tuning",
+    "prompt_tuning",
+    "loreft",
+    "ladder_side_tuning",
+    "norm",
+    "last_layers",
+    "trainable_tokens",
+    "full",
+)
+RESUMED = ("lora", "adalora", "gradual_unfreezing", "prompt_tuning")
+SAVED = ("one-1", "ddp-2", "fsdp-2", "fsdp_distributed-2")
+GOING_ON = {
+    **{method: ("one-1", "fsdp-2") for method in RESUMED},
+    "lora": ("one-1", "ddp-2", "fsdp-2", "fsdp_distributed-1", "ddp-4", "fsdp-4"),
+}
+ONWARDS = [
+    (method, saved, kind)
+    for method in RESUMED
+    for saved in SAVED
+    for kind in GOING_ON[method]
+    # shards are read by the strategy that writes them; four processes are slow, and go on from two
+    if (kind.startswith("fsdp") or saved != "fsdp_distributed-2") and (kind[-1] != "4" or saved == "fsdp-2")
+]
+
+
+def _method(name):
+    return {**OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")), **OPTIONS.get(name, {})}
+
+
+class Runs:
+    """Jobs by the number of processes that run them, and what they gave."""
+
+    def __init__(self, folder, model):
+        self.folder, self.model, self.jobs = folder, model, {}
+        rows = [{"prompt": f"say {i}", "completion": "red " * (1 + (i * 7) % 13)} for i in range(24)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    def add(self, method, kind, resume=None):
+        """A run by ``strategy-processes``, from what another one saved in the middle if that is named."""
+        strategy, _, processes = kind.partition("-")
+        name = f"{method}-{kind}"
+        job = {"method": _method(method), "strategy": strategy, "save": str(self.folder / f"{name}.ckpt")}
+        if resume:
+            job["save"] = str(self.folder / f"{name}-from-{resume}.ckpt")
+            job["resume"] = str(self.folder / f"{method}-{resume}.middle")
+        elif method in RESUMED:
+            job["middle"] = str(self.folder / f"{name}.middle")
+        self.jobs.setdefault(int(processes), []).append(job)
+
+    def run(self):
+        """Runs what was added."""
+        script = Path(__file__).with_name("train.py")
+        for processes, jobs in sorted(self.jobs.items()):
+            path = self.folder / "jobs.json"
+            path.write_text(json.dumps(jobs))
+            words = [script, self.model, self.folder / "rows.jsonl", path]
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            command = [sys.executable, *torchrun, *map(str, words)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, cwd=self.folder, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+        self.jobs = {}
+
+    def loss(self, name):
+        """The validation loss at the end of a run."""
+        found = json.loads((self.folder / f"{name}.ckpt.json").read_text())
+        assert "error" not in found, found["error"]
+        return torch.tensor(found["loss"])
+
+    def checkpoint(self, name):
+        """A whole checkpoint."""
+        return torch.load(self.folder / f"{name}.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, llama_folder):
+    """All runs: whole ones first, then those that go on from their middle."""
+    runs = Runs(tmp_path_factory.mktemp("strategies"), llama_folder)
+    for method in dict.fromkeys([*FAMILIES, *RESUMED]):
+        for kind in ("one-1", "ddp-2", "fsdp-2", *(["fsdp_distributed-2"] if method in RESUMED else [])):
+            runs.add(method, kind)
+    runs.add("eva", "fsdp-2")
+    runs.run()
+    for method, saved, kind in ONWARDS:
+        runs.add(method, kind, resume=saved)
+    runs.run()
+    return runs
+
+
+@pytest.mark.parametrize("kind", ["ddp-2", "fsdp-2"])
+@pytest.mark.parametrize("method", FAMILIES)
+def test_two_processes_train_what_one_does(runs, method, kind):
+    torch.testing.assert_close(runs.loss(f"{method}-{kind}"), runs.loss(f"{method}-one-1"), rtol=0, atol=1e-5)
+    one, two = (runs.checkpoint(f"{method}-{k}")["state_dict"] for k in ("one-1", kind))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "saved", "kind"), ONWARDS)
+def test_a_run_goes_on_under_another_strategy_and_number_of_processes(runs, method, saved, kind):
+    found = runs.loss(f"{method}-{kind}-from-{saved}")
+    torch.testing.assert_close(found, runs.loss(f"{method}-one-1"), rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_shards_holds_what_trains_alone(runs):
+    shards, whole = runs.folder / "lora-fsdp_distributed-2.ckpt", runs.folder / "lora-fsdp-2.ckpt"
+    assert sum(f.stat().st_size for f in shards.iterdir()) < 2 * whole.stat().st_size
+    assert whole.stat().st_size < 200_000  # the model has 7.9 MB
+
+
+def test_a_method_that_looks_at_data_says_what_to_do_where_no_process_has_the_weights(runs):
+    error = json.loads((runs.folder / "eva-fsdp-2.ckpt.json").read_text())["error"]
+    assert "is sharded; save a checkpoint after a first step under another strategy" in error

@@ -1,0 +1,95 @@
+"""What the tests of strategies run in several processes: fits, one after the other.
+
+    torchrun --standalone --nproc-per-node 2 train.py LLAMA ROWS JOBS
+
+JOBS is a JSON file with a list of dictionaries: ``method`` (plain values), ``strategy`` (``one``, ``ddp``, ``fsdp``
+with whole checkpoints, ``fsdp_distributed`` with one file a process), ``middle`` and ``save``, where checkpoints go in
+the middle of an epoch and at the end, and ``resume``. What a job finds is written to ``<save>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lightning_peft import PeftModule, TextDataModule
+from lightning_peft.methods.config import method_from_config
+
+ROWS = 8  # in a step, over all processes: three steps are an epoch
+MIDDLE, STEPS = 2, 5
+
+
+def _strategy(name, processes):
+    if name.startswith("fsdp"):
+        distributed = name == "fsdp_distributed"
+        return ModelParallelStrategy(processes, 1, save_distributed_checkpoint=distributed)
+    return {"one": "auto", "ddp": "ddp"}[name]
+
+
+class _SaveInTheMiddle(L.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.path and trainer.global_step == MIDDLE:
+            trainer.save_checkpoint(self.path)
+
+
+def run(model, rows, job, processes):
+    """Trains, saves, and says what the validation loss is then."""
+    L.seed_everything(0, verbose=False)
+    # smooth where a gradient is nearly zero, so that the order of sums does not decide a step
+    optimizer = {"name": "AdamW", "lr": 0.01, "eps": 1e-2}
+    module = PeftModule(model, method_from_config(job["method"]), "sft", optimizer, {"name": "constant"})
+    data = TextDataModule(
+        train_files=rows, validation_files=rows, batch_size=ROWS // processes, max_length=24, cache_dir=f"{rows}.cache"
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy=_strategy(job["strategy"], processes),
+        max_steps=STEPS,
+        callbacks=[_SaveInTheMiddle(job.get("middle"))],
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, data, ckpt_path=job.get("resume"), weights_only=True)
+    trainer.save_checkpoint(job["save"])
+    trainer.limit_val_batches = 1.0
+    found = trainer.validate(module, data, verbose=False)[0]
+    return {"loss": found["val/loss"]}
+
+
+def main():
+    """Runs the jobs; a job that fails says why, and the next one begins."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    model, rows, jobs = sys.argv[1:]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    for job in json.loads(Path(jobs).read_text()):
+        try:
+            found = run(model, rows, job, processes)
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"}
+        if os.environ.get("RANK", "0") == "0":
+            Path(f"{job['save']}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
