@@ -22,6 +22,7 @@ from lightning_peft.core.merge import merge, unmerge
 from lightning_peft.core.method import DataDriven, Method, Scheduled, require_method
 from lightning_peft.core.mode import evaluating
 from lightning_peft.core.problems import an
+from lightning_peft.core.sharded import refuse_sharded
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
 from lightning_peft.formats.merged import save_merged, unload_merged
@@ -60,6 +61,10 @@ class Adapter:
         """
         self._require()
         return tree_of(self.model, self.name)
+
+    def _require_whole(self, call: str) -> None:
+        self._require()
+        refuse_sharded(self.model, call)
 
     def _require(self) -> None:
         adapters = adapters_of(self.model)
@@ -182,7 +187,7 @@ class Adapter:
         Raises:
             RuntimeError: if the method kept no originals of what it trains in place, or merging kept none.
         """
-        self._require()
+        self._require_whole("remove()")
         unmerge(self.model, self.name)
         eject(self.model, self.name)
         return self.model
@@ -198,7 +203,7 @@ class Adapter:
             ValueError: if the method is no change of weights, a value is not finite, or another active adapter
                 runs inside this one.
         """
-        self._require()
+        self._require_whole("merge()")
         merge(self.model, self.name, keep_originals=keep_originals)
 
     def unmerge(self) -> None:
@@ -208,7 +213,7 @@ class Adapter:
             ValueError: if another adapter was merged over it; unmerge that first.
             RuntimeError: if the originals were not kept.
         """
-        self._require()
+        self._require_whole("unmerge()")
         unmerge(self.model, self.name)
 
     def merge_and_unload(self) -> Module:
@@ -223,7 +228,7 @@ class Adapter:
             ValueError: if the method cannot be merged, or another adapter is active, is merged and could be unmerged,
                 or trains the base in place; nothing is changed then.
         """
-        self._require()
+        self._require_whole("merge_and_unload()")
         unload_merged(self.model, self.name)
         return self.model
 
@@ -242,7 +247,7 @@ class Adapter:
         Raises:
             FileExistsError: if the folder already holds an adapter or a model, or a file is in its place.
         """
-        self._require()
+        self._require_whole("save()")
         card = card_of(self.model, self.name, path, info=info)
         return save_folder(self.model, self.name, Path(path), info, tokenizer, card)
 
@@ -263,7 +268,7 @@ class Adapter:
             ValueError: if the method cannot be merged, or another adapter acts and could be taken back.
             FileExistsError: if the folder holds something, or a file is in its place.
         """
-        self._require()
+        self._require_whole("save_merged()")
         card = card_of(self.model, self.name, path, "merged", processing_class=processing_class)
         return save_merged(self.model, self.name, Path(path), processing_class, card)
 
@@ -285,7 +290,7 @@ class Adapter:
             ValueError: if the consumer is unknown or cannot hold the adapter.
             FileExistsError: if the folder already holds an adapter.
         """
-        self._require()
+        self._require_whole("save_for()")
         card = card_of(self.model, self.name, path, consumer)
         return save_for(consumer, self.model, self.name, Path(path), max_lora_rank=max_lora_rank, card=card)
 

@@ -13,6 +13,7 @@ from lightning_peft.core.adapters import Adapters
 from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.matching import is_within
 from lightning_peft.core.quantized import codes
+from lightning_peft.core.sharded import whole
 
 _SAMPLES = 8
 _HALF = 8
@@ -72,6 +73,7 @@ def _hashes(tensors: list[Tensor]) -> list[str]:
 
 def _values(tensor: Tensor, places: Tensor) -> Tensor:
     """Values at places of the flattened tensor; 8 bits and subclasses know the slower of two ways only."""
+    tensor = whole(tensor)  # one at a time
     plain = type(tensor) is Parameter and tensor.itemsize > 1
     return torch.take(tensor, places) if plain else tensor.reshape(-1)[places]
 

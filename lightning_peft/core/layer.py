@@ -38,9 +38,11 @@ class AdapterLayer(Module):
             adapter hand something on from one to the next.
         beside: whether the layer gives what its base gives, as it is, and does the rest beside it. What a frozen base
             gave for the same input once may stand in for it then.
+        splits: whether the layer can stand on a module that tensor parallelism has split, its own tensors split alike.
     """
 
     divisible: ClassVar[bool] = True
+    splits: ClassVar[bool] = False
     beside: bool = False
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -43,6 +43,21 @@ def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, sharded.device_mesh, sharded.placements)
 
 
+def cut_along(tensor: Tensor, other: Tensor, dim: int) -> Tensor:
+    """A whole tensor cut along one dimension where another tensor is cut along that, and the same elsewhere.
+
+    Args:
+        tensor: the tensor; of several processes' the first one's numbers are taken.
+        other: a DTensor that has as many entries there.
+        dim: the dimension.
+    """
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    sharded: Any = other
+    placements = [p if p.is_shard(dim) else Replicate() for p in sharded.placements]
+    return distribute_tensor(tensor, sharded.device_mesh, placements)
+
+
 def sharded_modules(model: Module) -> list[Any]:
     """The modules that FSDP2 has sharded, outermost first.
 
@@ -66,3 +81,29 @@ def reshard(model: Module) -> None:
     """
     for module in sharded_modules(model):
         module.reshard()
+
+
+def is_split(module: Module) -> bool:
+    """Whether ``parallelize_module`` has split a module's own parameters over processes.
+
+    Args:
+        module: any module; those below it are not looked at.
+    """
+    return any(hasattr(p, "placements") for p in module._parameters.values() if p is not None)
+
+
+def refuse_sharded(model: Module, call: str) -> None:
+    """Refuses what needs whole tensors.
+
+    Args:
+        model: the root.
+        call: what was called.
+
+    Raises:
+        RuntimeError: if the model is sharded.
+    """
+    if sharded_modules(model) or any(is_split(m) for m in model.modules()):
+        raise RuntimeError(
+            f"{call} needs whole tensors, and this model is sharded over processes; save a checkpoint, and load that "
+            "in one process"
+        )

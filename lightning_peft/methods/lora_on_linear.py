@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_peft.core.base import Base, module_of
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.problems import an
+from lightning_peft.core.sharded import cut_along, is_split
 from lightning_peft.methods.linear import is_readable, module_below, oriented, sizes, weight_of
 from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import residual_factors, starting_factors
@@ -33,8 +34,15 @@ class LinearLayer(LowRank):
     starts as the base and the base stays as it is.
     """
 
+    splits = True
+
     def __init__(self, name: str, module: Any, method: LoRA) -> None:
         n_in, n_out = sizes(module)
+        if is_split(module) and (method.use_dora or method.starts_apart or method.lora_bias):
+            raise ValueError(
+                f"LoRA: {name!r} is split over processes (parallelize_module), which use_dora, lora_bias and starts "
+                f"from the weight do not know; leave them out (init_lora_weights={method.init_lora_weights!r})"
+            )
         super().__init__(name, module, method, (n_in,), (n_out,))
         reads = "use_dora=True" if method.use_dora else f"init_lora_weights={method.init_lora_weights!r}"
         if (method.use_dora or method.starts_apart) and not is_readable(module):
@@ -56,6 +64,18 @@ class LinearLayer(LowRank):
             self.lora_B_bias = Parameter(torch.zeros(n_out, dtype=torch.float32, device=self.lora_B.device))
         if method.use_dora:
             self.lora_magnitude_vector = Parameter(weight_of(module).float().norm(dim=1))
+        if is_split(module):
+            self._split_like(module)
+
+    def _split_like(self, module: Any) -> None:
+        """Cuts B's rows as the weight's are cut, and A's columns as the weight's.
+
+        What the weight's other side shares, the same numbers stand in all processes: those of the first.
+        """
+        for key, dim in (("lora_A", 1), ("lora_B", 0)):
+            held = self._parameters if key in self._parameters else self._buffers
+            cut = cut_along(held[key].detach(), module.weight, dim)  # type: ignore[union-attr]
+            held[key] = Parameter(cut) if held is self._parameters else cut  # type: ignore[assignment]
 
     @torch.no_grad()
     def make_up(self, name: str, module: Any) -> None:
@@ -91,6 +111,11 @@ class LinearLayer(LowRank):
             bias = base.module._parameters["bias"]
             return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
         y = self._given(base, x)
+        if hasattr(y, "placements") and not hasattr(self.lora_A, "placements"):
+            raise RuntimeError(
+                "parallelize_module was called on an adapted model; call parallelize_module(model, ...) first, then "
+                "adapt(model, method), then fully_shard(model)"
+            )
         # what shards tensors does so to plain operators
         if fused and {type(t) for t in (x, y, self.lora_A, self.lora_B)} <= {Tensor, Parameter}:
             count("beside")
