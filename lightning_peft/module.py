@@ -169,7 +169,7 @@ class PeftModule(EvaluatedModule):
             agree_on_tokens(data, self.model)
             refuse_long_texts(data, self.model)
         adapt_lightning_module(self, self.method, "model")
-        shard(self, self.model)
+        shard(self, self.model, self.method)
         self._save_plain_hparams()
 
     def _loaded(self) -> Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -65,17 +67,24 @@ def train(config: DictConfig) -> float | None:
         options["generation"],
     )
     trainer = _trainer(config)
+    _refuse_sweep_over_devices(trainer)
     try:
         trainer.fit(module, data, ckpt_path=_existing(config.ckpt_path), weights_only=True)
     finally:
         _end(trainer.loggers)
-    if trainer.state.status != "finished" or config.trainer.fast_dev_run:
+    if trainer.state.status != "finished" or config.trainer.fast_dev_run or not trainer.is_global_zero:
         return None
     for stopper in trainer.early_stopping_callbacks:
         if stopper.stopping_reason_message is not None:
             print(f"stopped early: {stopper.stopping_reason_message}")
     kept = getattr(trainer.checkpoint_callback, "best_model_path", "")
     best = Path(kept) if kept else None
+    if best is not None and best.is_dir():
+        print(
+            f"\nbest checkpoint      {best}, in parts; one file of them, which lightning-peft export takes, makes\n"
+            f"  python -m lightning.pytorch.utilities.consolidate_checkpoint {shlex.quote(str(best))}"
+        )
+        return _numbers(trainer.callback_metrics).get(config.monitor)
     if best is not None:
         whole = module.adapter.tree.record
         module = PeftModule.load_from_checkpoint(best, map_location="cpu", weights_only=True)
@@ -92,6 +101,17 @@ def train(config: DictConfig) -> float | None:
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     print_training(config.monitor, score, best, module, folder, list(words))
     return score
+
+
+def _refuse_sweep_over_devices(trainer: L.Trainer) -> None:
+    """Each further process would run the whole sweep by itself."""
+    sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    starts = not getattr(getattr(trainer.strategy, "cluster_environment", None), "creates_processes_externally", True)
+    if sweeps and starts and trainer.num_devices > 1:
+        raise ValueError(
+            f"a sweep trains on one device in each run, but got trainer.devices={trainer.num_devices}; leave it at 1, "
+            "run the settings one by one, or start the command by torchrun or srun"
+        )
 
 
 def _end(loggers: Sequence[Logger]) -> None:

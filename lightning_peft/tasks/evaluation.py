@@ -74,4 +74,4 @@ class EvaluatedModule(LightningModule):
             values |= self.task.from_loss(loss, values)
         for name, value in values.items():  # what concerns one class only, such as PER/f1, is too much for a bar
             # torchmetrics' MCC of some predictions is a whole number's tensor
-            self.log(f"{stage}/{name}", torch.as_tensor(value).float(), prog_bar="/" not in name)
+            self.log(f"{stage}/{name}", torch.as_tensor(value).float(), prog_bar="/" not in name, sync_dist=True)
