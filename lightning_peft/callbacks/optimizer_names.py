@@ -66,6 +66,7 @@ def note_resumed(checkpoint: dict[str, Any], names: list[Names] | None, module: 
         module.__dict__[_RESUMED] = checkpoint, names  # there are no optimizers yet
     else:  # by name
         _compare(names, module)
+        _forget_what_was_not_saved(checkpoint, names, module)
 
 
 def match_resumed(module: LightningModule) -> None:
@@ -84,6 +85,20 @@ def match_resumed(module: LightningModule) -> None:
         for group, before, now in zip(state["param_groups"], saved, own, strict=True):
             numbers = dict(zip(before, group["params"], strict=True))
             group["params"] = [numbers[name] for name in now]
+
+
+def _forget_what_was_not_saved(checkpoint: dict[str, Any], names: list[Names], module: LightningModule) -> None:
+    """Takes back the states that loading has made for parameters without one, such as those not unfrozen yet.
+
+    They would be a step old when their first one comes.
+    """
+    parameters = dict(module.named_parameters())
+    saved = zip(checkpoint.get(_STATES, ()), names, module.trainer.optimizers, strict=False)
+    for state, groups, optimizer in saved:
+        numbers = [n for group in state["param_groups"] for n in group["params"]]
+        for number, name in zip(numbers, [n for group in groups for n in group], strict=True):
+            if not state["state"].get(number):
+                optimizer.state.pop(parameters[name], None)
 
 
 def _compare(names: list[Names], module: LightningModule) -> list[Names]:

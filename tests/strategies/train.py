@@ -4,7 +4,8 @@
 
 JOBS is a JSON file with a list of dictionaries: ``method`` (plain values), ``strategy`` (``one``, ``ddp``, ``fsdp``
 with whole checkpoints, ``fsdp_distributed`` with one file a process), ``middle`` and ``save``, where checkpoints go in
-the middle of an epoch and at the end, and ``resume``. What a job finds is written to ``<save>.json``.
+the middle of an epoch and at the end, ``resume``, and ``own`` for a LightningModule that shards its model itself. What
+a job finds is written to ``<save>.json``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
-from lightning_peft import PeftModule, TextDataModule
+from lightning_peft import PeftCallback, PeftModule, TextDataModule, adapt
 from lightning_peft.methods.config import method_from_config
 
 ROWS = 8  # in a step, over all processes: three steps are an epoch
@@ -44,21 +48,36 @@ class _SaveInTheMiddle(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def run(model, rows, job, processes):
-    """Trains, saves, and says what the validation loss is then."""
-    L.seed_everything(0, verbose=False)
-    # smooth where a gradient is nearly zero, so that the order of sums does not decide a step
-    optimizer = {"name": "AdamW", "lr": 0.01, "eps": 1e-2}
-    module = PeftModule(model, method_from_config(job["method"]), "sft", optimizer, {"name": "constant"})
-    data = TextDataModule(
-        train_files=rows, validation_files=rows, batch_size=ROWS // processes, max_length=24, cache_dir=f"{rows}.cache"
-    )
-    trainer = L.Trainer(
+class _Own(L.LightningModule):
+    """What the guide shows: adapted first, sharded then."""
+
+    def __init__(self, folder, method):
+        super().__init__()
+        self.folder, self.method, self.model = folder, method, None
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder)
+            adapt(self.model, self.method)
+            if self.device_mesh is not None:
+                for block in self.model.model.layers:
+                    fully_shard(block, mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01, eps=1e-2)
+
+
+def _trainer(job, processes, callbacks):
+    return L.Trainer(
         accelerator="cpu",
         devices=processes,
         strategy=_strategy(job["strategy"], processes),
         max_steps=STEPS,
-        callbacks=[_SaveInTheMiddle(job.get("middle"))],
+        callbacks=callbacks,
         num_sanity_val_steps=0,
         limit_val_batches=0,
         use_distributed_sampler=False,
@@ -67,6 +86,30 @@ def run(model, rows, job, processes):
         enable_model_summary=False,
         enable_checkpointing=False,
     )
+
+
+def _run_own(module, job, processes):
+    trainer = _trainer(job, processes, [PeftCallback(module.method, model="model", print_plan=False)])
+    rank = int(os.environ.get("RANK", "0"))
+    rows = (torch.arange(ROWS * STEPS * 12).view(STEPS, ROWS, 12) % 90 + 3).tensor_split(processes, 1)[rank]
+    trainer.fit(module, DataLoader(rows.flatten(0, 1), ROWS // processes))
+    trainer.save_checkpoint(job["save"])
+    return {"loss": 0.0}
+
+
+def run(model, rows, job, processes):
+    """Trains, saves, and says what the validation loss is then."""
+    L.seed_everything(0, verbose=False)
+    method = method_from_config(job["method"])
+    if job.get("own"):
+        return _run_own(_Own(model, method), job, processes)
+    # smooth where a gradient is nearly zero, so that the order of sums does not decide a step
+    optimizer = {"name": "AdamW", "lr": 0.01, "eps": 1e-2}
+    module = PeftModule(model, method, "sft", optimizer, {"name": "constant"})
+    data = TextDataModule(
+        train_files=rows, validation_files=rows, batch_size=ROWS // processes, max_length=24, cache_dir=f"{rows}.cache"
+    )
+    trainer = _trainer(job, processes, [_SaveInTheMiddle(job.get("middle"))])
     trainer.fit(module, data, ckpt_path=job.get("resume"), weights_only=True)
     trainer.save_checkpoint(job["save"])
     trainer.limit_val_batches = 1.0
