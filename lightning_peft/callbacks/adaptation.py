@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.nn import ModuleList
 
 from lightning_peft.callbacks.optimizer_names import note_resumed, number_by_module
@@ -47,9 +47,11 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
         The handle; the one that exists if the module was adapted before by the same method.
 
     Raises:
-        ValueError: if the submodule does not exist, or another method or submodule was adapted before.
+        ValueError: if the submodule does not exist, if another method or submodule was adapted before, or if the
+            strategy would lose what trains.
     """
     root = _submodule(module, path)
+    _refuse_strategy(module)
     adapter = existing_adapter(module, method, path, name)
     precision = module._trainer.precision_plugin if module._trainer is not None else None
     with default_dtype(torch.float32):
@@ -71,6 +73,19 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
     if not any(isinstance(hook, PartialState) and hook.path == path for hook in hooks):
         PartialState(module, path)
     return adapter
+
+
+def _refuse_strategy(module: LightningModule) -> None:
+    strategy = module._trainer.strategy if module._trainer is not None else None
+    instead = "ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), which is FSDP2"
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            f"FSDPStrategy (FSDP1) gathers checkpoints in a way that takes none without the frozen base; take {instead}"
+        )
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"DeepSpeedStrategy writes checkpoints of its own, which leave the adapter's record aside; take {instead}"
+        )
 
 
 def existing_adapter(module: LightningModule, method: Method, path: str, name: str) -> Adapter | None:
