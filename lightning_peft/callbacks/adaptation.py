@@ -14,9 +14,12 @@ from lightning_peft.callbacks.randomness import random_state
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.in_place import keep_float32
 from lightning_peft.core.method import Method
+from lightning_peft.core.options import misfits
 from lightning_peft.core.partial_state import PartialState
-from lightning_peft.core.problems import nearest
-from lightning_peft.formats.base_identity import base_description, refuse_another_base
+from lightning_peft.core.problems import an, nearest
+from lightning_peft.formats.allocation import bounded
+from lightning_peft.formats.base_identity import base_description, check_description, refuse_another_base
+from lightning_peft.formats.reading import FORMAT, naming, refuse_later
 from lightning_peft.formats.training_record import TrainingRecord
 from lightning_peft.handle import Adapter, adapt
 from lightning_peft.methods.config import method_to_config
@@ -29,7 +32,16 @@ if TYPE_CHECKING:
 KEY = "lightning_peft"
 """Where a Lightning checkpoint says which adapters it holds."""
 
-_FORMAT = 1
+_RECORD: dict[str, Any] = {
+    "format": int,
+    "model": str,
+    "methods": dict[str, dict[str, Any]],
+    "base": dict[str, Any],
+    "tensors": list[str],
+    "trained": list[str],
+    "prepared": dict[str, bool],
+    "training": dict[str, dict[str, Any] | None],
+}
 
 
 def adapt_lightning_module(module: LightningModule, method: Method, path: str = "", name: str = "default") -> Adapter:
@@ -59,7 +71,8 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
             if isinstance(precision, BitsandbytesPrecision) and module._trainer is not None:
                 # it quantizes on the device: before that a method would read weights which are about to be rounded
                 root.to(module._trainer.strategy.root_device)
-        adapter = adapter or adapt(root, method, name)
+        with bounded(root, method):
+            adapter = adapter or adapt(root, method, name)
         if isinstance(precision, HalfPrecision):
             keep_float32(module, outside=root)
     hooks = module._state_dict_hooks.values()
@@ -112,7 +125,7 @@ def checkpoint_record(root: Module, path: str, state: dict[str, Any]) -> dict[st
     assert adapters is not None
     methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "model": path,
         "methods": methods,
         "base": base_description(root, adapters),
@@ -124,12 +137,13 @@ def checkpoint_record(root: Module, path: str, state: dict[str, Any]) -> dict[st
     }
 
 
-def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
+def check_record(root: Module, checkpoint: dict[str, Any], *, check_base: bool = True) -> None:
     """Compares a checkpoint with the module that is to take it.
 
     Args:
         root: the adapted submodule.
         checkpoint: the checkpoint.
+        check_base: whether another base is refused.
 
     Raises:
         ValueError: if the checkpoint holds no adapter, belongs to another base or another method, or lacks
@@ -143,7 +157,8 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
         raise ValueError(
             "the checkpoint was trained by another method: " + "; ".join(_differences(record["methods"], methods))
         )
-    refuse_another_base(root, record["base"], "the checkpoint was made")
+    if check_base:
+        refuse_another_base(root, record["base"], "the checkpoint was made")
     if record["trained"] != _trained(root):
         # Optimizer states are matched to parameters by their order alone
         raise ValueError(
@@ -155,7 +170,7 @@ def check_record(root: Module, checkpoint: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint lacks {len(lost)} of the tensors that it lists, such as {lost[0]}")
     for name, tree in adapters.trees.items():
         tree.record.prepared = record["prepared"][name]
-        training = record.get("training", {}).get(name)
+        training = record["training"][name]
         tree.record.training = training and TrainingRecord.from_dict(training)
 
 
@@ -182,14 +197,24 @@ def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
         checkpoint: the checkpoint.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if it has none, or one of a later version, or something is missing in it or of another type.
     """
-    record: dict[str, Any] | None = checkpoint.get(KEY)
+    record: Any = checkpoint.get(KEY)
     if record is None:
         raise ValueError(
             "the checkpoint says nothing of an adapter: it was made without PeftCallback or PeftModule; load it "
             "with your module's own load_from_checkpoint"
         )
+    with naming("the checkpoint's record of its adapters"):
+        if not isinstance(record, dict):
+            raise ValueError(f"it must be a dictionary, but is {an(type(record).__name__)}")
+        refuse_later("it", record)
+        wrong = misfits(record, _RECORD)
+        if not wrong:
+            wrong = [k for k in ("prepared", "training") if record[k].keys() != record["methods"].keys()]
+        if wrong:
+            raise ValueError(f"it has no {', '.join(wrong)}, or something else there; save the checkpoint again")
+        check_description(record["base"])
     return record
 
 
