@@ -46,7 +46,8 @@ def load_from_checkpoint(
     """
     cls = original_class(cls)
     checkpoint = read_checkpoint(Path(path))
-    record = record_of(checkpoint)
+    with naming(Path(path)):
+        record = record_of(checkpoint)
     if len(record["methods"]) != 1:
         raise ValueError(
             f"{path} holds the adapters {sorted(record['methods'])}, and load_from_checkpoint rebuilds one; build the "
@@ -76,6 +77,7 @@ def load_from_checkpoint(
         with made_for(_numbers(checkpoint)):
             module = maker.load_from_checkpoint(path, map_location=map_location, weights_only=True, **kwargs)
     except Exception as error:
+        error.add_note(f"So it was when {path} was loaded.")
         for failure in failures:
             error.add_note(f"Before that, {cls.__name__}.setup('predict') failed without a Trainer: {failure!r}")
         raise

@@ -103,8 +103,11 @@ def naming(path: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, re.error) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        what = str(error) if isinstance(error, ValueError) else f"what it says cannot be: {error!r}"
+        raise ValueError(f"{path}: {what}") from error
     except RecursionError:
         raise ValueError(f"{path} nests its values too deeply: it is no adapter's file") from None
 
