@@ -24,8 +24,10 @@ from lightning_peft.core.mode import evaluating
 from lightning_peft.core.problems import an
 from lightning_peft.core.sharded import refuse_sharded
 from lightning_peft.core.tree import AdapterTree
+from lightning_peft.formats.allocation import bounded, made_for
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
 from lightning_peft.formats.merged import save_merged, unload_merged
+from lightning_peft.formats.reading import naming
 from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, save_for
 
 
@@ -350,7 +352,10 @@ def load_adapter(model: Module, path: str | Path, name: str = "default", *, chec
     saved = read_folder(Path(path))
     before = adapters_of(model)
     active = () if before is None else before.switch.active
-    tree = inject(model, saved.method_for(model), name, also_in_place=saved.in_place, saved=True)
+    with naming(path):
+        method = saved.method_for(model)
+    with naming(path), made_for(saved.numbers), bounded(model, method):
+        tree = inject(model, method, name, also_in_place=saved.in_place, saved=True)
     record = tree.record
     if not saved.foreign and all(any(is_within(n, [c]) for n in record.new) for c in record.copies):
         # heads that are new here too are copied without being asked for, as they were there

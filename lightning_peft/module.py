@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -33,12 +34,15 @@ from lightning_peft.core.per_forward import labels_of_batch
 from lightning_peft.data.module import MIN_LENGTH, TextDataModule
 from lightning_peft.data.vocabulary import agree_on_tokens
 from lightning_peft.data.window import refuse_long_texts
+from lightning_peft.formats.allocation import made_for
 from lightning_peft.formats.folder import load_into, read_folder
+from lightning_peft.formats.reading import naming
 from lightning_peft.handle import Adapter
 from lightning_peft.methods.config import method_from_config, method_to_config
 from lightning_peft.tasks import Task, task_from_config
 from lightning_peft.tasks.base_model import BaseModel
 from lightning_peft.tasks.evaluation import EvaluatedModule
+from lightning_peft.tasks.generation import check_generation
 from lightning_peft.tasks.optimization import (
     OPTIMIZER,
     SCHEDULER,
@@ -48,6 +52,7 @@ from lightning_peft.tasks.optimization import (
     spoken_schedule,
 )
 from lightning_peft.tasks.packing import packs
+from lightning_peft.tasks.registry import task_said_by
 from lightning_peft.tasks.task import Checking, Templated, Writing
 from lightning_peft.tasks.token_mean import TokenMean
 
@@ -69,6 +74,7 @@ class PeftModule(EvaluatedModule):
         scheduler: ``{"name": "linear", "warmup": 0.06}``: one of transformers' schedules, and the share of the
             steps that warm up.
         generation: options of ``generate`` for prediction.
+        check_base: refuse checkpoints that were made on another base. It is never saved: no file says so for itself.
 
     Raises:
         ValueError: if an optimizer, a schedule or an option is unknown.
@@ -76,12 +82,14 @@ class PeftModule(EvaluatedModule):
 
     def __init__(
         self,
-        model: str | Path | dict[str, Any] | Module,
+        model: str | Path | dict[str, Any] | BaseModel | Module,
         method: Method | dict[str, Any],
         task: Task | str | dict[str, Any] = "text_classification",
         optimizer: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
         generation: dict[str, Any] | None = None,
+        *,
+        check_base: bool = True,
     ) -> None:
         super().__init__()
         self.method = method_from_config(method) if isinstance(method, dict) else method
@@ -90,7 +98,9 @@ class PeftModule(EvaluatedModule):
         self.optimizer = {**OPTIMIZER, **(optimizer or {})}
         self.scheduler = {**SCHEDULER, **(scheduler or {})}
         self.generation = dict(generation or {})
+        self.check_base = check_base
         check_optimization(self.optimizer, self.scheduler)
+        check_generation(self.generation)
         self.model: Module | None = None
         self._given = (model,) if isinstance(model, Module) else ()
         self.base = None if isinstance(model, Module) else BaseModel.of(model)
@@ -265,7 +275,7 @@ class PeftModule(EvaluatedModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
-        check_record(checkpoint, self, "model")
+        check_record(checkpoint, self, "model", check_base=self.check_base)
         saved = task_from_config(checkpoint["hyper_parameters"]["task"])
         if saved.to_config() != self.task.to_config():
             raise ValueError(
@@ -292,7 +302,7 @@ class PeftModule(EvaluatedModule):
             hparams_file: options that stand in place of the checkpoint's.
             strict: whether the tensors must be those that the module expects.
             weights_only: False also opens a file that holds more than tensors and plain values.
-            **kwargs: options of the module that stand above the checkpoint's.
+            **kwargs: options of the module that stand above the checkpoint's; ``check_base=False`` takes another base.
 
         Returns:
             The module.
@@ -304,13 +314,19 @@ class PeftModule(EvaluatedModule):
         """
         is_local = isinstance(checkpoint_path, (str, Path)) and "://" not in str(checkpoint_path)
         if is_local and weights_only is not False:
-            options = {**require_peft_module(Path(checkpoint_path)), **kwargs}
-            if cls is PeftModule and hparams_file is None and "model" not in options:
+            saved, numbers = require_peft_module(Path(checkpoint_path))
+            if cls is PeftModule and hparams_file is None and "model" not in saved.keys() | kwargs.keys():
                 raise ValueError(
                     f"{checkpoint_path} names no base, since its model was given already built; give it again: "
                     "PeftModule.load_from_checkpoint(path, model=...)"
                 )
-        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+            kwargs = {**_said_by(checkpoint_path, saved, kwargs, by_file=hparams_file is None), **kwargs}
+        else:
+            numbers = None
+        with made_for(numbers):
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only is not False, **kwargs
+            )
 
     def save_adapter(self, path: str | Path) -> Path:
         """Exports the adapter, with what it takes to predict from the folder alone, and a model card.
@@ -330,12 +346,18 @@ class PeftModule(EvaluatedModule):
         return self.adapter.save(path, tokenizer=beside, **info)
 
     @classmethod
-    def from_adapter(cls, path: str | Path, model: str | dict[str, Any] | Module | None = None) -> Self:
+    def from_adapter(
+        cls, path: str | Path, model: str | dict[str, Any] | Module | None = None, *, check_base: bool = True
+    ) -> Self:
         """Builds the base and puts an exported adapter on it.
+
+        A folder from elsewhere is not trusted: the base that it names is loaded from safetensors alone, and code that
+        comes with it is not run.
 
         Args:
             path: the adapter's folder.
             model: the base; None takes the one that the folder names.
+            check_base: refuse a base with another fingerprint than the one it was trained on.
 
         Returns:
             The module, ready to predict.
@@ -350,10 +372,29 @@ class PeftModule(EvaluatedModule):
                 f"{path} does not name its task and base: it was not exported by PeftModule; build the model "
                 "yourself and call load_adapter(model, path)"
             )
-        module = cls(base, saved.method, saved.info["task"], generation=saved.info.get("generation"))
+        if model is None:
+            base = BaseModel.said_by(path, base)
+        task = task_said_by(path, saved.info["task"])
+        with naming(str(path)):
+            module = cls(base, saved.method, task, generation=saved.info.get("generation"), check_base=check_base)
         if saved.tokenizer is not None:
             module.tokenizer = BaseModel(str(saved.path), tokenizer=str(saved.tokenizer)).load_tokenizer()
-        module.configure_model()
+        with made_for(saved.numbers):
+            module.configure_model()
         assert module.model is not None
-        load_into(module.model, "default", saved)
+        load_into(module.model, "default", saved, check_base=check_base)
         return module
+
+
+def _said_by(file: Any, saved: dict[str, Any], given: dict[str, Any], *, by_file: bool) -> dict[str, Any]:
+    """The base that a checkpoint names, where none is given, once what it says was seen to be harmless."""
+    if "check_base" in saved:
+        raise ValueError(f"{file} says itself that its base need not be checked, which only its user can: check_base")
+    if not by_file:
+        return {}
+    if "task" not in given:
+        task_said_by(file, saved["task"])
+    if "model" not in saved or "model" in given:
+        return {}
+    # plain values, which Lightning puts with the checkpoint's own
+    return {"model": {k: v for k, v in asdict(BaseModel.said_by(file, saved["model"])).items() if v is not None}}

@@ -16,9 +16,12 @@ from lightning_peft.callbacks.randomness import random_state, resume_random_stat
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.in_place import keep_float32
 from lightning_peft.core.method import Method
+from lightning_peft.core.options import misfits
 from lightning_peft.core.partial_state import PartialState
-from lightning_peft.core.problems import nearest
-from lightning_peft.formats.base_identity import base_description, refuse_another_base
+from lightning_peft.core.problems import an, nearest
+from lightning_peft.formats.allocation import bounded
+from lightning_peft.formats.base_identity import base_description, check_description, refuse_another_base
+from lightning_peft.formats.reading import FORMAT, naming, refuse_later
 from lightning_peft.formats.training_record import TrainingRecord
 from lightning_peft.handle import Adapter, adapt
 from lightning_peft.methods.config import method_to_config
@@ -31,7 +34,16 @@ if TYPE_CHECKING:
 KEY = "lightning_peft"
 """Where a Lightning checkpoint says which adapters it holds."""
 
-_FORMAT = 1
+_RECORD: dict[str, Any] = {
+    "format": int,
+    "model": str,
+    "methods": dict[str, dict[str, Any]],
+    "base": dict[str, Any],
+    "tensors": list[str],
+    "trained": list[str],
+    "prepared": dict[str, bool],
+    "training": dict[str, dict[str, Any] | None],
+}
 
 
 def adapt_lightning_module(module: LightningModule, method: Method, path: str = "", name: str = "default") -> Adapter:
@@ -63,7 +75,8 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
             if isinstance(precision, BitsandbytesPrecision) and module._trainer is not None:
                 # it quantizes on the device: before that a method would read weights which are about to be rounded
                 root.to(module._trainer.strategy.root_device)
-        adapter = adapter or adapt(root, method, name)
+        with bounded(root, method):
+            adapter = adapter or adapt(root, method, name)
         if isinstance(precision, HalfPrecision):
             keep_float32(module, outside=root)
         if module._trainer is not None and isinstance(module._trainer.strategy, ModelParallelStrategy):
@@ -135,7 +148,7 @@ def record_in(checkpoint: dict[str, Any], module: LightningModule, path: str) ->
     assert adapters is not None
     methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
     checkpoint[KEY] = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "model": path,
         "methods": methods,
         "base": base_description(root, adapters),
@@ -147,13 +160,14 @@ def record_in(checkpoint: dict[str, Any], module: LightningModule, path: str) ->
     }
 
 
-def check_record(checkpoint: dict[str, Any], module: LightningModule, path: str) -> None:
+def check_record(checkpoint: dict[str, Any], module: LightningModule, path: str, *, check_base: bool = True) -> None:
     """Compares a checkpoint with the module that is to take it, and takes over what the record says.
 
     Args:
         checkpoint: the checkpoint.
         module: the module.
         path: the adapted submodule.
+        check_base: whether another base is refused.
 
     Raises:
         ValueError: if the checkpoint holds no adapter, belongs to another base or another method, or lacks
@@ -168,12 +182,13 @@ def check_record(checkpoint: dict[str, Any], module: LightningModule, path: str)
         raise ValueError(
             "the checkpoint was trained by another method: " + "; ".join(_differences(record["methods"], methods))
         )
-    refuse_another_base(root, record["base"], "the checkpoint was made")
+    if check_base:
+        refuse_another_base(root, record["base"], "the checkpoint was made")
     _refuse_lost(record["tensors"], checkpoint, module)
     note_resumed(checkpoint, record["optimizers"], module)
     for name, tree in adapters.trees.items():
         tree.record.prepared = record["prepared"][name]
-        training = record.get("training", {}).get(name)
+        training = record["training"][name]
         tree.record.training = training and TrainingRecord.from_dict(training)
     resume_random_state(module, record["random_state"])
 
@@ -209,14 +224,24 @@ def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
         checkpoint: the checkpoint.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if it has none, or one of a later version, or something is missing in it or of another type.
     """
-    record: dict[str, Any] | None = checkpoint.get(KEY)
+    record: Any = checkpoint.get(KEY)
     if record is None:
         raise ValueError(
             "the checkpoint says nothing of an adapter: it was made without PeftCallback or PeftModule; load it "
             "with your module's own load_from_checkpoint"
         )
+    with naming("the checkpoint's record of its adapters"):
+        if not isinstance(record, dict):
+            raise ValueError(f"it must be a dictionary, but is {an(type(record).__name__)}")
+        refuse_later("it", record)
+        wrong = misfits(record, _RECORD)
+        if not wrong:
+            wrong = [k for k in ("prepared", "training") if record[k].keys() != record["methods"].keys()]
+        if wrong:
+            raise ValueError(f"it has no {', '.join(wrong)}, or something else there; save the checkpoint again")
+        check_description(record["base"])
     return record
 
 

@@ -8,17 +8,21 @@ from typing import Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_peft.callbacks.adaptation import record_of
 from lightning_peft.callbacks.peft_callback import Pending, await_modules
 from lightning_peft.core.generated import original_class
-from lightning_peft.formats.reading import read_checkpoint
+from lightning_peft.formats.allocation import made_for
+from lightning_peft.formats.reading import naming, read_checkpoint
 from lightning_peft.methods.config import method_from_config
 
 T = TypeVar("T", bound=LightningModule)
 
 
-def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cpu", **kwargs: Any) -> T:
+def load_from_checkpoint(
+    cls: type[T], path: str | Path, map_location: Any = "cpu", *, check_base: bool = True, **kwargs: Any
+) -> T:
     """Builds the module, adapts it as the checkpoint says, and loads what was trained.
 
     The base comes from the module itself, as for a fresh run: its weights are not in the checkpoint. The module is
@@ -29,6 +33,7 @@ def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cp
         cls: the module's class.
         path: a checkpoint made with `PeftCallback`.
         map_location: where the tensors go.
+        check_base: refuse a base with another fingerprint than the one that the checkpoint was made on.
         **kwargs: for ``cls``; they stand above the checkpoint's saved hyperparameters.
 
     Returns:
@@ -40,14 +45,17 @@ def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cp
         ValueError: if the file is damaged, holds no adapter, or belongs to another base.
     """
     cls = original_class(cls)
-    record = record_of(read_checkpoint(Path(path)))
+    checkpoint = read_checkpoint(Path(path))
+    with naming(Path(path)):
+        record = record_of(checkpoint)
     if len(record["methods"]) != 1:
         raise ValueError(
             f"{path} holds the adapters {sorted(record['methods'])}, and load_from_checkpoint rebuilds one; build the "
             "module, adapt() it by each of them in the same order, and resume with ckpt_path"
         )
     ((name, method),) = record["methods"].items()
-    pending = Pending(method_from_config(method), record["model"], name)
+    with naming(Path(path)):
+        pending = Pending(method_from_config(method), record["model"], name, check_base=check_base)
 
     failures: list[Exception] = []
 
@@ -66,8 +74,10 @@ def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cp
     build.__signature__ = inspect.signature(cls.__init__)  # type: ignore[attr-defined]  # which Lightning reads
     maker = cast(type[T], type(cls.__name__, (cls,), {"__init__": build}))
     try:
-        module = maker.load_from_checkpoint(path, map_location=map_location, weights_only=True, **kwargs)
+        with made_for(_numbers(checkpoint)):
+            module = maker.load_from_checkpoint(path, map_location=map_location, weights_only=True, **kwargs)
     except Exception as error:
+        error.add_note(f"So it was when {path} was loaded.")
         for failure in failures:
             error.add_note(f"Before that, {cls.__name__}.setup('predict') failed without a Trainer: {failure!r}")
         raise
@@ -79,14 +89,19 @@ def load_from_checkpoint(cls: type[T], path: str | Path, map_location: Any = "cp
     return module
 
 
-def require_peft_module(path: Path) -> dict[str, Any]:
+def _numbers(checkpoint: dict[str, Any]) -> int:
+    """How many numbers the tensors of a checkpoint hold."""
+    return sum(t.numel() for t in checkpoint["state_dict"].values() if isinstance(t, Tensor))
+
+
+def require_peft_module(path: Path) -> tuple[dict[str, Any], int]:
     """Refuses a checkpoint that was not made with `PeftModule`, before that is built from it.
 
     Args:
         path: the checkpoint.
 
     Returns:
-        The options with which the module was made.
+        The options with which the module was made, and how many numbers the checkpoint's tensors hold.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -94,10 +109,10 @@ def require_peft_module(path: Path) -> dict[str, Any]:
     """
     checkpoint = read_checkpoint(path)
     record_of(checkpoint)
-    options: dict[str, Any] = checkpoint.get("hyper_parameters", {})
-    if not {"method", "task"} <= options.keys():
+    options: Any = checkpoint.get("hyper_parameters", {})
+    if not isinstance(options, dict) or not {"method", "task"} <= options.keys():
         raise ValueError(
             f"{path} was made with PeftCallback on a LightningModule of your own, not with PeftModule; load it by "
             "lightning_peft.load_from_checkpoint(YourModule, path)"
         )
-    return options
+    return options, _numbers(checkpoint)

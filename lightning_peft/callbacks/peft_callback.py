@@ -41,6 +41,7 @@ class Pending:
         method: the method.
         path: the submodule to adapt.
         name: the adapter's name.
+        check_base: whether a checkpoint of another base is refused.
         replaced: what was arranged before, until this is carried out.
         done: whether it was carried out.
         parts: the modules that it was carried out on, by their names below the submodule.
@@ -49,6 +50,7 @@ class Pending:
     method: Method
     path: str
     name: str
+    check_base: bool = True
     replaced: Pending | None = None
     done: bool = False
     parts: dict[str, Module] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class PeftCallback(RecordTraining):
             whole LightningModule as the base.
         name: the adapter's name.
         print_plan: print what trains where, once.
+        check_base: refuse checkpoints that were made on another base.
 
     Raises:
         TypeError: if ``method`` is no method.
@@ -103,7 +106,13 @@ class PeftCallback(RecordTraining):
     """
 
     def __init__(
-        self, method: Method, model: str | None = None, name: str = "default", *, print_plan: bool = True
+        self,
+        method: Method,
+        model: str | None = None,
+        name: str = "default",
+        *,
+        print_plan: bool = True,
+        check_base: bool = True,
     ) -> None:
         super().__init__()
         require_method(method)
@@ -113,6 +122,7 @@ class PeftCallback(RecordTraining):
         self.model = model or ""
         self.name = name
         self.print_plan = print_plan
+        self.check_base = check_base
         self._checked = False
         self._printed = False
         self._steps = 0
@@ -140,7 +150,7 @@ class PeftCallback(RecordTraining):
                 f"a Trainer takes one PeftCallback, but got {self!r} and {others[0]!r}; put other adapters into the "
                 "module with adapt() before the training"
             )
-        await_modules(pl_module, Pending(self.method, self.model, self.name))
+        await_modules(pl_module, Pending(self.method, self.model, self.name, self.check_base))
 
     def adapter(self, pl_module: LightningModule) -> Adapter:
         """The handle on the adapter, once the module is adapted.
@@ -266,6 +276,6 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Refuses a checkpoint of another base or method before its weights are loaded."""
     type(self).on_load_checkpoint(self, checkpoint)
-    path = self.__dict__[_PENDING].path
-    if adapters_of(self.get_submodule(path)) is not None:
-        check_record(checkpoint, self, path)
+    pending: Pending = self.__dict__[_PENDING]
+    if adapters_of(self.get_submodule(pending.path)) is not None:
+        check_record(checkpoint, self, pending.path, check_base=pending.check_base)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +26,7 @@ from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.callbacks.progress_bar import ProgressBar
 from lightning_peft.callbacks.validate_at_end import ValidateAtEnd
 from lightning_peft.cli.report import METRICS, TRAINABLE, print_exported, print_metrics, print_training, short
+from lightning_peft.cli.targets import made
 from lightning_peft.core.method import Method
 from lightning_peft.data.summary import summarise
 from lightning_peft.formats.folder import refuse_occupied
@@ -55,7 +55,7 @@ def train(config: DictConfig) -> float | None:
             raise ValueError(f"trainer.{option}=0 trains nothing; lightning-peft data and eval do without training")
     L.seed_everything(config.seed, workers=True, verbose=False)
     method = _method(config)
-    data: RowDataModule = instantiate(config.data, _convert_="all")
+    data: RowDataModule = made(config.data)
     options = OmegaConf.to_container(config, resolve=True)
     assert isinstance(options, dict)
     module = PeftModule(
@@ -65,6 +65,7 @@ def train(config: DictConfig) -> float | None:
         options["optimizer"],
         options["scheduler"],
         options["generation"],
+        check_base=options["check_base"],
     )
     trainer = _trainer(config)
     _refuse_sweep_over_devices(trainer)
@@ -126,7 +127,7 @@ def show_data(config: DictConfig) -> Path:
     _keep_config(config)
     options = OmegaConf.to_container(config, resolve=True)
     assert isinstance(options, dict)
-    data: RowDataModule = instantiate(config.data, _convert_="all")
+    data: RowDataModule = made(config.data)
     task = task_from_config(options["task"])
     data.connect(task, BaseModel.of(options["model"]).load_processing_class(task))
     for stage in ("fit", "test") if config.data.test_files else ("fit",):
@@ -183,7 +184,7 @@ def export(config: DictConfig) -> Path:
         if config.format == "merged":
             raise ValueError(f"for={consumer} is a form of the adapter; leave it out for format=merged, a whole model")
     _keep_config(config)
-    module = load(config.adapter)
+    module = load(config.adapter, check_base=config.check_base)
     folder = Path(config.to)
     if config.format == "merged":
         assert module.model is not None
@@ -199,30 +200,31 @@ def export(config: DictConfig) -> Path:
     return folder
 
 
-def load(path: str) -> PeftModule:
+def load(path: str, *, check_base: bool = True) -> PeftModule:
     """The module behind a checkpoint or an exported adapter's folder.
 
     Args:
         path: a ``.ckpt`` file or a folder.
+        check_base: refuse another base than the one it was trained on.
 
     Raises:
         FileNotFoundError: if there is neither.
     """
     place = Path(path)
     if place.is_dir():
-        return PeftModule.from_adapter(place)
+        return PeftModule.from_adapter(place, check_base=check_base)
     if not place.is_file():
         raise FileNotFoundError(f"adapter={path}: there is no such checkpoint or folder")
-    return PeftModule.load_from_checkpoint(place, map_location="cpu", weights_only=True)
+    return PeftModule.load_from_checkpoint(place, map_location="cpu", weights_only=True, check_base=check_base)
 
 
 def _ready(config: DictConfig) -> tuple[PeftModule, RowDataModule, L.Trainer]:
     _keep_config(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
-    module = load(config.adapter)
+    module = load(config.adapter, check_base=config.check_base)
     given = cast(dict[str, Any], OmegaConf.to_container(config.generation, resolve=True))
     module.generation = {**module.generation, **given}
-    data: RowDataModule = instantiate(config.data, _convert_="all")
+    data: RowDataModule = made(config.data)
     return module, data, _trainer(config)
 
 
@@ -260,7 +262,7 @@ def _method(config: DictConfig) -> Method:
     if not isinstance(config.method, DictConfig):
         # `+method=lora` outside Hydra's search path gives the bare word
         raise TypeError(f"method is the word {config.method!r}, no configuration; write method=... without '+'")
-    method = instantiate(config.method, _convert_="all")
+    method = made(config.method)
     if not isinstance(method, Method):
         raise TypeError(f"method._target_={config.method._target_} is no method of lightning_peft")
     return method
@@ -271,12 +273,12 @@ def _trainer(config: DictConfig) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     watched = sys.stdout.isatty()
     chosen = [c for c in (config.get("callbacks") or {}).values() if c is not None]
-    callbacks = [instantiate(_each_named(c), _convert_="all") for c in chosen]
+    callbacks = [made(_each_named(c)) for c in chosen]
     if config.get("monitor") is not None:
         callbacks += [CheckMonitor(config.monitor), ValidateAtEnd()]
     if not watched:
         callbacks.append(EpochLines())
-    loggers = [instantiate(c, _convert_="all") for c in (config.get("logger") or {}).values()]
+    loggers = [made(c) for c in (config.get("logger") or {}).values()]
     options = dict(config.trainer)
     options["precision"] = _precision(options["precision"])
     if options["enable_progress_bar"] is None:
@@ -284,7 +286,7 @@ def _trainer(config: DictConfig) -> L.Trainer:
     if options["enable_progress_bar"]:
         callbacks.append(ProgressBar())
     options["enable_checkpointing"] = bool(config.get("callbacks"))
-    return cast(L.Trainer, instantiate(options, callbacks=callbacks, logger=loggers or False, _convert_="all"))
+    return cast(L.Trainer, made(options, callbacks=callbacks, logger=loggers or False))
 
 
 def _each_named(callback: DictConfig) -> DictConfig:

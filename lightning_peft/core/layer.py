@@ -78,6 +78,10 @@ class AdapterLayer(Module):
         """
         return None
 
+    def index_limits(self) -> dict[str, tuple[int, ...]]:
+        """Buffers that say where something is: for each of their rows, how many places there are; -1 is nowhere."""
+        return {}
+
     def replaced(self) -> dict[str, Tensor]:
         """The module's buffers that merging puts others in place of, by dotted name below the module."""
         return {}

@@ -69,6 +69,16 @@ def range_problems(
     ]
 
 
+def misfits(values: Mapping[str, Any], hints: Mapping[str, Any]) -> list[str]:
+    """The keys under which there is nothing, or something of another type.
+
+    Args:
+        values: what was read from a file.
+        hints: what each key is to hold, in the terms of `check_types`.
+    """
+    return [k for k, hint in hints.items() if k not in values or not _is_a(values[k], hint)]
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}

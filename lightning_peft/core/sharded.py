@@ -18,6 +18,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of a tensor, or all of it as one of several that share it."""
+    return hasattr(tensor, "placements")
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds.
 
@@ -35,7 +40,7 @@ def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
         tensor: the tensor.
         other: of the same shape; where it is whole, nothing is done.
     """
-    if not hasattr(other, "placements"):
+    if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -89,7 +94,7 @@ def is_split(module: Module) -> bool:
     Args:
         module: any module; those below it are not looked at.
     """
-    return any(hasattr(p, "placements") for p in module._parameters.values() if p is not None)
+    return any(is_sharded(p) for p in module._parameters.values() if p is not None)
 
 
 def refuse_sharded(model: Module, call: str) -> None:

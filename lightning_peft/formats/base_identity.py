@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch.nn import Embedding, Module
 
 from lightning_peft.core.adapters import require_adapters
 from lightning_peft.core.changed_weights import joined
-from lightning_peft.core.fingerprint import fingerprint, same_structure, saved_parameters
+from lightning_peft.core.fingerprint import fingerprint, fingerprints_of_parts, same_structure, saved_parameters
 from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.matching import base_modules
 from lightning_peft.core.method import Residual
+from lightning_peft.core.options import misfits
 from lightning_peft.core.quantized import is_quantized
+
+_KEYS: dict[str, Any] = {
+    "name": str | None,
+    "revision": str | None,
+    "fingerprint": str | None,
+    "parts": dict[str, str],
+    "dtypes": list[str],
+    "vocabulary": int | None,
+    "without": list[str],
+    "quantized": list[str],
+    "quantization": dict[str, Any] | None,
+    "beside": str | None,
+    "codes": bool,
+}
+_SHOWN = 3
 
 
 def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
-    """The base's name, revision and fingerprint, and what that leaves out, in plain values.
+    """The base's name, revision, fingerprint, dtypes and vocabulary, and what the fingerprint leaves out.
 
+    All are plain values. Dtypes are no part of the fingerprint: the same base in bfloat16 or float32 is the same base.
     It leaves out what is saved beside it, and quantized weights, whose numbers are rounded: an adapter that was trained
     on a quantized base fits the base as it was, or quantized in another way, unless it holds what rounding has lost.
 
@@ -36,12 +53,47 @@ def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
         "name": getattr(config, "name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
         "fingerprint": fingerprint(adapters.base_digests, [*without, *quantized]),
+        "parts": fingerprints_of_parts(adapters.base_digests, [*without, *quantized]),
+        "dtypes": _dtypes(model),
+        "vocabulary": vocabulary(model),
         "without": without,
         "quantized": quantized,
         "quantization": _configuration(config),
         "beside": fingerprint(adapters.base_digests, _quantizable(model, adapters.base_digests, without)),
         "codes": bound,
     }
+
+
+def check_description(base: Any) -> dict[str, Any]:
+    """A base's description as a file holds it, once it has been seen to be one.
+
+    Args:
+        base: what the file says.
+
+    Raises:
+        ValueError: if something is missing, or of another type.
+    """
+    wrong = misfits(base, _KEYS) if isinstance(base, dict) else list(_KEYS)
+    if wrong:
+        raise ValueError(f"what it says of the base has no {', '.join(wrong)}, or something else there")
+    return cast(dict[str, Any], base)
+
+
+def vocabulary(model: Module) -> int | None:
+    """How many tokens a Hugging Face model's input embedding has rows for; None where there is none.
+
+    Args:
+        model: the model, adapted or not.
+    """
+    try:
+        embedding = cast(Any, model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding.num_embeddings if isinstance(embedding, Embedding) else None
+
+
+def _dtypes(model: Module) -> list[str]:
+    return sorted({str(p.dtype).removeprefix("torch.") for p in base_parameters(model).values()})
 
 
 def _configuration(config: Any) -> dict[str, Any] | None:
@@ -92,18 +144,41 @@ def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
     if saved is None or mine is None or saved == mine:
         return
     named = f"{base['name']} with " if base["name"] else ""
-    lost = [n for n in base["without"] if n not in digests]
+    said = f"{made} on another base: {named}fingerprint {saved}, but this model has {mine}"
+    raise ValueError(f"{said}; {_why(model, base, saved, mine)}; check_base=False loads it nevertheless")
+
+
+def _why(model: Module, base: dict[str, Any], saved: str, mine: str) -> str:
+    """What differs, and what to do about it."""
     if base["codes"]:
-        why = (
+        return (
             "the adapter holds what quantizing that base has lost: load the same weights, quantized in the same way "
             "(model.quantization)"
         )
-    elif same_structure(saved, mine):
-        why = (
-            "names and shapes agree, values do not: load the same weights; what starts at random values each time, "
-            "such as a head, has to be trained and saved (modules_to_save)"
+    rows, had = vocabulary(model), base["vocabulary"]
+    if rows is not None and had is not None and rows != had:
+        return (
+            f"its vocabulary has {rows} tokens and had {had} there: load the model with the tokenizer's new tokens, by "
+            f"model.resize_token_embeddings({had}) before the adapter"
         )
-    else:
-        why = "names or shapes differ: build the model with the same sizes, and adapt the same part of it"
-        why += f"; {lost[0]!r}, which is trained in full there, does not exist here" if lost else ""
-    raise ValueError(f"{made} on another base: {named}fingerprint {saved}, but this model has {mine}; {why}")
+    digests = require_adapters(model).base_digests
+    where = _differing(base["parts"], fingerprints_of_parts(digests, [*base["without"], *base["quantized"]]))
+    if not same_structure(saved, mine):
+        lost = [n for n in base["without"] if n not in digests]
+        why = f"names or shapes differ{where}: build the model with the same sizes, and adapt the same part of it"
+        return why + (f"; {lost[0]!r}, which is trained in full there, does not exist here" if lost else "")
+    dtypes = _dtypes(model)
+    rounded = f", which was {' and '.join(base['dtypes'])} there and is {' and '.join(dtypes)} here"
+    return (
+        f"names and shapes agree, values do not{where}{rounded if dtypes != base['dtypes'] else ''}: load the same "
+        "weights; what starts at random values each time, such as a head, has to be trained and saved (modules_to_save)"
+    )
+
+
+def _differing(saved: dict[str, str], mine: dict[str, str]) -> str:
+    """The parts that differ, as the middle of a sentence."""
+    parts = [p for p in sorted(saved.keys() | mine.keys()) if saved.get(p) != mine.get(p)]
+    if not parts or len(parts) == len(saved.keys() | mine.keys()):
+        return ""
+    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+    return f" in {', '.join(parts[:_SHOWN])}{more}"

@@ -20,6 +20,7 @@ from lightning_peft.formats.card_sections import (
 from lightning_peft.formats.hf_peft import has_peft_format
 from lightning_peft.formats.hub import hub_name
 from lightning_peft.formats.loading_snippets import loading_section
+from lightning_peft.formats.markdown import code, prose
 from lightning_peft.formats.model_class import ModelClass
 from lightning_peft.formats.training_record import TrainingRecord
 
@@ -125,7 +126,7 @@ def made_card(facts: CardFacts, curves: bytes | None) -> Card:
 
     training = facts.training
     sections = [
-        f"# {facts.title}",
+        f"# {prose(facts.title)}",
         _introduction(facts),
         loading_section(facts),
         changes_section(facts.method, facts.places, facts.trainable, facts.total),
@@ -196,23 +197,23 @@ def _results(facts: CardFacts, data: dict[str, Any]) -> list[EvalResult]:
 
 def _introduction(facts: CardFacts) -> str:
     base, called = facts.base_on_hub, facts.base_called
-    linked = f"[`{base}`](https://huggingface.co/{base})" if base else f"`{called or facts.model.name}`"
-    of = f", a `{facts.model.name}`" if called else ""
+    linked = f"[`{base}`](https://huggingface.co/{base})" if base else code(called or facts.model.name)
+    of = f", a {code(facts.model.name)}" if called else ""
     what = (
         f"{linked}{of}, with an adapter merged into its weights"
         if facts.form == "merged"
         else f"An adapter for {linked}{of}"
     )
-    revision = f", revision `{facts.base['revision']}`" if facts.base["revision"] else ""
+    revision = f", revision {code(facts.base['revision'])}" if facts.base["revision"] else ""
     mark = f"\n\nBase fingerprint: `{facts.base['fingerprint']}`{revision}." if facts.base["fingerprint"] else ""
-    return f"{what}, made with lightning_peft by the method {facts.method_called}.{mark}{_quantization(facts)}"
+    return f"{what}, made with lightning_peft by the method {prose(facts.method_called)}.{mark}{_quantization(facts)}"
 
 
 def _quantization(facts: CardFacts) -> str:
     given = facts.base["quantization"]
     if given is None:
         return ""
-    how = f"{given.get('quant_method')}{', 4 bits' if given.get('load_in_4bit') else ''}"
+    how = f"{prose(str(given.get('quant_method')))}{', 4 bits' if given.get('load_in_4bit') else ''}"
     if facts.form == "merged":
         return f"\n\nIts weights are quantized ({how}), and were again when the adapter was merged."
     if facts.base["codes"]:

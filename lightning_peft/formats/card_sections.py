@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from lightning_peft.core.method import Method
+from lightning_peft.formats.markdown import code, prose, table
 from lightning_peft.formats.training_record import TrainingRecord
 from lightning_peft.methods.hf_peft_config import ready_config
 
@@ -37,7 +38,7 @@ def changes_section(method: Method, places: Sequence[tuple[str, str, int, int]],
         total: parameters of the model.
     """
     share = 100 * trainable / max(1, total)
-    shown = [(f"`{p}`", what, f"{n:,}", f"{count:,}") for p, what, n, count in places[:_PLACES]]
+    shown = [(code(p), prose(what), f"{n:,}", f"{count:,}") for p, what, n, count in places[:_PLACES]]
     left = [(f"{len(places) - _PLACES} more", "", "", "")] if len(places) > _PLACES else []
     parts = [
         "## Method",
@@ -53,7 +54,7 @@ def _options(method: Method) -> str:
     if not changed:
         return "All options of the method have their defaults."
     return "Options that differ from the method's defaults:\n\n" + table(
-        ("Option", "Value"), [(f"`{k}`", f"`{_short(v)}`") for k, v in changed.items()], "ll"
+        ("Option", "Value"), [(code(k), code(_short(v))) for k, v in changed.items()], "ll"
     )
 
 
@@ -99,13 +100,13 @@ def metrics_section(training: TrainingRecord) -> str:
     for name, value in training.reached.items():
         split, metric = spoken(name)
         mark = "**" if name == training.monitor else ""
-        rows.append((f"{mark}{split + ' ' if split else ''}{metric}{mark}", f"{mark}{value:.4g}{mark}"))
+        rows.append((f"{mark}{split + ' ' if split else ''}{prose(metric)}{mark}", f"{mark}{value:.4g}{mark}"))
     if not rows:
         return ""
     parts = ["## Metrics", table(("Metric", "Value"), rows, "lr")]
     if training.step < training.last_step and training.monitor is not None:
         split, metric = spoken(training.monitor)
-        by = f"{split} {metric}" if split else metric
+        by = f"{split} {prose(metric)}" if split else prose(metric)
         parts.append(f"These weights are those of step {training.step:,} of {training.last_step:,}, chosen by {by}.")
     return "\n\n".join(parts)
 
@@ -129,8 +130,8 @@ def data_section(data: dict[str, Any]) -> str:
     splits: dict[str, dict[str, Any]] = {n: told[n] for n in ("train", "validation", "test") if n in told}
     parts = ["## Data"]
     if data.get("origin"):
-        seen = f", {data['seen_as']}" if data.get("seen_as") else ""
-        parts.append(f"From `{data['origin']}`{seen}.")
+        seen = f", {prose(data['seen_as'])}" if data.get("seen_as") else ""
+        parts.append(f"From {code(data['origin'])}{seen}.")
     columns = [
         (
             "Rows",
@@ -142,7 +143,7 @@ def data_section(data: dict[str, Any]) -> str:
     for part in dict.fromkeys(name for s in splits.values() for name in s.get("spreads", {})):
         spreads = {n: s["spreads"][part] for n, s in splits.items() if part in s.get("spreads", {})}
         unit = next(iter(spreads.values())).get("unit")
-        title = f"{part.capitalize()}{f' in {unit}' if unit else ''} (median, largest)"
+        title = prose(f"{part.capitalize()}{f' in {unit}' if unit else ''} (median, largest)")
         columns.append((title, {n: _spread(spreads.get(n)) for n in splits}))
     known = [(title, cells) for title, cells in columns if any(cells.values())]
     rows = [(name, *(cells[name] for _, cells in known)) for name in splits]
@@ -166,10 +167,10 @@ def _labels(splits: dict[str, dict[str, Any]]) -> str:
         return ""
     totals = {n: max(1, sum(counts.values())) for n, counts in counted.items()}
 
-    def row(title: str, chosen: Iterable[str]) -> tuple[str, ...]:
+    def row(title: str, chosen: Sequence[str]) -> tuple[str, ...]:
         some = list(chosen)
         shares = [100 * sum(counts.get(c, 0) for c in some) / totals[n] for n, counts in counted.items()]
-        return (title, *(f"{share:.1f}%" for share in shares))
+        return (prose(title), *(f"{share:.1f}%" for share in shares))
 
     rows = [row(name, [name]) for name in names[:_LABELS]]
     rest = names[_LABELS:]
@@ -183,7 +184,7 @@ def setup_section(training: TrainingRecord) -> str:
     Args:
         training: what is known of that.
     """
-    rows = [(name, words) for name, words in training.setup]
+    rows = [(prose(name), prose(words)) for name, words in training.setup]
     if training.step:
         epochs = f"{training.step / training.epoch_steps:.3g}" if training.epoch_steps else ""
         said = f" ({epochs} epoch{'s' * (epochs != '1')})" if epochs else ""
@@ -201,7 +202,7 @@ def versions_section(training: TrainingRecord | None) -> str:
         training: how it was trained.
     """
     known = training.versions if training and training.versions else installed_versions()
-    return "## Versions\n\n" + "\n".join(f"- {name} {version}" for name, version in sorted(known.items()))
+    return "## Versions\n\n" + "\n".join(f"- {prose(name)} {prose(version)}" for name, version in sorted(known.items()))
 
 
 def installed_versions() -> dict[str, str]:
@@ -213,21 +214,3 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], sides: str) -> str:
-    """A table in Markdown.
-
-    Args:
-        heads: of the columns.
-        rows: of cells.
-        sides: ``l`` or ``r`` for each column.
-    """
-    rules = ["---:" if side == "r" else "---" for side in sides]
-    lines = [heads, rules, *([_cell(c) for c in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _cell(text: str) -> str:
-    """Without what would end a cell; a label may be any text."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,23 +17,42 @@ from lightning_peft.core.adapters import tree_of
 from lightning_peft.core.in_place import base_tensors
 from lightning_peft.core.matching import base_modules, matches
 from lightning_peft.core.method import Method, PeftFormat, PeftRepacked, Seeded
+from lightning_peft.core.options import misfits
 from lightning_peft.core.statistics import moving_statistics
 from lightning_peft.core.tree import AdapterTree
-from lightning_peft.formats.base_identity import base_description, refuse_another_base
+from lightning_peft.formats.base_identity import base_description, check_description, refuse_another_base
 from lightning_peft.formats.card import Card
 from lightning_peft.formats.hf_peft import adapter_config, has_peft_format, method_from_peft
 from lightning_peft.formats.places import refuse_file, refuse_model
-from lightning_peft.formats.reading import naming, read_json
-from lightning_peft.formats.tensor_file import TENSORS, check_tensors, read_tensors, write_tensors
+from lightning_peft.formats.reading import FORMAT, naming, read_json, refuse_links
+from lightning_peft.formats.tensor_file import (
+    TENSORS,
+    Entry,
+    check_entries,
+    fitted,
+    read_entries,
+    read_tensors,
+    write_tensors,
+)
 from lightning_peft.formats.training_record import TrainingRecord
 from lightning_peft.formats.writing import write_json, written_whole
 from lightning_peft.methods.config import method_from_config, method_to_config
 
 PEFT_CONFIG = "adapter_config.json"
 MANIFEST = "lightning_peft.json"
+TOKENIZER = "tokenizer_config.json"
 
 _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
-_IN_MANIFEST = {"method": dict, "base": dict, "copies": list, "in_place": list, "info": dict, "prepared": bool}
+_IN_MANIFEST: dict[str, Any] = {
+    "format": int,
+    "method": dict[str, Any],
+    "base": dict[str, Any],
+    "copies": list[str],
+    "in_place": list[str],
+    "info": dict[str, Any],
+    "prepared": bool,
+    "training": dict[str, Any] | None,
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,7 @@ class SavedAdapter:
         base: the base's description, or None where the folder has none.
         info: what was written beside it, such as ``labels``.
         foreign: whether another library wrote the folder.
+        tensors: shape and dtype of each tensor, by its name in the file.
         prepared: whether the data that the method asks for was seen before it was saved.
         training: how it was trained, where the folder says it.
         seeded: whether it leaves out the tensors that follow from a seed.
@@ -58,14 +80,20 @@ class SavedAdapter:
     base: dict[str, Any] | None
     info: dict[str, Any]
     foreign: bool
+    tensors: dict[str, Entry]
     prepared: bool
     training: TrainingRecord | None = None
     seeded: bool = False
 
     @property
+    def numbers(self) -> int:
+        """How many numbers its tensors hold."""
+        return sum(math.prod(entry.shape) for entry in self.tensors.values())
+
+    @property
     def tokenizer(self) -> Path | None:
         """The folder of the tokenizer that was saved beside the adapter, or None."""
-        return self.path if (self.path / "tokenizer_config.json").is_file() else None
+        return self.path if (self.path / TOKENIZER).is_file() else None
 
     def method_for(self, model: Module) -> Method:
         """The method with what it saved in full named, so that a base without new heads gets them too."""
@@ -130,7 +158,7 @@ def save_folder(
     tensors = file_tensors(model, tree)
     base = base_description(model, [name])
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "method": method_to_config(tree.record.method),
         "base": base,
         "copies": tree.record.copies,
@@ -161,13 +189,18 @@ def read_folder(path: Path) -> SavedAdapter:
     Raises:
         FileNotFoundError: if it holds no adapter.
         NotADirectoryError: if it is a file.
-        ValueError: if what it says cannot be read, or its method is not supported.
+        ValueError: if what it says cannot be read, is of a later version, or lies elsewhere, or its method is not
+            supported.
     """
+    if path.is_dir():
+        refuse_links(path)
+        _refuse_files_elsewhere(path / TOKENIZER)
     if (path / MANIFEST).is_file():
         saved = read_json(path / MANIFEST, _IN_MANIFEST)
         with naming(path / MANIFEST):
             method = method_from_config(saved["method"])
-            training = saved.get("training") and TrainingRecord.from_dict(saved["training"])
+            check_description(saved["base"])
+            training = saved["training"] and TrainingRecord.from_dict(saved["training"])
         return SavedAdapter(
             path=path,
             method=method,
@@ -176,6 +209,7 @@ def read_folder(path: Path) -> SavedAdapter:
             base=saved["base"],
             info=saved["info"],
             foreign=False,
+            tensors=read_entries(path),
             prepared=saved["prepared"],
             training=training,
         )
@@ -183,14 +217,18 @@ def read_folder(path: Path) -> SavedAdapter:
         config = read_json(path / PEFT_CONFIG)
         with naming(path / PEFT_CONFIG):
             method = method_from_peft(config)
+            copies = config.get("modules_to_save") or []
+            if misfits({"modules_to_save": copies}, {"modules_to_save": list[str]}):
+                raise ValueError(f"modules_to_save must be a list of names, but is {copies!r}")
         return SavedAdapter(
             path=path,
             method=method,
-            copies=config.get("modules_to_save") or [],
+            copies=copies,
             in_place=[],
             base=None,
             info={},
             foreign=True,
+            tensors=read_entries(path),
             prepared=True,
             seeded=config.get("save_projection") is False,
         )
@@ -201,6 +239,16 @@ def read_folder(path: Path) -> SavedAdapter:
         )
     there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "no such folder"
     raise FileNotFoundError(f"{path} holds no adapter ({MANIFEST} or {PEFT_CONFIG}); there is: {there}")
+
+
+def _refuse_files_elsewhere(path: Path) -> None:
+    """Refuses a tokenizer's configuration that names files outside its folder, which transformers would read."""
+    if not path.is_file():
+        return
+    for key, named in read_json(path).items():
+        files = named if isinstance(named, list) else [named]
+        if re.search(r"_files?$", key) and any(isinstance(f, str) and re.search(r"[/\\\\]|^\.\.$", f) for f in files):
+            raise ValueError(f"{path} names {key}={named!r}, but a tokenizer's files lie beside it")
 
 
 def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool = True) -> None:
@@ -226,20 +274,35 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     packed = _packed(method, live)
     names = _file_names(model, tree, packed)
     wanted = {names[k]: t for k, t in packed.items() if names[k] not in absent}
-    stored = read_tensors(saved.path)
-    if saved.foreign:
-        stored = _without_repeats(model, stored, set(wanted))
     projected = " (it was saved with save_projection=False; save it in peft with True)" if saved.seeded else ""
-    check_tensors(saved.path, stored, wanted, if_missing=projected)
+    if saved.foreign:
+        _refuse_too_much(model, saved, wanted)
+        stored = _without_repeats(model, read_tensors(saved.path), set(wanted))
+        check_entries(saved.path, stored, wanted, if_missing=projected)
+    else:
+        check_entries(saved.path, saved.tensors, wanted)
+        stored = read_tensors(saved.path)
+        check_entries(saved.path, stored, wanted)
+    stored = fitted(saved.path, stored, wanted)
     own = {k: stored[n] for k, n in names.items() if n not in absent}
     if isinstance(method, PeftRepacked):
         own = method.from_peft(own)
+    _refuse_places_outside(saved.path, tree, own)
     with torch.no_grad():
         for key, tensor in live.items():
             if key not in seeded:  # which the seed gave when the layers were made
                 tensor.copy_(own[key])
     tree.record.prepared = saved.prepared
     tree.record.training = saved.training
+
+
+def _refuse_places_outside(path: Path, tree: AdapterTree, own: dict[str, Tensor]) -> None:
+    """Refuses places beyond what they are in: nothing would notice before a GPU reads there."""
+    for place, layer in tree.layers_by_module.items():
+        for leaf, limits in layer.index_limits().items():
+            rows = own[f"{place}.{leaf}" if place else leaf]
+            if any(int(row.min()) < -1 or int(row.max()) >= n for row, n in zip(rows, limits, strict=True) if len(row)):
+                raise ValueError(f"{path / TENSORS}: {leaf} of {place!r} has places outside of {limits}")
 
 
 def _live_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
@@ -272,6 +335,16 @@ def file_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
     tensors = _packed(tree.record.method, _live_tensors(model, tree))
     names = _file_names(model, tree, tensors)
     return {names[k]: t for k, t in tensors.items()}
+
+
+def _refuse_too_much(model: Module, saved: SavedAdapter, wanted: dict[str, Tensor]) -> None:
+    """Refuses a file that has more than its adapter and the base: what peft writes twice is no more than that."""
+    most = 2 * sum(t.numel() for t in (*wanted.values(), *base_tensors(model).values()))
+    if saved.numbers > most:
+        raise ValueError(
+            f"{saved.path / TENSORS} holds {saved.numbers:,} numbers, but the adapter and its base have {most:,} at "
+            "most: it does not fit this model"
+        )
 
 
 def _without_repeats(model: Module, stored: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch.nn import Module
 import lightning_peft.methods as methods
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.method import Method, PeftFormat
+from lightning_peft.core.patterns import refuse_slow_patterns
 from lightning_peft.core.tree import Record
 from lightning_peft.methods.hf_peft_config import knows
 
@@ -80,14 +81,17 @@ def method_from_peft(config: dict[str, Any]) -> Method:
     """
     classes: list[Any] = [getattr(methods, name) for name in methods.__all__]
     known = {cls.peft_type: cls for cls in classes if isinstance(cls.peft_type, str)}
+    refuse_slow_patterns(config)
     kind = config.get("peft_type")
     if kind is None:
         raise ValueError(
             "it names no peft_type, so it is not Hugging Face PEFT's (AdapterHub uses the same "
             "file name); expected one of " + ", ".join(sorted(known))
         )
-    if kind not in known:
-        if knows(kind):
+    if not isinstance(kind, str) or kind not in known:
+        if isinstance(kind, str) and knows(kind):
+            # whatever its prompt once started from, its numbers are in the folder; the path is of another machine
+            config = {k: v for k, v in config.items() if k != "prompt_tuning_init_state_dict_path"}
             return methods.HFPeft.from_peft_config(config)
         raise ValueError(
             f"adapters of the kind {kind!r} are not supported; expected one of {sorted(known)}, or a kind of the "

@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.formats.hf_peft import has_peft_format
+from lightning_peft.formats.markdown import block, code
 
 if TYPE_CHECKING:
     from lightning_peft.formats.card import CardFacts
@@ -24,14 +25,11 @@ def loading_section(facts: CardFacts) -> str:
     return "\n\n".join(["## How to load it", *(way for way in ways if way)])
 
 
-def _block(*lines: str, language: str = "python") -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
-
-
 def _quoted(value: Any) -> str:
     """A value as it stands in code, texts in double quotes."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        # what is not seen stays escaped: such as marks that turn the direction of writing
+        return json.dumps(value, ensure_ascii=not value.isprintable())
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k!r}: {_quoted(v)}" for k, v in value.items()) + "}"
     return repr(value)
@@ -47,19 +45,19 @@ def _base(facts: CardFacts, variable: str) -> list[str]:
         given = {"revision": facts.base["revision"], **given}
     if facts.base["codes"] and facts.base["quantization"]:
         given["quantization_config"] = facts.base["quantization"]
-    words = "".join(f", {k}={_quoted(v)}" for k, v in given.items())
+    words = "".join(f", {k}={_quoted(v)}" for k, v in given.items() if k.isidentifier())
     note = "" if facts.base_on_hub else "  # the folder of the base"
     return [f"{variable} = {loader}.from_pretrained({_quoted(called)}{words}){note}"]
 
 
 def _unloaded(facts: CardFacts) -> str:
-    return "" if _base(facts, "model") else f"`model` is the base as it was adapted, a `{facts.model.name}`:\n\n"
+    return "" if _base(facts, "model") else f"`model` is the base as it was adapted, a {code(facts.model.name)}:\n\n"
 
 
 def _on_base(facts: CardFacts, base: list[str], imported: str, call: str) -> str:
     """Code that loads the base, or takes it as given, and puts the adapter on it."""
     loader = [f"from transformers import {facts.model.loader}"] if base else []
-    return _unloaded(facts) + _block(imported, *loader, "", *base, call)
+    return _unloaded(facts) + block(imported, *loader, "", *base, call)
 
 
 def _knows_its_base(facts: CardFacts) -> bool:
@@ -75,7 +73,7 @@ def _here(facts: CardFacts) -> str:
             "",
             f"module = PeftModule.from_adapter({_quoted(facts.folder)}){note}",
         ]
-        return "### Here\n\n" + _block(*lines)
+        return "### Here\n\n" + block(*lines)
     call = f"adapter = load_adapter(model, {_quoted(facts.folder)})"
     return "### Here\n\n" + _on_base(facts, _base(facts, "model"), "from lightning_peft import load_adapter", call)
 
@@ -108,7 +106,7 @@ def _merged(facts: CardFacts) -> str:
     if loader:
         lines += [f"merged.save_pretrained({_quoted(target)})", f"plain = {loader}.from_pretrained({_quoted(target)})"]
     unloaded = "" if _knows_its_base(facts) else _unloaded(facts)
-    return heading + unloaded + _block(*lines)
+    return heading + unloaded + block(*lines)
 
 
 def _plain(facts: CardFacts) -> str:
@@ -117,16 +115,16 @@ def _plain(facts: CardFacts) -> str:
     if facts.prepares is not None:
         variable = "tokenizer" if facts.prepares == "AutoTokenizer" else "processor"
         lines += [f"{variable} = {facts.prepares}.from_pretrained({_quoted(facts.folder)})"]
-    return _block(*lines)
+    return block(*lines)
 
 
 def _served(facts: CardFacts) -> str:
     if facts.form == "gguf":
         words = ["python", "convert_lora_to_gguf.py", facts.folder]
-        return "### With llama.cpp\n\n" + _block(shlex.join(words), language="bash")
+        return "### With llama.cpp\n\n" + block(shlex.join(words), language="bash")
     if facts.form == "vllm" and facts.base_called is not None:
         rank = ["--max-lora-rank", str(facts.max_lora_rank)] if facts.max_lora_rank else []
         modules = ["--lora-modules", f"{facts.folder}={facts.folder}"]
         words = ["vllm", "serve", facts.base_called, "--enable-lora", *rank, *modules]
-        return "### With vLLM\n\n" + _block(shlex.join(words), language="bash")
+        return "### With vLLM\n\n" + block(shlex.join(words), language="bash")
     return ""

@@ -14,35 +14,88 @@ from typing import Any
 
 import torch
 
+from lightning_peft.core.options import misfits
 from lightning_peft.core.problems import an
 
-_NOTHING: Mapping[str, type] = MappingProxyType({})
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+FORMAT = 1
+"""The form of what is written: of an adapter's manifest and tensors, and of a checkpoint's record of its adapters."""
+
+_LONGEST_JSON = 64 * 2**20  # bytes, some hundred times what the largest models' manifests take
 
 
-def read_json(path: Path, needed: Mapping[str, type] = _NOTHING) -> dict[str, Any]:
+def refuse_links(folder: Path) -> None:
+    """Refuses a folder in which a file is somewhere else, as a link may say that came with it.
+
+    The hub's cache is known: its folders are links into the ``blobs`` beside them.
+
+    Args:
+        folder: an adapter's folder.
+
+    Raises:
+        ValueError: if a link leads out of it.
+    """
+    home = folder.resolve()
+    caches = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+    for entry in folder.iterdir():
+        if entry.is_symlink() and not any(entry.resolve().is_relative_to(place) for place in (home, *caches)):
+            raise ValueError(
+                f"{entry} is a link that leads out of the folder, to {entry.resolve()}; put the file itself there if "
+                "it belongs to the adapter"
+            )
+
+
+def read_json(path: Path, needed: Mapping[str, Any] = _NOTHING) -> dict[str, Any]:
     """A file's JSON object.
 
     Args:
         path: the file.
-        needed: the keys that it must have, and the types of what stands there.
+        needed: the keys that it must have, and what stands there, as the type hints of options say it.
 
     Raises:
-        ValueError: if it is no JSON, no object, or lacks a key.
+        ValueError: if it is too long, no JSON, no object, or lacks a key.
     """
+    size = path.stat().st_size
+    if size > _LONGEST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, and {_LONGEST_JSON:,} are read at most: it is no adapter's file")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} nests its values too deeply: it is no adapter's file") from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON, it may be cut short: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds {an(type(found).__name__)}")
-    wrong = [k for k, kind in needed.items() if not isinstance(found.get(k), kind)]
+    if "format" in needed:
+        refuse_later(path, found)
+    wrong = misfits(found, needed)
     if wrong:
         raise ValueError(f"{path} has no {', '.join(wrong)}, or something else there; save the adapter again")
     return found
 
 
+def refuse_later(path: Path | str, found: Mapping[str, Any]) -> None:
+    """Refuses what a later version has written in a form that this one does not know.
+
+    Args:
+        path: where it is from.
+        found: what was read; its ``format``, if it has one, is a number that grows.
+
+    Raises:
+        ValueError: if it is newer, or the number is none.
+    """
+    form = found.get("format", FORMAT)
+    if not isinstance(form, int) or isinstance(form, bool) or form < 1:
+        raise ValueError(f"{path}: its format must be a whole number of 1 or more, but is {form!r}")
+    if form > FORMAT:
+        raise ValueError(
+            f"{path} is of format {form}, and this version of lightning_peft reads formats up to {FORMAT}; install "
+            "the version that wrote it, or a later one: pip install -U lightning-peft"
+        )
+
+
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     """A ``with`` block in which an error about a file's content names the file.
 
     Args:
@@ -50,8 +103,13 @@ def naming(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, re.error) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        what = str(error) if isinstance(error, ValueError) else f"what it says cannot be: {error!r}"
+        raise ValueError(f"{path}: {what}") from error
+    except RecursionError:
+        raise ValueError(f"{path} nests its values too deeply: it is no adapter's file") from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -71,6 +129,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         size = path.stat().st_size
         raise ValueError(f"{path} ({size} bytes) is no checkpoint, or one that is cut short; copy or save it again")
+    _refuse_compressed(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
@@ -80,8 +139,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} holds {what}, but only tensors and plain values are opened; keep it out of hyperparameters and "
             "callbacks' states, or allow it by torch.serialization.safe_globals if you trust the file"
         ) from error
-    except (RuntimeError, OSError, EOFError, KeyError) as error:
+    except Exception as error:  # whatever a damaged stream of instructions does to the reader of it
         raise ValueError(f"{path} cannot be read as a checkpoint, it may be damaged: {error}") from error
-    if not isinstance(found, dict) or "state_dict" not in found:
+    if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
         raise ValueError(f"{path} is no checkpoint of Lightning: it has no state_dict")
     return found
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuses a checkpoint with packed parts, of which nobody knows how much memory they take: torch packs none."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            packed = [part.filename for part in file.infolist() if part.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint, it may be damaged: {error}") from error
+    if packed:
+        raise ValueError(f"{path}: {packed[0]} in it is compressed, which torch.save never does; it is no checkpoint")

@@ -9,6 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lightning_peft.core.options import check_types, range_problems
+from lightning_peft.core.problems import raise_problems
+
 _POINTS = 400
 """Points that a curve of training losses has at most: more than a picture shows, few enough for a checkpoint."""
 
@@ -120,9 +123,22 @@ class TrainingRecord:
 
         Args:
             values: what it gave; unknown entries are left out, so that files of later versions can be read.
+
+        Raises:
+            ValueError: if an entry is of another type than it gave.
         """
         known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
+        record = cls(**{k: v for k, v in values.items() if k in known})
+        check_types(record)
+        measured = [p for points in record.metrics.values() for p in points]
+        problems = [
+            "setup must hold pairs" if any(len(pair) != 2 for pair in record.setup) else None,
+            "losses must hold a step, a mean and a number" if any(len(p) != 3 for p in record.losses) else None,
+            "metrics must hold a step and a value" if any(len(p) != 2 for p in measured) else None,
+            *range_problems(record, counts=["epoch_steps"]),
+        ]
+        raise_problems("TrainingRecord", problems)
+        return record
 
 
 def _binned(points: list[list[float]]) -> list[list[float]]:

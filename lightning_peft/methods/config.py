@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning_peft.methods as methods
 from lightning_peft.core.method import Method
+from lightning_peft.core.patterns import refuse_slow_patterns
 from lightning_peft.core.problems import nearest
 
 _PACKAGE = "lightning_peft"
@@ -34,7 +35,8 @@ def method_from_config(config: dict[str, Any]) -> Method:
         The method, checked.
 
     Raises:
-        ValueError: if the method or an option of it is unknown, or an option's value is out of range.
+        ValueError: if the method or an option of it is unknown, a value out of range, or a pattern may take
+            too long to match.
     """
     options = dict(config)
     target = str(options.pop("_target_", ""))
@@ -46,5 +48,6 @@ def method_from_config(config: dict[str, Any]) -> Method:
     unknown = [o for o in options if o not in known]
     if unknown:
         raise ValueError(f"{name} has no option " + ", ".join(f"{o!r}{nearest(o, known)}" for o in unknown))
+    refuse_slow_patterns(options)
     made: Method = cls(**options)
     return made

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_peft.core.base import Base, module_of
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.problems import an
-from lightning_peft.core.sharded import cut_along, is_split
+from lightning_peft.core.sharded import cut_along, is_sharded, is_split
 from lightning_peft.methods.linear import is_readable, module_below, oriented, sizes, weight_of
 from lightning_peft.methods.lora_eva import UNSEEN, is_seen
 from lightning_peft.methods.lora_init import residual_factors, starting_factors
@@ -111,7 +111,7 @@ class LinearLayer(LowRank):
             bias = base.module._parameters["bias"]
             return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
         y = self._given(base, x)
-        if hasattr(y, "placements") and not hasattr(self.lora_A, "placements"):
+        if is_sharded(y) and not is_sharded(self.lora_A):
             raise RuntimeError(
                 "parallelize_module was called on an adapted model; call parallelize_module(model, ...) first, then "
                 "adapt(model, method), then fully_shard(model)"

@@ -133,7 +133,7 @@ class PTuning:
         """
         names = [f.name for f in fields(cls) if f.name != "learning_rate"]
         refuse_unknown("PTuning", config, known=[*names, *_DESCRIBED])
-        kept = {n: config[n] for n in ("num_virtual_tokens", "num_transformer_submodules", "modules_to_save")}
+        kept = {n: config.get(n) for n in ("num_virtual_tokens", "num_transformer_submodules", "modules_to_save")}
         return PromptTuning.from_peft_config(kept)
 
 

@@ -136,7 +136,7 @@ def _text_ids(method: PromptTuning, host: Module, n: int) -> Tensor:
     name = method.tokenizer_name_or_path or getattr(host.config, "name_or_path", "")
     if not name:
         raise ValueError("prompt_tuning_init='TEXT' needs tokenizer_name_or_path, since the model has no name")
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     ids = tokenizer(method.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"prompt_tuning_init_text={method.prompt_tuning_init_text!r} gives no token")

@@ -199,6 +199,10 @@ class SparseLayer(DeltaLayer):
         self._chosen = self._chosen or bool((self.get_buffer("shira_indices") >= 0).all())
         return self._chosen
 
+    def index_limits(self) -> dict[str, tuple[int, ...]]:
+        """The places are rows and columns of the weight."""
+        return {"shira_indices": self.shape}
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._chosen = False  # the learning-rate finder puts back the state from before the choice

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.core.options import misfits
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.tasks.base_source import (
     CONFIG,
     EMBEDDED,
     PROCESSOR,
+    SAFE_WEIGHTS,
     TOKENIZER,
     WEIGHTS,
     helpful,
@@ -34,7 +36,16 @@ if TYPE_CHECKING:
 
     from lightning_peft.tasks.task import Task
 
-_MEMORY = ("activation_checkpointing", "offload_activations")
+# what is another machine's own, or a file may not decide
+_NOT_SAVED = ("activation_checkpointing", "offload_activations", "only_safetensors")
+_LOADING = ("attn_implementation", "experts_implementation")
+_SAID_BY_FILE: dict[str, Any] = {
+    "name_or_path": str,
+    "revision": str | None,
+    "tokenizer": str | None,
+    "config": dict[str, Any],
+    "quantization": str | dict[str, Any] | None,
+}
 _READY = {"AutoTokenizer": TOKENIZER, "AutoImageProcessor": PROCESSOR}
 
 
@@ -56,6 +67,9 @@ class BaseModel:
             ``"int8"`` for its 8-bit weights (LLM.int8, arXiv 2208.07339), ``"int8_weight_only"`` for torchao's; or a
             dictionary of theirs as transformers' ``quantization_config`` takes. The head stays as it is. None keeps all
             weights.
+        only_safetensors: refuse weights in a pickle, as for a base that an adapter's folder or a checkpoint names;
+            else a pickle is opened as tensors and plain values alone. Code that comes with a model is never run: build
+            such a model yourself, and give it.
 
     Raises:
         ValueError: if ``activation_checkpointing`` is below 0, or 0 with ``offload_activations``, or ``quantization``
@@ -70,6 +84,7 @@ class BaseModel:
     activation_checkpointing: int = 0
     offload_activations: bool = False
     quantization: str | dict[str, Any] | None = None
+    only_safetensors: bool = False
 
     def __post_init__(self) -> None:
         every = self.activation_checkpointing
@@ -106,9 +121,33 @@ class BaseModel:
             raise ValueError(f"model has no field {unknown[0]!r}{nearest(unknown[0], known)}")
         return cls(**{k: v for k, v in value.items() if v is not None})
 
+    @classmethod
+    def said_by(cls, file: str | Path, value: Any) -> BaseModel:
+        """The specification that an adapter's folder or a checkpoint holds, which is not to be trusted.
+
+        Args:
+            file: where it was read, for errors.
+            value: what stands there, as `to_config` gave it.
+
+        Raises:
+            ValueError: if a field is unknown, of another type, or would load code.
+        """
+        unknown = [k for k in value if k not in _SAID_BY_FILE] if isinstance(value, dict) else [value]
+        wrong = misfits(value, {k: h for k, h in _SAID_BY_FILE.items() if k in value}) if not unknown else []
+        if unknown or wrong:
+            raise ValueError(f"{file}: what it says of the base has another {(unknown or wrong)[0]!r} than is expected")
+        chosen = {k: v for k, v in value.get("config", {}).items() if k in _LOADING}
+        for key, name in chosen.items():
+            if not isinstance(name, str) or not name.isidentifier():
+                raise ValueError(
+                    f"{file}: {key}={name!r} would fetch code from the hub, which no file may ask for; give the base "
+                    "yourself (model=...)"
+                )
+        return cls.of({**value, "only_safetensors": True})
+
     def to_config(self) -> dict[str, Any]:
         """The fields that say which model it is, as plain values; what saves memory is another machine's own."""
-        return {k: v for k, v in asdict(self).items() if k not in _MEMORY}
+        return {k: v for k, v in asdict(self).items() if k not in _NOT_SAVED}
 
     def load(self, task: Task, compute_dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Loads the model with the head that the task asks for.
@@ -122,7 +161,8 @@ class BaseModel:
 
         Raises:
             OSError: if the name is neither a folder nor can be fetched, or the folder lacks what is needed.
-            ValueError: if transformers has no such head for the model.
+            ValueError: if transformers has no such head for the model, its config no such entry, or it comes with code
+                of its own.
         """
         import torch
         import transformers
@@ -130,16 +170,19 @@ class BaseModel:
         options = {**task.model_kwargs(), **self.config}
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization, compute_dtype or torch.float32)
-        refuse_without(self.name_or_path, CONFIG, WEIGHTS)
+        if self.only_safetensors:
+            options["use_safetensors"] = True
+        refuse_without(self.name_or_path, CONFIG, SAFE_WEIGHTS if self.only_safetensors else WEIGHTS)
         with helpful(self.name_or_path), quiet():
             source, local = resolve(self.name_or_path)
-            where: dict[str, Any] = {"revision": self.revision, "local_files_only": local}
+            where: dict[str, Any] = {"revision": self.revision, "local_files_only": local, "trust_remote_code": False}
             config = transformers.AutoConfig.from_pretrained(source, **where)
             if task.peft_task_type == "CAUSAL_LM" and getattr(config, "is_decoder", None) is False:
                 # An encoder such as BERT writes text only if its attention is made causal
                 options.setdefault("is_decoder", True)
             auto = getattr(transformers, task.auto_class)
             _refuse_kind(self.name_or_path, config, auto)
+            _refuse_entries(config, self.config)
             if task.auto_class == "AutoModel" and _has_pooler(auto._model_mapping[type(config)]):
                 # The last hidden states are read before it, so what trains in it would get no gradient
                 options.setdefault("add_pooling_layer", False)
@@ -184,7 +227,9 @@ class BaseModel:
         refuse_without(self.name_or_path, CONFIG)
         with helpful(self.name_or_path):
             source, local = resolve(self.name_or_path)
-            return transformers.AutoConfig.from_pretrained(source, revision=self.revision, local_files_only=local)
+            return transformers.AutoConfig.from_pretrained(
+                source, revision=self.revision, local_files_only=local, trust_remote_code=False
+            )
 
     def refuse_long_texts(self, length: int, virtual: int, shortest: int) -> None:
         """Refuses virtual tokens and texts that together exceed the model's positions.
@@ -237,7 +282,7 @@ class BaseModel:
         with helpful(name), quiet():
             source, local = resolve(name)
             auto = getattr(transformers, auto_class)
-            return auto.from_pretrained(source, revision=revision, local_files_only=local)
+            return auto.from_pretrained(source, revision=revision, local_files_only=local, trust_remote_code=False)
 
 
 def _refuse_kind(name: str, config: Any, auto: Any) -> None:
@@ -250,6 +295,19 @@ def _refuse_kind(name: str, config: Any, auto: Any) -> None:
         f"{name!r} is a model of the kind {config.model_type!r}, for which transformers has no {auto.__name__}; the "
         f"task needs one that has, such as {' or '.join(sorted(kinds))}"
     )
+
+
+def _refuse_entries(config: Any, entries: dict[str, Any]) -> None:
+    """Refuses what is no entry of the model's kind of config; transformers would take it for an option of loading."""
+    known = {k for k in type(config)().to_dict() if not k.startswith("_")} | {"num_labels", *_LOADING}
+    known -= {"dtype", "transformers_version", "auto_map", "quantization_config"}
+    unknown = [k for k in entries if k not in known]
+    if unknown:
+        code = "; code that comes with a model is never run: build the model yourself, and give it"
+        raise ValueError(
+            f"model.config: {type(config).__name__} has no entry {unknown[0]!r}"
+            + (code if unknown[0] == "trust_remote_code" else nearest(unknown[0], known))
+        )
 
 
 def _has_pooler(kind: Any) -> bool:

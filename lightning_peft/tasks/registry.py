@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from lightning_peft.core.problems import nearest
+from lightning_peft.formats.reading import naming
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.dpo import DPO
 from lightning_peft.tasks.embedding import Embedding
@@ -47,3 +49,22 @@ def task_from_config(config: str | dict[str, Any]) -> Task:
         raise ValueError(f"task {name!r} has no option {unknown[0]!r}{nearest(unknown[0], known)}")
     task: Task = _TASKS[name](**options)
     return task
+
+
+def task_said_by(file: str | Path, config: Any) -> Task:
+    """The task that an adapter's folder or a checkpoint holds, which is not to be trusted.
+
+    Args:
+        file: where it was read, for errors.
+        config: what stands there, as a task's ``to_config`` gave it.
+
+    Raises:
+        ValueError: if the task or an option of it is unknown or of another type, or names a file.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: what it says of the task must be a dictionary with its name, but is {config!r}")
+    template = config.get("chat_template")
+    if isinstance(template, str) and template.endswith(".jinja") and "{" not in template:
+        raise ValueError(f"{file}: the task's chat_template must be a template, but names the file {template!r}")
+    with naming(file):
+        return task_from_config(config)

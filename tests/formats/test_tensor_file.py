@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lightning_peft.formats.tensor_file import check_tensors, read_tensors, write_tensors
+from lightning_peft.formats.tensor_file import fitted, read_tensors, write_tensors
 
 
 def test_tensors_that_share_memory_are_turned_or_empty_are_written_with_their_own_numbers(tmp_path):
@@ -32,7 +32,8 @@ def test_tensors_that_share_memory_are_turned_or_empty_are_written_with_their_ow
             assert found[name].shape == tensor.shape
             assert torch.equal(found[name].float(), tensor.float())
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}  # without which transformers refuses a file
+        found = file.metadata()
+    assert found == {"format": "pt", "lightning_peft_format": "1"}  # without the first, transformers refuses a file
 
 
 class Elsewhere(torch.Tensor):
@@ -56,8 +57,8 @@ def test_a_tensor_whose_numbers_lie_elsewhere_is_refused_before_anything_is_writ
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_numbers_whose_sum_overflows_are_finite_and_infinities_that_cancel_are_not(tmp_path, dtype):
     large = torch.full((64,), torch.finfo(dtype).max, dtype=dtype)
-    check_tensors(tmp_path, {"a": large}, {"a": large})
+    fitted(tmp_path, {"a": large}, {"a": large})
     torn = torch.zeros(64, dtype=dtype)
     torn[3], torn[7] = torch.inf, -torch.inf
     with pytest.raises(ValueError, match="has NaN or infinite values in a:"):
-        check_tensors(tmp_path, {"a": torn}, {"a": torn})
+        fitted(tmp_path, {"a": torn}, {"a": torn})
