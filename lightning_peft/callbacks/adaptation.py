@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPrecision
 from torch.nn import ModuleList
 
+from lightning_peft.callbacks.averages import renew_averages
 from lightning_peft.callbacks.randomness import random_state
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.in_place import keep_float32
@@ -45,7 +46,8 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
         The handle; the one that exists if the module was adapted before by the same method.
 
     Raises:
-        ValueError: if the submodule does not exist, or another method or submodule was adapted before.
+        ValueError: if the submodule does not exist, another method or submodule was adapted before, or a callback
+            averages what the base must keep.
     """
     root = _submodule(module, path)
     adapter = existing_adapter(module, method, path, name)
@@ -65,6 +67,7 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
     hooks = module._state_dict_hooks.values()
     if not any(isinstance(hook, PartialState) and hook.path == path for hook in hooks):
         PartialState(module, path)
+    renew_averages(module)
     return adapter
 
 

@@ -43,8 +43,8 @@ def inject(
         The adapter.
 
     Raises:
-        ValueError: if the name is taken or unusable, if something in the model is already called ``adapters``,
-            or if the method does not fit the model.
+        ValueError: if the name is taken or unusable, if something in the model is already called ``adapters`` or was
+            wrapped by ``torch.compile``, or if the method does not fit the model.
     """
     adapters = _checked_adapters(model, name)
     keep_codes(model)
@@ -134,7 +134,15 @@ def _checked_adapters(model: Module, name: str) -> Adapters | None:
             "rename it, or adapt a submodule"
         )
     if adapters is None:
-        taken = [n for n, m in base_modules(model).items() if site_of(m) is not None]
+        modules = base_modules(model)
+        wrapped = [n for n, m in modules.items() if "_orig_mod" in m._modules]
+        if wrapped:
+            raise ValueError(
+                f"{wrapped[0] or 'the model'!r} was wrapped by torch.compile(), which puts _orig_mod into the name of "
+                "everything in it, so that what is saved would fit nothing else; call its compile() instead, which "
+                "keeps the names, or adapt first and compile then"
+            )
+        taken = [n for n, m in modules.items() if site_of(m) is not None]
         if taken:
             raise ValueError(
                 f"{taken[0] or 'the model'!r} is already adapted as part of another model; adapt the outermost "
