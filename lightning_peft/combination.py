@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from lightning_peft.core.activation import activate
 from lightning_peft.core.adapters import require_adapters
 from lightning_peft.core.in_place import base_tensors
 from lightning_peft.core.inject import eject, inject
@@ -101,14 +102,13 @@ def combine(
         state[b_key] = b.reshape(len(b), len(a), *factors[0][1].shape[2:]).float()
     state |= _copies(model, trees, weights, how, kept, generator)
 
-    active = adapters.switch.active
-    tree = inject(model, _method(trees[0], ranks), name)
+    tree = inject(model, _method(trees[0], ranks), name, active=False)
     try:
         tree.load_state_dict(state)
     except BaseException:
         eject(model, name)
-        adapters.switch.active = active
         raise
+    activate(model, name)
     return Adapter(model, name)
 
 

@@ -350,12 +350,11 @@ def load_adapter(model: Module, path: str | Path, name: str = "default", *, chec
             or not finite; the model is left as it was.
     """
     saved = read_folder(Path(path))
-    before = adapters_of(model)
-    active = () if before is None else before.switch.active
     with naming(path):
         method = saved.method_for(model)
     with naming(path), made_for(saved.numbers), bounded(model, method):
-        tree = inject(model, method, name, also_in_place=saved.in_place, saved=True)
+        # active when its numbers are there: another thread may be serving the model
+        tree = inject(model, method, name, also_in_place=saved.in_place, saved=True, active=False)
     record = tree.record
     if not saved.foreign and all(any(is_within(n, [c]) for n in record.new) for c in record.copies):
         # heads that are new here too are copied without being asked for, as they were there
@@ -367,7 +366,6 @@ def load_adapter(model: Module, path: str | Path, name: str = "default", *, chec
         record = tree_of(model, name).record
         record.originals = record.originals or {}
         eject(model, name)
-        if before is not None:
-            before.switch.active = active
         raise
+    activate(model, name)
     return Adapter(model, name)

@@ -159,6 +159,17 @@ class PeftModule(EvaluatedModule):
         return Adapter(self.model)
 
     @property
+    def lr(self) -> float:
+        """The optimizer's rate, by the name that Lightning's finder of rates reads and sets."""
+        rate: float | None = self.optimizer.get("lr")
+        return self.method.learning_rate if rate is None else rate
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimizer["lr"] = value
+        self._save_plain_hparams()
+
+    @property
     def runs_without_padding(self) -> bool:
         """Whether the rows of a training batch are packed: the task allows it, and the adapted model keeps them apart.
 

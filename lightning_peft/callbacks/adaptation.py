@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPreci
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.nn import ModuleList
 
+from lightning_peft.callbacks.averages import renew_averages
 from lightning_peft.callbacks.optimizer_names import note_resumed, number_by_module
 from lightning_peft.callbacks.randomness import random_state, resume_random_state
 from lightning_peft.core.adapters import adapters_of
@@ -59,8 +60,8 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
         The handle; the one that exists if the module was adapted before by the same method.
 
     Raises:
-        ValueError: if the submodule does not exist, if another method or submodule was adapted before, or if the
-            strategy would lose what trains.
+        ValueError: if the submodule does not exist, if another method or submodule was adapted before, if the strategy
+            would lose what trains, or if a callback averages what the base must keep.
     """
     root = _submodule(module, path)
     _refuse_strategy(module)
@@ -85,6 +86,7 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
     hooks = module._state_dict_hooks.values()
     if not any(isinstance(hook, PartialState) and hook.path == path for hook in hooks):
         PartialState(module, path)
+    renew_averages(module)
     return adapter
 
 

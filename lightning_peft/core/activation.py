@@ -27,13 +27,15 @@ def activate(model: Module, *names: str) -> None:
     Raises:
         ValueError: if the model is not adapted, has no such adapter, or one is named twice or is merged.
     """
-    adapters = require_adapters(model, names)
+    adapters = require_adapters(model)
     twice = [n for n in names if names.count(n) > 1]
     if twice:
         raise ValueError(f"activate names the adapter {twice[0]!r} twice; it would run twice")
-    for name in names:
-        _refuse_merged(adapters, name)
-    adapters.switch.active = names
+    with adapters.switch.changing:
+        require_adapters(model, names)
+        for name in names:
+            _refuse_merged(adapters, name)
+        adapters.switch.active = names
 
 
 def active_adapters(model: Module) -> tuple[str, ...]:
@@ -69,26 +71,33 @@ def adapter_names(model: Module, names: Sequence[str | None], repeats: int = 1) 
             which all examples share, or a number is out of its range.
     """
     given = [n for n in dict.fromkeys(names) if n is not None]
-    adapters = require_adapters(model, given)
+    adapters = require_adapters(model)
     if not names or repeats < 1:
         raise ValueError(f"expected a name an example and repeats of 1 or more, but got {list(names)} and {repeats}")
-    for name in given:
+    block = tuple(names)
+    with adapters.switch.changing:
+        methods = _methods_by_name(model, given)
+        adapters.switch.blocks.append(block)
+    alone = len(set(names)) == 1
+    routing = Routing(tuple(given)) if alone else Routing((), Rows(block, repeats, methods))
+    try:
+        with adapters.switch.pinned(routing):
+            yield
+    finally:
+        adapters.switch.blocks.remove(block)
+
+
+def _methods_by_name(model: Module, names: Sequence[str]) -> dict[str, str]:
+    """The name of each adapter's method, if all of them can run for some examples only."""
+    adapters = require_adapters(model, names)
+    for name in names:
         _refuse_merged(adapters, name)
         in_place = adapters.trees[name].record.in_place
         if in_place:
             raise ValueError(
                 f"the adapter {name!r} trains {in_place[0]!r} of the base in place, for all examples alike"
             )
-    alone = len(set(names)) == 1
-    methods = {n: type(adapters.trees[n].record.method).__name__ for n in given}
-    routing = Routing(tuple(given)) if alone else Routing((), Rows(tuple(names), repeats, methods))
-    block = tuple(names)
-    adapters.switch.blocks.append(block)
-    try:
-        with adapters.switch.pinned(routing):
-            yield
-    finally:
-        adapters.switch.blocks.remove(block)
+    return {name: type(adapters.trees[name].record.method).__name__ for name in names}
 
 
 def _refuse_merged(adapters: Adapters, name: str) -> None:

@@ -51,13 +51,13 @@ class Site:
         routing = self.switch.routing
         if routing.rows is not None:
             run = untraced() if "torch._dynamo" in sys.modules else by_rows
-            return bind(run(self, routing, routing.rows, args, kwargs), routing)
+            return bind(run(self, routing, routing.rows, args, kwargs), routing, self.switch)
         call: Callable[..., Any] = self.base
         for name in routing.active:
             layer = self.layers.get(name)
             if layer is not None:
                 call = functools.partial(layer, call)
-        return bind(call(*args, **kwargs), routing)
+        return bind(call(*args, **kwargs), routing, self.switch)
 
 
 def site_of(module: Module) -> Site | None:
@@ -89,15 +89,19 @@ def attach(module: Module, switch: Switch, *, is_root: bool = False) -> Site:
         site = Site(module, switch, is_root)
         module.__dict__[SITE] = site
         module.__class__ = adapted_class(type(module))
+        # last, since another thread may be about to run it
+        module.__dict__.pop("forward", None)
     site.is_root = site.is_root or is_root
     return site
 
 
 def detach(module: Module) -> None:
     """Gives the module back its class and its instance-level forward; does nothing if it is not adapted."""
-    site = module.__dict__.pop(SITE, None)
+    site = site_of(module)
     if site is None:
         return
-    module.__class__ = site.base.cls
+    # in this order there is always a forward for another thread that is about to run the module
     if site.base.instance_forward is not None and "forward" not in module.__dict__:
         module.__dict__["forward"] = site.base.instance_forward
+    module.__class__ = site.base.cls
+    del module.__dict__[SITE]

@@ -88,8 +88,10 @@ def refuse_in_use(adapters: Adapters, name: str) -> None:
         name: the adapter's name.
 
     Raises:
-        RuntimeError: if some thread is in an ``adapter_names`` block that names it.
+        RuntimeError: if some thread is in an ``adapter_names`` block that names it, or this one in a forward.
     """
+    if adapters.switch.runs_here(name):
+        raise RuntimeError(f"the adapter {name!r} is running in this thread; let the forward end first")
     if any(name in names for names in adapters.switch.blocks):
         raise RuntimeError(f"the adapter {name!r} is in use in an adapter_names() block; leave that first")
 

@@ -28,7 +28,7 @@ class Base:
     def __init__(self, module: Module) -> None:
         self.module = module
         self.cls = type(module)
-        self.instance_forward: Callable[..., Any] | None = module.__dict__.pop("forward", None)
+        self.instance_forward: Callable[..., Any] | None = module.__dict__.get("forward")
         self.in_place: tuple[str, ...] = ()
         self.cast_to: torch.dtype | None = None
 

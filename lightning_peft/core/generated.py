@@ -87,6 +87,8 @@ def _for_kind(cls: type[Module]) -> dict[str, Any]:
         names["__getitem__"] = _item_without_adapters
     if hasattr(cls, "save_pretrained"):
         names["save_pretrained"] = _refuse_save_pretrained(cls.save_pretrained)
+    if hasattr(cls, "generate"):
+        names["generate"] = _with_the_same_adapters(cls.generate)
     return names
 
 
@@ -140,6 +142,20 @@ def _length_without_adapters(self: Sequential) -> int:
 def _item_without_adapters(self: Sequential, index: int | slice) -> Module:
     modules = list(_children_without_adapters(self).values())
     return Sequential(*modules[index]) if isinstance(index, slice) else modules[index]
+
+
+def _with_the_same_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A text is written by many forwards, and another thread may change the active adapters between two."""
+
+    @functools.wraps(original)
+    def generate(self: Module, *args: Any, **kwargs: Any) -> Any:
+        adapters = self._modules.get("adapters")
+        if not isinstance(adapters, Adapters):
+            return original(self, *args, **kwargs)
+        with adapters.switch.pinned():
+            return original(self, *args, **kwargs)
+
+    return generate
 
 
 def _refuse_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:

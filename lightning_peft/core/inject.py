@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 from torch.nn import Module, MultiheadAttention, TransformerEncoder, TransformerEncoderLayer
 
@@ -22,9 +25,32 @@ from lightning_peft.core.sharded import is_split, sharded_modules
 from lightning_peft.core.statistics import freeze_statistics, moving_statistics
 from lightning_peft.core.tree import AdapterTree, Record
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+_lock = threading.RLock()
+
+
+def _one_at_a_time(change: Callable[P, R]) -> Callable[P, R]:
+    """Lets threads that add and remove adapters wait for each other; forwards go on meanwhile."""
+
+    @functools.wraps(change)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _lock:
+            return change(*args, **kwargs)
+
+    return alone
+
+
+@_one_at_a_time
 def inject(
-    model: Module, method: Method, name: str = "default", *, also_in_place: Sequence[str] = (), saved: bool = False
+    model: Module,
+    method: Method,
+    name: str = "default",
+    *,
+    also_in_place: Sequence[str] = (),
+    saved: bool = False,
+    active: bool = True,
 ) -> AdapterTree:
     """Freezes a model, puts the layers of a method around its modules and makes the new adapter the active one.
 
@@ -39,13 +65,14 @@ def inject(
         also_in_place: parameters of the base that train in place beside those that the method chooses: new ones
             that a saved adapter brings along.
         saved: whether the adapter is one that was saved, whose numbers stand as they are.
+        active: False leaves those active that are; for adapters whose numbers are still to be filled in.
 
     Returns:
         The adapter.
 
     Raises:
-        ValueError: if the name is taken or unusable, if something in the model is already called ``adapters``,
-            or if the method does not fit the model.
+        ValueError: if the name is taken or unusable, if something in the model is already called ``adapters`` or was
+            wrapped by ``torch.compile``, or if the method does not fit the model.
     """
     adapters = _checked_adapters(model, name)
     if sharded_modules(model):
@@ -86,29 +113,37 @@ def inject(
     tree.train(model.training)
     adapters[name] = tree
     _connect(model, adapters, name, tree)
+    if active:
+        adapters.switch.active = (name,)
     return tree
 
 
+@_one_at_a_time
 def eject(model: Module, name: str) -> None:
     """Takes an adapter out; with the last one the model is what it was before.
+
+    Forwards that other threads began with the adapter end with it; what begins meanwhile runs without it.
 
     Args:
         model: the root.
         name: the adapter's name.
 
     Raises:
-        RuntimeError: if the method trained the base in place and kept no originals.
+        RuntimeError: if the method trained the base in place and kept no originals, or the adapter is in use in an
+            ``adapter_names`` block or in a forward of this thread.
     """
     adapters = adapters_of(model)
     assert adapters is not None
-    refuse_in_use(adapters, name)
-    tree = tree_of(model, name)
-    originals = kept_originals(tree, "remove()")
+    originals = kept_originals(tree_of(model, name), "remove()")
     tensors = base_tensors(model)
+    switch = adapters.switch
+    with switch.changing:
+        refuse_in_use(adapters, name)
+        switch.active = tuple(n for n in switch.active if n != name)
+        del adapters[name], switch.numbers[name]
+        switch.await_end(name)
     for key, value in originals.items():
         tensors[key].data = value.to(tensors[key].device)  # the model may have moved since
-    adapters.switch.active = tuple(n for n in adapters.switch.active if n != name)
-    del adapters[name]
     for module in base_modules(model).values():
         site = site_of(module)
         if site is not None:
@@ -141,7 +176,15 @@ def _checked_adapters(model: Module, name: str) -> Adapters | None:
             "rename it, or adapt a submodule"
         )
     if adapters is None:
-        taken = [n for n, m in base_modules(model).items() if site_of(m) is not None]
+        modules = base_modules(model)
+        wrapped = [n for n, m in modules.items() if "_orig_mod" in m._modules]
+        if wrapped:
+            raise ValueError(
+                f"{wrapped[0] or 'the model'!r} was wrapped by torch.compile(), which puts _orig_mod into the name of "
+                "everything in it, so that what is saved would fit nothing else; call its compile() instead, which "
+                "keeps the names, or adapt first and compile then"
+            )
+        taken = [n for n, m in modules.items() if site_of(m) is not None]
         if taken:
             raise ValueError(
                 f"{taken[0] or 'the model'!r} is already adapted as part of another model; adapt the outermost "
@@ -234,6 +277,7 @@ def _refuse_shared_in_place(adapters: Adapters | None, in_place: list[str]) -> N
 
 def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) -> None:
     """The part of an injection that changes the model; nothing in it can fail for a reason of the user's."""
+    adapters.switch.number(name)
     attach(model, adapters.switch, is_root=True)
     model._modules["adapters"] = adapters
     modules = base_modules(model)
@@ -247,7 +291,6 @@ def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) ->
     set_in_place(model, adapters, in_place)
     freeze_statistics(model, adapters)
     _leave_fused_path(model, adapters)
-    adapters.switch.active = (name,)
 
 
 def _leave_fused_path(model: Module, adapters: Adapters) -> None:

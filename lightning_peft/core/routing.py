@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_peft.core.rows import Rows
+from lightning_peft.core.rows import Rows, mapped
 
 _PINS = "lightning_peft"
-_numbers: dict[str, int] = {}
-_next_number = itertools.count()
+# what was bound lately, for errors; a long run with other rows in each batch must not fill the memory
+_spoken: dict[int, str] = {}
+_MOST_SPOKEN = 1000
+_numbers = itertools.count()
 
 
 class Routing(NamedTuple):
@@ -38,15 +41,49 @@ class Switch:
     Attributes:
         active: their names, innermost first.
         blocks: the names in each ``adapter_names`` block that some thread is in.
+        numbers: one for each adapter, which no other has, though it gets the name of one that was removed.
+        changing: to be held by whoever looks at which adapters there are and then relies on it.
     """
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.blocks: list[tuple[str | None, ...]] = []
+        self.numbers: dict[str, int] = {}
+        self.changing = threading.Condition()
+        self._running: dict[object, tuple[str, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy that is made inside a block is not in it
-        return {"active": self.active, "blocks": []}
+        # a copy that is made inside a block or a forward is in none
+        return {"active": self.active, "numbers": dict(self.numbers)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
+
+    def number(self, name: str) -> None:
+        """Notes that an adapter was added.
+
+        Args:
+            name: the adapter's name.
+        """
+        self.numbers[name] = next(_numbers)
+
+    def await_end(self, name: str) -> None:
+        """Waits until no forward is under way that began with an adapter; to be called with `changing` held.
+
+        Args:
+            name: the adapter's name; no forward may begin with it any more.
+        """
+        self.changing.wait_for(lambda: not any(name in names for names in self._running.values()))
+
+    def runs_here(self, name: str) -> bool:
+        """Whether this thread is in a forward that began with an adapter.
+
+        Args:
+            name: the adapter's name.
+        """
+        pinned = _pins().get(id(self))
+        return pinned is not None and name in pinned.active
 
     @property
     def routing(self) -> Routing:
@@ -68,11 +105,20 @@ class Switch:
         if routing is None and id(self) in before:
             yield
             return
-        torch._C._stash_obj_in_tls(_PINS, {**before, id(self): routing or Routing(self.active)})
+        forward = object()
+        if routing is None:
+            with self.changing:
+                routing = Routing(self.active)
+                self._running[forward] = routing.active
+        torch._C._stash_obj_in_tls(_PINS, {**before, id(self): routing})
         try:
             yield
         finally:
             torch._C._stash_obj_in_tls(_PINS, before)
+            if forward in self._running:
+                with self.changing:
+                    del self._running[forward]
+                    self.changing.notify_all()
 
 
 def _pins() -> dict[int, Routing]:
@@ -102,21 +148,23 @@ class _Bound(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (again,) = ctx.saved_tensors
         if int(again) != ctx.number:
-            routings = {number: routing for routing, number in _numbers.items()}
+            now, then = (_spoken.get(number, "other adapters") for number in (int(again), ctx.number))
+            anew = ", of which one has been removed and another put in its place" if now == then else ""
             raise RuntimeError(
-                f"activation checkpointing recomputed a forward with the {routings[int(again)]} active, but it had "
-                f"run with the {routings[ctx.number]}: the gradients would be wrong. Call backward() before you "
-                "change the active adapters, and inside the adapter_names() block."
+                f"activation checkpointing recomputed a forward with the {now} active, but it had run with the "
+                f"{then}{anew}: the gradients would be wrong. Call backward() before you change the active adapters, "
+                "and inside the adapter_names() block."
             )
         return grad, None
 
 
-def bind(output: Any, routing: Routing) -> Any:
+def bind(output: Any, routing: Routing, switch: Switch) -> Any:
     """Ties an adapted module's output to the active set where a checkpoint may run the module again.
 
     Args:
-        output: what the module gives: a tensor, or a tuple or list of which the first tensor is tied.
+        output: what the module gives: a tensor, or tuples, lists and mappings of tensors.
         routing: what this call runs with.
+        switch: the model's switch.
 
     Returns:
         The output, with the same values.
@@ -126,11 +174,16 @@ def bind(output: Any, routing: Routing) -> Any:
     # Nothing outside such hooks ever recomputes a forward, so the usual case pays one look.
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         return output
-    key = str(routing)
-    if key not in _numbers:
-        _numbers[key] = next(_next_number)
-    if isinstance(output, Tensor):
-        return _Bound.apply(output, _numbers[key]) if output.requires_grad else output  # type: ignore[no-untyped-call]
-    if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
-        return type(output)([bind(output[0], routing), *output[1:]])
-    return output
+    names = routing.active if routing.rows is None else routing.rows.names
+    number = hash((routing.active, names, *(switch.numbers.get(n) for n in names if n is not None)))
+    if number not in _spoken:
+        if len(_spoken) >= _MOST_SPOKEN:
+            _spoken.clear()
+        _spoken[number] = str(routing)
+
+    def tied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+            return leaf
+        return _Bound.apply(leaf, number)  # type: ignore[no-untyped-call]
+
+    return mapped(output, tied)

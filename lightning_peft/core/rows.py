@@ -102,9 +102,21 @@ def take(value: Any, index: Tensor, count: int) -> Any:
         index: the rows.
         count: how many rows there are: only tensors of so many have rows.
     """
-    if isinstance(value, Tensor):
-        return value.index_select(0, index.to(value.device)) if value.dim() and value.shape[0] == count else value
-    return _mapped(value, lambda part: take(part, index, count))
+    return mapped(value, lambda tensor: _taken(tensor, index, count))
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """What a module takes or gives with something else in place of each of its leaves.
+
+    Args:
+        value: tuples, lists and mappings, one in the other, of anything.
+        change: gives for each thing that is none of them what takes its place.
+    """
+    if isinstance(value, Mapping):
+        return _filled(value, {k: mapped(v, change) for k, v in value.items()})
+    if isinstance(value, (tuple, list)):
+        return _sequence(value, [mapped(v, change) for v in value])
+    return change(value)
 
 
 def join(module: Module, parts: Sequence[Any], split: Split) -> Any:
@@ -185,12 +197,10 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, Mapping):
-        return _filled(value, {k: change(v) for k, v in value.items()})
-    if isinstance(value, (tuple, list)):
-        return _sequence(value, [change(v) for v in value])
-    return value
+def _taken(leaf: Any, index: Tensor, count: int) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != count:
+        return leaf
+    return leaf.index_select(0, index.to(leaf.device))
 
 
 def _filled(like: Any, values: dict[Any, Any]) -> Any:

@@ -89,8 +89,8 @@ class _FirstPrompt(VirtualEmbedding):
         super().__init__()
         with torch.no_grad():
             rows = embedding(torch.randint(embedding.num_embeddings, (n,), device=device_for(embedding))).float()
+            self.width = float(rows.std())
         self.prompt = Parameter(rows.clone())
-        self.width = float(rows.std())
 
     def vectors(self) -> Tensor:
         return self.prompt
