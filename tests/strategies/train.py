@@ -74,7 +74,8 @@ class _Own(L.LightningModule):
 def _trainer(job, processes, callbacks):
     return L.Trainer(
         accelerator="cpu",
-        devices=processes,
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
         strategy=_strategy(job["strategy"], processes),
         max_steps=STEPS,
         callbacks=callbacks,
