@@ -41,7 +41,7 @@ _RECORD: dict[str, Any] = {
     "methods": dict[str, dict[str, Any]],
     "base": dict[str, Any],
     "tensors": list[str],
-    "trained": list[str],
+    "optimizers": list[list[list[str]]] | None,
     "prepared": dict[str, bool],
     "training": dict[str, dict[str, Any] | None],
 }
