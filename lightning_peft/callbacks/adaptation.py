@@ -41,6 +41,7 @@ _RECORD: dict[str, Any] = {
     "trained": list[str],
     "prepared": dict[str, bool],
     "training": dict[str, dict[str, Any] | None],
+    "random_state": dict[str, Any] | None,
 }
 
 

@@ -306,6 +306,10 @@ def run(scratch: Path, cases: int, seed: int) -> dict[str, Any]:
             counted["refused"] += 1
             if str(place) not in "".join([str(error), *getattr(error, "__notes__", ())]):
                 faults.append(f"case {case} ({name}) names no file: {error}")
+        except RuntimeError as error:
+            counted["refused"] += 1
+            if name != "checkpoint" or "Error(s) in loading state_dict" not in str(error):  # torch's word for it
+                faults.append(f"case {case} ({name}): {error!r:.300}")
         except TooSlow:
             faults.append(f"case {case} ({name}) took more than {SECONDS} s")
         except BaseException as error:
