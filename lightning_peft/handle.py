@@ -25,6 +25,7 @@ from lightning_peft.core.problems import an
 from lightning_peft.core.sharded import refuse_sharded
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.allocation import bounded, made_for
+from lightning_peft.formats.base_identity import refuse_another_vocabulary
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
 from lightning_peft.formats.merged import save_merged, unload_merged
 from lightning_peft.formats.reading import naming
@@ -350,6 +351,8 @@ def load_adapter(model: Module, path: str | Path, name: str = "default", *, chec
             or not finite; the model is left as it was.
     """
     saved = read_folder(Path(path))
+    if check_base and saved.base is not None:
+        refuse_another_vocabulary(model, saved.base, f"{path} was trained")
     with naming(path):
         method = saved.method_for(model)
     with naming(path), made_for(saved.numbers), bounded(model, method):

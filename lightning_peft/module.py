@@ -35,6 +35,7 @@ from lightning_peft.data.module import MIN_LENGTH, TextDataModule
 from lightning_peft.data.vocabulary import agree_on_tokens
 from lightning_peft.data.window import refuse_long_texts
 from lightning_peft.formats.allocation import made_for
+from lightning_peft.formats.base_identity import restore_vocabulary
 from lightning_peft.formats.folder import load_into, read_folder
 from lightning_peft.formats.reading import naming
 from lightning_peft.handle import Adapter
@@ -390,6 +391,10 @@ class PeftModule(EvaluatedModule):
             module = cls(base, saved.method, task, generation=saved.info.get("generation"), check_base=check_base)
         if saved.tokenizer is not None:
             module.tokenizer = BaseModel(str(saved.path), tokenizer=str(saved.tokenizer)).load_tokenizer()
+        if module.base is not None and saved.base is not None:
+            with default_dtype(torch.float32):
+                module._given = (module._loaded(),)
+            restore_vocabulary(*module._given, saved.base, {n for t in saved.tensors.values() for n in t.shape[:1]})
         with made_for(saved.numbers):
             module.configure_model()
         assert module.model is not None

@@ -297,3 +297,46 @@ def test_a_schedule_of_the_rate_without_an_end_is_refused_and_a_constant_one_is_
     constant = PeftModule(str(bert_folder), LoRA(r=2), scheduler={"name": "constant"})
     trainer(**endless).fit(constant, _data(texts))
     assert constant.trainer.global_step > 0
+
+
+@torch.no_grad()
+def test_a_vocabulary_that_was_enlarged_before_the_training_is_restored(llama_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    rows = model.get_input_embeddings().num_embeddings + 3
+    model.resize_token_embeddings(rows)
+    module = PeftModule(model, LoRA(r=2, modules_to_save=["embed_tokens", "lm_head"]), "causal_lm")
+    module.configure_model()
+    folder = module.save_adapter(tmp_path / "a")
+    again = PeftModule.from_adapter(folder, str(llama_folder))
+    assert again.model.get_input_embeddings().num_embeddings == rows
+    ids = torch.tensor([[5, rows - 1, 7]])
+    assert torch.equal(again.eval()(input_ids=ids).logits, module.eval()(input_ids=ids).logits)
+
+
+def test_another_base_is_the_users_word_alone(bert_folder, trainer, pairs, tmp_path):
+    from transformers import AutoModel
+
+    torch.manual_seed(5)
+    other = tmp_path / "other"
+    AutoModel.from_pretrained(bert_folder).save_pretrained(other)
+    changed = AutoModel.from_pretrained(other)
+    with torch.no_grad():
+        changed.encoder.layer[0].output.dense.weight.add_(0.1)
+    changed.save_pretrained(other)
+    task = {"name": "text_classification", "labels": ["a", "b"]}
+    module = PeftModule(str(bert_folder), LoRA(r=2), task)
+    module.configure_model()
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(checkpoint)
+    assert "check_base" not in checkpoint["hyper_parameters"]
+    torch.save({**checkpoint, "pytorch-lightning_version": "2.6.6"}, tmp_path / "a.ckpt")
+    folder = module.save_adapter(tmp_path / "a")
+    for load in (
+        lambda **given: PeftModule.load_from_checkpoint(tmp_path / "a.ckpt", model=str(other), **given),
+        lambda **given: PeftModule.from_adapter(folder, str(other), **given),
+    ):
+        with pytest.raises(ValueError, match=r"values do not in encoder.layer.0|values do not in bert.encoder.layer.0"):
+            load()
+        load(check_base=False)

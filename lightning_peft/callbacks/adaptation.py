@@ -44,6 +44,7 @@ _RECORD: dict[str, Any] = {
     "optimizers": list[list[list[str]]] | None,
     "prepared": dict[str, bool],
     "training": dict[str, dict[str, Any] | None],
+    "random_state": dict[str, Any] | None,
 }
 
 

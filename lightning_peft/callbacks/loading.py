@@ -42,7 +42,8 @@ def load_from_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds no adapter, or belongs to another base.
+        ValueError: if the file is damaged or of a later version, holds no adapter, or belongs to another base.
+        RuntimeError: if its tensors are not those that the module expects.
     """
     cls = original_class(cls)
     checkpoint = read_checkpoint(Path(path))

@@ -113,7 +113,7 @@ def _sum_of_rows(values: Tensor, first: int) -> Tensor:
     if missing or not rounded.is_contiguous() or rounded.storage_offset() % 4:
         rounded = F.pad(rounded, (0, missing)).contiguous()
         rounded = rounded.clone() if rounded.storage_offset() % 4 else rounded
-    rows = rounded.view(torch.int64).view(len(values), -1, _ROW // 4).sum(2)
+    rows = rounded.view(-1).view(torch.int64).view(len(values), -1, _ROW // 4).sum(2)
     # each place's factor is odd, so that no difference is lost
     factors = torch.arange(first, first + rows.shape[1], device=rows.device) * _STEP + 1
     return (rows * factors).sum(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, cast
 
 from torch.nn import Embedding, Module
@@ -92,6 +92,38 @@ def vocabulary(model: Module) -> int | None:
     return embedding.num_embeddings if isinstance(embedding, Embedding) else None
 
 
+def refuse_another_vocabulary(model: Module, base: dict[str, Any], made: str) -> None:
+    """Refuses a model with more or fewer tokens than the one that an adapter was trained on.
+
+    Args:
+        model: the model, adapted or not.
+        base: as `base_description` gave it.
+        made: what was made on which base, for the error.
+
+    Raises:
+        ValueError: if it has, with the line to write.
+    """
+    rows, had = vocabulary(model), base["vocabulary"]
+    if rows is not None and had is not None and rows != had:
+        raise ValueError(
+            f"{made} on a vocabulary of {had} tokens, but this model's has {rows}: write "
+            f"model.resize_token_embeddings({had}) before the adapter is loaded; check_base=False goes on nevertheless"
+        )
+
+
+def restore_vocabulary(model: Module, base: dict[str, Any], sizes: Container[int]) -> None:
+    """Gives a freshly loaded model the number of tokens that it was enlarged to before an adapter was trained.
+
+    Args:
+        model: a Hugging Face model.
+        base: as `base_description` gave it.
+        sizes: how many rows the adapter's tensors have. Where none has one a token, the rows are not in the file.
+    """
+    had = base["vocabulary"]
+    if had is not None and had in sizes and had != vocabulary(model):
+        cast(Any, model).resize_token_embeddings(had, mean_resizing=False)  # their values are in the file
+
+
 def _dtypes(model: Module) -> list[str]:
     return sorted({str(p.dtype).removeprefix("torch.") for p in base_parameters(model).values()})
 
@@ -136,6 +168,7 @@ def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
         ValueError: if the base is another one.
     """
     digests = require_adapters(model).base_digests
+    refuse_another_vocabulary(model, base, made)
     if not base["codes"] and set(_quantized(model)) - set(base["quantized"]):
         # the fingerprint says what the numbers were before they were rounded
         saved, mine = base["beside"], fingerprint(digests, _quantizable(model, digests, base["without"]))
@@ -154,12 +187,6 @@ def _why(model: Module, base: dict[str, Any], saved: str, mine: str) -> str:
         return (
             "the adapter holds what quantizing that base has lost: load the same weights, quantized in the same way "
             "(model.quantization)"
-        )
-    rows, had = vocabulary(model), base["vocabulary"]
-    if rows is not None and had is not None and rows != had:
-        return (
-            f"its vocabulary has {rows} tokens and had {had} there: load the model with the tokenizer's new tokens, by "
-            f"model.resize_token_embeddings({had}) before the adapter"
         )
     digests = require_adapters(model).base_digests
     where = _differing(base["parts"], fingerprints_of_parts(digests, [*base["without"], *base["quantized"]]))

@@ -143,6 +143,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a checkpoint, it may be damaged: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
         raise ValueError(f"{path} is no checkpoint of Lightning: it has no state_dict")
+    if not isinstance(found.get("hyper_parameters", {}), dict):
+        raise ValueError(f"{path} is no checkpoint of Lightning: its hyper_parameters are no dictionary")
     return found
 
 

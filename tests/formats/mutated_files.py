@@ -297,32 +297,38 @@ def run(scratch: Path, cases: int, seed: int) -> dict[str, Any]:
         name = mutation.draw.choice(sorted(kept))
         files = mutation.of(kept[name], kept)
         print(f"{case} {name}", file=sys.stderr)  # the last line tells which one ended the process
-        signal.alarm(SECONDS)
-        watch.on, place = True, scratch / f"case{case}"
-        try:
-            _load(files, place, name, model, ids)
-            counted["loaded"] += 1
-        except REFUSALS as error:
-            counted["refused"] += 1
-            if str(place) not in "".join([str(error), *getattr(error, "__notes__", ())]):
-                faults.append(f"case {case} ({name}) names no file: {error}")
-        except TooSlow:
-            faults.append(f"case {case} ({name}) took more than {SECONDS} s")
-        except BaseException as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            faults.append(
-                f"case {case} ({name}): {type(error).__name__}: {error!s:.200} at {where.filename}:{where.lineno}"
-            )
-        finally:
-            watch.on = False
-            signal.alarm(0)
+        watch.on = True
+        became, why = _tried(files, scratch / f"case{case}", name, model, ids)
+        watch.on = False
+        counted[became] += 1
         if hasattr(model, "adapters"):
-            faults.append(f"case {case} ({name}) left an adapter behind")
-            model = language_model()
+            why = "left an adapter behind"
         elif case % 50 == 0 and not torch.equal(model(input_ids=ids).logits, base):
-            faults.append(f"case {case} ({name}) or one before it changed the base")
+            why = "or one before it changed the base"
+        if why:
+            faults.append(f"case {case} ({name}) {why}")
             model = language_model()
     return {**counted, "faults": faults, "beside": watch.seen}
+
+
+def _tried(files: dict[str, bytes], place: Path, name: str, model: nn.Module, ids: torch.Tensor) -> tuple[str, str]:
+    """Whether a case was loaded or refused, and what was wrong with how that went."""
+    signal.alarm(SECONDS)
+    try:
+        _load(files, place, name, model, ids)
+        return "loaded", ""
+    except REFUSALS as error:
+        said = "".join([str(error), *getattr(error, "__notes__", ())])
+        return "refused", "" if str(place) in said else f"names no file: {error}"
+    except TooSlow:
+        return "failed", f"took more than {SECONDS} s"
+    except BaseException as error:
+        if name == "checkpoint" and "Error(s) in loading state_dict" in str(error):  # torch's word for it
+            return "refused", ""
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return "failed", f"{type(error).__name__}: {error!s:.200} at {where.filename}:{where.lineno}"
+    finally:
+        signal.alarm(0)
 
 
 def _load(files: dict[str, bytes], place: Path, name: str, model: nn.Module, ids: torch.Tensor) -> None:

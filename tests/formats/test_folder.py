@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_peft import LoRA, Selective, adapt, load_adapter
+from lightning_peft import Adapter, LoRA, Selective, adapt, load_adapter
 from lightning_peft.formats.merged import save_merged
 
 
@@ -194,3 +194,34 @@ def test_an_adapter_is_not_saved_beside_a_models_weights(build, tmp_path):
     with pytest.warns(UserWarning, match=r"notes/README.md was there before and is kept"):
         folder = adapt(build("bert"), LoRA(r=2)).save(tmp_path / "notes")
     load_adapter(build("bert"), folder)
+
+
+def test_what_differs_in_another_base_is_named(build, saved):
+    changed = build("bert")
+    with torch.no_grad():
+        changed.bert.encoder.layer[1].output.dense.weight[3, 5] += 0.1
+    with pytest.raises(ValueError, match=r"values do not in bert.encoder.layer.1: load .*; check_base=False loads it"):
+        load_adapter(changed, saved)
+    with pytest.raises(
+        ValueError, match=r"values do not.*, which was float32 there and is float16 here"
+    ):
+        load_adapter(build("bert").half(), saved)
+    load_adapter(changed, saved, check_base=False)
+
+
+@torch.no_grad()
+def test_a_vocabulary_that_was_enlarged_is_recorded_and_the_line_to_write_is_said(build, call, perturb, tmp_path):
+    model = build("llama")
+    model.resize_token_embeddings(101)
+    perturb(adapt(model, LoRA(r=2, modules_to_save=["embed_tokens", "lm_head"])))
+    folder = Adapter(model).save(tmp_path / "a")
+    assert json.loads((folder / "lightning_peft.json").read_text())["base"]["vocabulary"] == 101
+    fresh = build("llama")
+    with pytest.raises(
+        ValueError, match=r"of 101 tokens, .* has 97: write model.resize_token_embeddings\(101\)"
+    ):
+        load_adapter(fresh, folder)
+    assert not hasattr(fresh, "adapters")
+    fresh.resize_token_embeddings(101)
+    load_adapter(fresh, folder)
+    torch.testing.assert_close(call(fresh, "llama"), call(model, "llama"), rtol=0, atol=0)
