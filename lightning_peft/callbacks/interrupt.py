@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -61,11 +62,15 @@ class SaveOnInterrupt(Callback):
             if self._heard is None and number == signal.SIGINT:
                 self._say("\nCtrl-C: this step is finished and the run saved; once more ends it at once, unsaved")
             self._heard = number
-            connector.received_sigterm = True  # by which Lightning stops where a run can be resumed
+            if trainer.world_size == 1:
+                connector.received_sigterm = True  # by which Lightning stops where a run can be resumed
 
         # one that ignores it, or has a handler of the user's, keeps that
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._replace(signal.SIGINT, hear)
+        if trainer.world_size > 1:
+            # Lightning would have the ranks talk in the middle of whatever they are saying to each other
+            self._replace(signal.SIGTERM, hear)
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             # Lightning would save in the middle of whatever is being done
@@ -78,6 +83,18 @@ class SaveOnInterrupt(Callback):
     def _restore(self) -> None:
         while self._before and threading.current_thread() is threading.main_thread():
             signal.signal(*self._before.popitem())
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Has all ranks stop after the same batch."""
+        if trainer.world_size > 1:
+            heard = torch.tensor(float(self._heard or 0), device=trainer.strategy.root_device)
+            self._heard = int(trainer.strategy.reduce(heard, reduce_op="max")) or None
+            if self._heard is not None:
+                connector: Any = trainer._signal_connector
+                connector.received_sigterm = True
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -189,3 +189,45 @@ def test_slurm_requeues_a_run_that_saved_between_two_steps(tmp_path, undisturbed
     assert [p.name for p in tmp_path.glob("*.ckpt")] == ["hpc_ckpt_1.ckpt"]
     assert "steps 12" in _run(tmp_path, "none", "-1", "-", **job).stdout
     assert _equals(tmp_path, undisturbed)
+
+
+RANKS = """
+import os, signal, sys, warnings
+warnings.filterwarnings("ignore")
+import lightning as L, torch
+from torch import nn
+from torch.utils.data import DataLoader
+from lightning_peft import LoRA, PeftCallback, SaveOnInterrupt
+
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == int(sys.argv[1]) and batch_idx == 2:
+            os.kill(os.getpid(), getattr(signal, sys.argv[2]))  # one rank alone hears it
+        return self.layer(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, **quiet,
+                        callbacks=[PeftCallback(LoRA(r=2), model="layer"), SaveOnInterrupt(".")])
+    try:
+        trainer.fit(Net(), DataLoader(torch.ones(16, 4), batch_size=1))
+    finally:
+        print(f"rank {trainer.global_rank}: {trainer.global_step}", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "sent", "status"), [(1, "SIGTERM", 143), (0, "SIGINT", 130)])
+def test_all_ranks_stop_after_the_same_batch_though_one_alone_was_asked(tmp_path, rank, sent, status):
+    (tmp_path / "run.py").write_text(RANKS)
+    done = subprocess.run([sys.executable, "run.py", str(rank), sent], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert {line for line in done.stdout.splitlines() if line.startswith("rank")} == {"rank 0: 3", "rank 1: 3"}
+    assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 3
