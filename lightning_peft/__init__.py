@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_peft import methods
+    from lightning_peft.callbacks.checkpoint_files import last_checkpoint
+    from lightning_peft.callbacks.interrupt import SaveOnInterrupt
     from lightning_peft.callbacks.loading import load_from_checkpoint
+    from lightning_peft.callbacks.non_finite_loss import NonFiniteLoss
     from lightning_peft.callbacks.peft_callback import PeftCallback
     from lightning_peft.combination import combine
     from lightning_peft.core.activation import activate, active_adapters, adapter_names
@@ -38,8 +41,10 @@ _HOMES = {
     "Embedding": "tasks",
     "ImageClassification": "tasks",
     "ImageDataModule": "data",
+    "NonFiniteLoss": "callbacks.non_finite_loss",
     "PeftCallback": "callbacks.peft_callback",
     "PeftModule": "module",
+    "SaveOnInterrupt": "callbacks.interrupt",
     "Seq2Seq": "tasks",
     "SupervisedFineTuning": "tasks",
     "TextClassification": "tasks",
@@ -50,6 +55,7 @@ _HOMES = {
     "adapt": "handle",
     "adapter_names": "core.activation",
     "combine": "combination",
+    "last_checkpoint": "callbacks.checkpoint_files",
     "load_adapter": "handle",
     "load_from_checkpoint": "callbacks.loading",
     "lora_plus_groups": "methods.lora_plus",
@@ -63,8 +69,10 @@ if TYPE_CHECKING:
         "Embedding",
         "ImageClassification",
         "ImageDataModule",
+        "NonFiniteLoss",
         "PeftCallback",
         "PeftModule",
+        "SaveOnInterrupt",
         "Seq2Seq",
         "SupervisedFineTuning",
         "TextClassification",
@@ -75,6 +83,7 @@ if TYPE_CHECKING:
         "adapt",
         "adapter_names",
         "combine",
+        "last_checkpoint",
         "load_adapter",
         "load_from_checkpoint",
         "lora_plus_groups",

@@ -16,19 +16,22 @@ from typing_extensions import override
 
 from lightning_peft.analysis.report import print_plan
 from lightning_peft.callbacks.adaptation import (
+    KEY,
     adapt_lightning_module,
     check_record,
     default_dtype,
     record_in,
 )
+from lightning_peft.callbacks.advice import Advice
+from lightning_peft.callbacks.checkpoint_files import keep_files_whole, refuse_unwritable_folders
 from lightning_peft.callbacks.hyperparameters import log_hyperparameters
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.loading import require_peft_module
 from lightning_peft.callbacks.optimizer_names import match_resumed
-from lightning_peft.callbacks.randomness import resume_within_epoch
 from lightning_peft.callbacks.record_training import RecordTraining
 from lightning_peft.callbacks.sharding import shard
 from lightning_peft.callbacks.steps import after_step, before_step, check_schedule, prepare
+from lightning_peft.callbacks.within_epoch import keep_gradients, note_unfinished, resume_within_epoch
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.per_forward import labels_of_batch
 from lightning_peft.data.module import MIN_LENGTH, TextDataModule
@@ -107,6 +110,7 @@ class PeftModule(EvaluatedModule):
         self.base = None if isinstance(model, Module) else BaseModel.of(model)
         self._processing_class: Any = None
         self.mean = TokenMean()
+        self._counted: tuple[Tensor | None, Tensor | None] = (None, None)
         self._checked = False
         self._recording = RecordTraining(self.task.monitor, spoken_schedule(self.scheduler))
         self._save_plain_hparams()
@@ -202,6 +206,8 @@ class PeftModule(EvaluatedModule):
 
     @override
     def setup(self, stage: str) -> None:
+        if self._trainer is not None:
+            keep_files_whole(self._trainer)
         # text and virtual tokens must fit the model's positions: said here, not in the first step
         data = getattr(self._trainer, "datamodule", None)
         length, virtual = getattr(data, "max_length", None), getattr(self.method, "num_virtual_tokens", 0)
@@ -260,12 +266,13 @@ class PeftModule(EvaluatedModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        return [] if self._recording in self.trainer.callbacks else [self._recording]  # type: ignore[attr-defined]
+        return [] if self._recording in self.trainer.callbacks else [self._recording, Advice()]  # type: ignore[attr-defined]
 
     @override
     def on_fit_start(self) -> None:
         self._checked = False
         match_resumed(self)
+        refuse_unwritable_folders(self.trainer)
         log_hyperparameters(self.trainer, self.hparams)
         if isinstance(self.task, Checking):
             self.task.check_model(self.model)
@@ -274,15 +281,19 @@ class PeftModule(EvaluatedModule):
     @override
     def on_train_start(self) -> None:
         check_optimizers(self.trainer.optimizers, self, self.adapter)
-        resume_within_epoch(self)
         check_schedule(self.trainer, self.adapter)
         prepare(self.trainer, self, self.adapter)
-        self.mean = TokenMean()  # what was counted while the method looked at data is of no step
+        self.mean = TokenMean(*self._counted)  # what was counted while the method looked at data is of no step
+        self._counted = (None, None)
+        resume_within_epoch(self)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
         record_in(checkpoint, self, "model")
+        note_unfinished(self, checkpoint)
+        if "gradients" in checkpoint[KEY]:
+            checkpoint[KEY]["counted"] = list(self.mean.counted)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -294,6 +305,8 @@ class PeftModule(EvaluatedModule):
                 f"the checkpoint's task is {saved.to_config()}, but this run's is {self.task.to_config()}; resume with "
                 "the same data and labels"
             )
+        keep_gradients(self, checkpoint)
+        self._counted = tuple(checkpoint[KEY].get("counted", (None, None)))
 
     @classmethod
     @override

@@ -20,12 +20,14 @@ from lightning_peft.callbacks.adaptation import (
     existing_adapter,
     record_in,
 )
+from lightning_peft.callbacks.advice import Advice
+from lightning_peft.callbacks.checkpoint_files import keep_files_whole, refuse_unwritable_folders
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
 from lightning_peft.callbacks.optimizer_names import match_resumed
-from lightning_peft.callbacks.randomness import resume_within_epoch
 from lightning_peft.callbacks.rebuilding import adapted_parts, carry_over, refuse_rebuilt_parts
 from lightning_peft.callbacks.record_training import RecordTraining
 from lightning_peft.callbacks.steps import after_step, before_step, check_schedule, prepare
+from lightning_peft.callbacks.within_epoch import keep_gradients, note_unfinished, resume_within_epoch
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.handle import Adapter
@@ -126,6 +128,7 @@ class PeftCallback(RecordTraining):
         self._checked = False
         self._printed = False
         self._steps = 0
+        self._advice = Advice()
 
     @override
     def __repr__(self) -> str:
@@ -150,6 +153,7 @@ class PeftCallback(RecordTraining):
                 f"a Trainer takes one PeftCallback, but got {self!r} and {others[0]!r}; put other adapters into the "
                 "module with adapt() before the training"
             )
+        keep_files_whole(trainer)
         await_modules(pl_module, Pending(self.method, self.model, self.name, self.check_base))
 
     def adapter(self, pl_module: LightningModule) -> Adapter:
@@ -164,6 +168,7 @@ class PeftCallback(RecordTraining):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._checked = False
         match_resumed(pl_module)
+        refuse_unwritable_folders(trainer)
         if self.print_plan and not self._printed:
             self._printed = True
             rank_zero_only(print_plan)(plan_within(pl_module, self.model, self.name))
@@ -186,6 +191,10 @@ class PeftCallback(RecordTraining):
         resume_within_epoch(pl_module)
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._advice.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         before_step(trainer, self.adapter(pl_module))
 
@@ -195,9 +204,14 @@ class PeftCallback(RecordTraining):
     ) -> None:
         """Lets a scheduled method act, where the batch ended a step."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._advice.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
             after_step(trainer, self.adapter(pl_module), trainer.global_step)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._advice.on_exception(trainer, pl_module, exception)
 
 
 def await_modules(module: LightningModule, pending: Pending) -> None:
@@ -271,6 +285,7 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     path = self.__dict__[_PENDING].path
     if adapters_of(self.get_submodule(path)) is not None:
         record_in(checkpoint, self, path)
+        note_unfinished(self, checkpoint)
 
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -279,3 +294,4 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     pending: Pending = self.__dict__[_PENDING]
     if adapters_of(self.get_submodule(pending.path)) is not None:
         check_record(checkpoint, self, pending.path, check_base=pending.check_base)
+        keep_gradients(self, checkpoint)

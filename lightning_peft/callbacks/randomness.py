@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 
-_RESUMED = "_peft_random_state"
+RESUMED = "_peft_random_state"
+"""Where a module keeps the state that a resumed run has to go on with."""
 
 
 def random_state() -> dict[str, Any]:
@@ -53,17 +54,5 @@ def resume_random_state(module: LightningModule, state: dict[str, Any] | None) -
     trainer = module._trainer
     if state is None or trainer is None or trainer.state.fn != "fit" or trainer.world_size > 1:
         return
-    module.__dict__[_RESUMED] = state
+    module.__dict__[RESUMED] = state
     restore_random_state(state)
-
-
-def resume_within_epoch(module: LightningModule) -> None:
-    """To be called in ``on_train_start``: in the middle of an epoch its order was drawn before the state was taken.
-
-    Args:
-        module: the module that trains.
-    """
-    state = module.__dict__.pop(_RESUMED, None)
-    batches = module.trainer.fit_loop.epoch_loop.batch_progress
-    if state is not None and batches.current.ready and not batches.is_last_batch:
-        restore_random_state(state)

@@ -54,7 +54,8 @@ class RecordTraining(Callback):
             record = TrainingRecord(earlier=0 if before is None else before.earlier + before.step)
         else:
             record = before
-            record.up_to(step)
+            record.up_to(step + 1)  # with the losses so far of a step that is not finished
+            record.step = step
         record.setup = [*_task(pl_module), *self._setup(trainer)]
         record.versions = installed_versions()
         record.monitor = self._monitor(trainer)

@@ -98,7 +98,7 @@ def before_step(trainer: Trainer, adapter: Adapter) -> None:
         trainer: the trainer.
         adapter: the adapter.
     """
-    if adapter.scheduled is not None:
+    if adapter.scheduled is not None and not _left_out(trainer, adapter):
         adapter.before_step(trainer.global_step + 1, _total(trainer, adapter))
 
 
@@ -110,8 +110,14 @@ def after_step(trainer: Trainer, adapter: Adapter, step: int) -> None:
         adapter: the adapter.
         step: the number of the step that was made, from 1.
     """
-    if adapter.scheduled is not None:
+    if adapter.scheduled is not None and not _left_out(trainer, adapter):
         adapter.after_step(step, _total(trainer, adapter))
+
+
+def _left_out(trainer: Trainer, adapter: Adapter) -> bool:
+    """Whether a step has no gradients at all, as one that `NonFiniteLoss` takes them from; by hand they may be gone."""
+    automatic = trainer.lightning_module.automatic_optimization
+    return automatic and all(p.grad is None for p in adapter.parameters())
 
 
 def _total(trainer: Trainer, adapter: Adapter) -> int:

@@ -100,7 +100,7 @@ def stop(message: str) -> NoReturn:
 def _reason(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, InstantiationException) else None
     shown = cause or error
-    said = str(shown)
+    said = "\n".join([str(shown), *getattr(shown, "__notes__", ())])
     return said if said and isinstance(shown, _MISTAKES) else f"{type(shown).__name__}: {said}"
 
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -260,6 +260,7 @@ class RowDataModule(ConnectedDataModule, ABC):
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
             collate_fn=self._collate(training=training),
+            generator=Generator(),  # what is drawn for workers is not drawn from what dropout goes by
         )
 
     def _collate(self, *, training: bool) -> Any:

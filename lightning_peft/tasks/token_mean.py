@@ -16,11 +16,20 @@ class TokenMean:
     Every batch's sum is divided by one reference count, that of the step's first batch (its mean over ranks), so
     gradients have their usual size while they gather; what the reference was off by is mended just before the
     optimizer steps.
+
+    Args:
+        reference: what an unfinished step is divided by; None is none.
+        count: the units of its batches so far.
     """
 
-    def __init__(self) -> None:
-        self._reference: Tensor | None = None
-        self._count: Tensor | None = None
+    def __init__(self, reference: Tensor | None = None, count: Tensor | None = None) -> None:
+        self._reference = reference
+        self._count = count
+
+    @property
+    def counted(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both of an unfinished step, to go on from."""
+        return self._reference, self._count
 
     def scaled(self, total: Tensor, count: Tensor) -> Tensor:
         """The loss to run backward on.

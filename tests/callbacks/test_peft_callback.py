@@ -107,6 +107,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(where, precision, 
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+@pytest.mark.filterwarnings("ignore:this run goes on in the middle of an epoch")
 @pytest.mark.parametrize("every", ["epoch", "step"])
 def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(every, loader, trainer, tmp_path):
     """Dropout, and the loader's order where the interruption lies between two epochs."""
