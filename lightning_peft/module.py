@@ -57,6 +57,7 @@ from lightning_peft.tasks.optimization import (
 )
 from lightning_peft.tasks.packing import packs
 from lightning_peft.tasks.registry import task_said_by
+from lightning_peft.tasks.sharded_base import fill
 from lightning_peft.tasks.task import Checking, Templated, Writing
 from lightning_peft.tasks.token_mean import TokenMean
 
@@ -196,12 +197,19 @@ class PeftModule(EvaluatedModule):
             refuse_long_texts(data, self.model)
         adapt_lightning_module(self, self.method, "model")
         shard(self, self.model, self.method)
+        if any(p.is_meta for p in self.model.parameters()):
+            fill(self.model, cast(BaseModel, self.base).folder(), self.trainer.strategy.root_device)
         self._save_plain_hparams()
 
     def _loaded(self) -> Module:
+        base = cast(BaseModel, self.base)
+        if base.load_in_shards and self._device_mesh is None:
+            raise ValueError(
+                "model.load_in_shards=true needs a strategy that shards (trainer=fsdp); leave it out under others"
+            )
         precision = "32" if self._trainer is None else str(self._trainer.precision)
         dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0])
-        model: Module = cast(BaseModel, self.base).load(self.task, dtype)
+        model: Module = base.load(self.task, dtype)
         return model
 
     @override

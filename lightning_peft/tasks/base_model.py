@@ -28,6 +28,7 @@ from lightning_peft.tasks.quantization import (
     quantization_config,
     quantization_problem,
 )
+from lightning_peft.tasks.sharded_base import empty
 from lightning_peft.tasks.task import processing_auto_class
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.task import Task
 
 # what is another machine's own, or a file may not decide
-_NOT_SAVED = ("activation_checkpointing", "offload_activations", "only_safetensors")
+_NOT_SAVED = ("activation_checkpointing", "offload_activations", "load_in_shards", "only_safetensors")
 _LOADING = ("attn_implementation", "experts_implementation")
 _SAID_BY_FILE: dict[str, Any] = {
     "name_or_path": str,
@@ -67,6 +68,9 @@ class BaseModel:
             ``"int8"`` for its 8-bit weights (LLM.int8, arXiv 2208.07339), ``"int8_weight_only"`` for torchao's; or a
             dictionary of theirs as transformers' ``quantization_config`` takes. The head stays as it is. None keeps all
             weights.
+        load_in_shards: under FSDP2 (``trainer=fsdp``) build the model without weights, and let each process read its
+            own shards of them, for models that no process can hold; False loads the whole model in each process first,
+            which methods need that read weights when they start, such as DoRA and PiSSA.
         only_safetensors: refuse weights in a pickle, as for a base that an adapter's folder or a checkpoint names;
             else a pickle is opened as tensors and plain values alone. Code that comes with a model is never run: build
             such a model yourself, and give it.
@@ -84,6 +88,7 @@ class BaseModel:
     activation_checkpointing: int = 0
     offload_activations: bool = False
     quantization: str | dict[str, Any] | None = None
+    load_in_shards: bool = False
     only_safetensors: bool = False
 
     def __post_init__(self) -> None:
@@ -98,6 +103,9 @@ class BaseModel:
                 if self.offload_activations and not every
                 else None,
                 quantization_problem(self.quantization),
+                "load_in_shards=true knows no quantized weights; leave one of the two out"
+                if self.load_in_shards and self.quantization is not None
+                else None,
             ],
         )
 
@@ -186,10 +194,16 @@ class BaseModel:
             if task.auto_class == "AutoModel" and _has_pooler(auto._model_mapping[type(config)]):
                 # The last hidden states are read before it, so what trains in it would get no gradient
                 options.setdefault("add_pooling_layer", False)
-            model = auto.from_pretrained(source, dtype=torch.float32, **where, **options)
+            if self.load_in_shards:
+                config, left = transformers.AutoConfig.from_pretrained(
+                    source, return_unused_kwargs=True, **where, **options
+                )
+                model = empty(lambda: auto.from_config(config, dtype=torch.float32, **left), self.folder())
+            else:
+                model = auto.from_pretrained(source, dtype=torch.float32, **where, **options)
         if self.quantization is not None:
             plain_where_new(model)
-            note_full_weights(model, source if Path(source).is_dir() else snapshot(source, self.revision))
+            note_full_weights(model, self.folder())
         if getattr(model.config, "pad_token_id", -1) is None and processing_auto_class(task) == "AutoTokenizer":
             model.config.pad_token_id = _pad_token(self.load_tokenizer())
         if self.activation_checkpointing:
@@ -198,6 +212,11 @@ class BaseModel:
         model.config.name_or_path = self.name_or_path
         model.train()
         return model
+
+    def folder(self) -> str:
+        """Where the model's files lie: its folder, or that of the hub's cache."""
+        source, _ = resolve(self.name_or_path)
+        return source if Path(source).is_dir() else snapshot(source, self.revision)
 
     def _checkpoint_activations(self, model: PreTrainedModel) -> None:
         if not model.supports_gradient_checkpointing:

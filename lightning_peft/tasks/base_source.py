@@ -44,7 +44,7 @@ def resolve(name: str) -> tuple[str, bool]:
 
 
 def snapshot(name: str, revision: str | None) -> str:
-    """The folder in the hub's cache that a model was just loaded from.
+    """The folder in the hub's cache with a model's safetensors files, which are fetched if they are not there.
 
     Args:
         name: a hub name.
@@ -52,7 +52,10 @@ def snapshot(name: str, revision: str | None) -> str:
     """
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(name, revision=revision, local_files_only=True)
+    local = not hub_is_reachable()
+    return snapshot_download(
+        name, revision=revision, local_files_only=local, allow_patterns=["*.safetensors", "*.json"]
+    )
 
 
 def refuse_without(name: str, *parts: str) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
 from lightning_peft.core.problems import nearest
 from lightning_peft.core.quantized import is_quantized, note_full
+from lightning_peft.tasks.weight_files import Stored, WeightFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,24 +108,18 @@ def note_full_weights(model: PreTrainedModel, folder: str | Path) -> None:
         model: a quantized model.
         folder: the folder that it was loaded from.
     """
-    files: dict[str, Path] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as opened:
-            files |= dict.fromkeys(opened.keys(), path)
-    prefix = f"{model.base_model_prefix}."
+    files = WeightFiles(folder, model)
     for place, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is None or not is_quantized(weight):
             continue
-        name = f"{place}.weight"
-        known = [n for n in (name, name.removeprefix(prefix), f"{prefix}{name}") if n in files]
-        if known:
+        stored = files.find(f"{place}.weight")
+        if stored is not None:
             # layers that transformers turned when it quantized them, such as GPT-2's, say what they were
             turned = getattr(module, "source_cls", Linear).__name__ == "Conv1D"
-            note_full(weight, partial(_read, files[known[0]], known[0], turned=turned))
+            note_full(weight, partial(_read, stored, turned=turned))
 
 
-def _read(path: Path, name: str, *, turned: bool) -> Tensor:
-    with safe_open(path, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
+def _read(stored: Stored, *, turned: bool) -> Tensor:
+    tensor = stored.read()
     return tensor.T if turned else tensor

@@ -70,7 +70,7 @@ class Runs:
     def add(self, method, kind, resume=None, **more):
         """A run by ``strategy-processes``, from what another one saved in the middle if that is named."""
         strategy, _, processes = kind.partition("-")
-        name = f"{'own-' if more else ''}{method}-{kind}"
+        name = "-".join([*more, method, kind])
         job = {"method": _method(method), "strategy": strategy, "save": str(self.folder / f"{name}.ckpt"), **more}
         if resume:
             job["save"] = str(self.folder / f"{name}-from-{resume}.ckpt")
@@ -119,6 +119,9 @@ def runs(tmp_path_factory, llama_folder):
     runs.add("eva", "fsdp-2")
     for kind in ("one-1", "ddp-2", "fsdp-2"):
         runs.add("lora", kind, own=True)
+    for kind in ("one-1", "fsdp-2", "fsdp_distributed-2"):
+        runs.add("lora", kind, base={"load_in_shards": True})
+    runs.add("dora", "fsdp-2", base={"load_in_shards": True})
     runs.run()
     for method, saved, kind in ONWARDS:
         runs.add(method, kind, resume=saved)
@@ -136,6 +139,22 @@ def test_two_processes_train_what_one_does(runs, method, kind):
 @pytest.mark.parametrize("kind", ["ddp-2", "fsdp-2"])
 def test_a_module_of_ones_own_adapts_first_and_shards_then(runs, kind):
     _compare(runs, "own-lora-one-1", f"own-lora-{kind}")
+
+
+@pytest.mark.parametrize("kind", ["fsdp-2", "fsdp_distributed-2"])
+def test_a_model_that_no_process_holds_is_read_shard_by_shard(runs, kind):
+    torch.testing.assert_close(runs.loss(f"base-lora-{kind}"), runs.loss("lora-one-1"), rtol=0, atol=1e-5)
+
+
+def test_a_base_that_was_read_in_shards_has_its_fingerprint(runs):
+    _compare(runs, "lora-one-1", "base-lora-fsdp-2")
+    one, two = (runs.checkpoint(n)["lightning_peft"]["base"] for n in ("lora-one-1", "base-lora-fsdp-2"))
+    assert one == two
+
+
+def test_shards_are_refused_where_nothing_shards_and_where_weights_are_read(runs):
+    assert "needs a strategy that shards (trainer=fsdp)" in runs.error("base-lora-one-1")
+    assert "load the model as it is" in runs.error("base-dora-fsdp-2")
 
 
 def _compare(runs, first, second):

@@ -4,8 +4,8 @@
 
 JOBS is a JSON file with a list of dictionaries: ``method`` (plain values), ``strategy`` (``one``, ``ddp``, ``fsdp``
 with whole checkpoints, ``fsdp_distributed`` with one file a process), ``middle`` and ``save``, where checkpoints go in
-the middle of an epoch and at the end, ``resume``, and ``own`` for a LightningModule that shards its model itself. What
-a job finds is written to ``<save>.json``.
+the middle of an epoch and at the end, ``resume``, ``base`` for options of the model, and ``own`` for a LightningModule
+that shards its model itself. What a job finds is written to ``<save>.json``.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def run(model, rows, job, processes):
         return _run_own(_Own(model, method), job, processes)
     # smooth where a gradient is nearly zero, so that the order of sums does not decide a step
     optimizer = {"name": "AdamW", "lr": 0.01, "eps": 1e-2}
-    module = PeftModule(model, method, "sft", optimizer, {"name": "constant"})
+    module = PeftModule({"name_or_path": model, **job.get("base", {})}, method, "sft", optimizer, {"name": "constant"})
     data = TextDataModule(
         train_files=rows, validation_files=rows, batch_size=ROWS // processes, max_length=24, cache_dir=f"{rows}.cache"
     )
