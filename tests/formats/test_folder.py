@@ -202,9 +202,7 @@ def test_what_differs_in_another_base_is_named(build, saved):
         changed.bert.encoder.layer[1].output.dense.weight[3, 5] += 0.1
     with pytest.raises(ValueError, match=r"values do not in bert.encoder.layer.1: load .*; check_base=False loads it"):
         load_adapter(changed, saved)
-    with pytest.raises(
-        ValueError, match=r"values do not.*, which was float32 there and is float16 here"
-    ):
+    with pytest.raises(ValueError, match=r"values do not.*, which was float32 there and is float16 here"):
         load_adapter(build("bert").half(), saved)
     load_adapter(changed, saved, check_base=False)
 
@@ -217,9 +215,7 @@ def test_a_vocabulary_that_was_enlarged_is_recorded_and_the_line_to_write_is_sai
     folder = Adapter(model).save(tmp_path / "a")
     assert json.loads((folder / "lightning_peft.json").read_text())["base"]["vocabulary"] == 101
     fresh = build("llama")
-    with pytest.raises(
-        ValueError, match=r"of 101 tokens, .* has 97: write model.resize_token_embeddings\(101\)"
-    ):
+    with pytest.raises(ValueError, match=r"of 101 tokens, .* has 97: write model.resize_token_embeddings\(101\)"):
         load_adapter(fresh, folder)
     assert not hasattr(fresh, "adapters")
     fresh.resize_token_embeddings(101)
