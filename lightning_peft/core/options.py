@@ -19,6 +19,8 @@ _WORDS: dict[Any, tuple[str, str]] = {
     Any: ("anything", "anything"),
 }
 
+_LARGEST = 3.4028234663852886e38  # of float32, in which adapters are
+
 
 def check_types(options: Any) -> None:
     """Compares every option with its annotation; the first thing that a method's ``__post_init__`` does.
@@ -105,7 +107,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 def _is_finite(value: Any) -> bool:
     if isinstance(value, (list, dict)):
         return all(_is_finite(v) for v in (value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, float) or math.isfinite(value)
+    return not isinstance(value, float) or (math.isfinite(value) and abs(value) <= _LARGEST)
 
 
 def _said(hint: Any, *, many: bool = False) -> str:

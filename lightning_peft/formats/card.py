@@ -20,7 +20,7 @@ from lightning_peft.formats.card_sections import (
 from lightning_peft.formats.hf_peft import has_peft_format
 from lightning_peft.formats.hub import hub_name
 from lightning_peft.formats.loading_snippets import loading_section
-from lightning_peft.formats.markdown import code, prose
+from lightning_peft.formats.markdown import code, one_line, prose
 from lightning_peft.formats.model_class import ModelClass
 from lightning_peft.formats.training_record import TrainingRecord
 
@@ -163,7 +163,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
         library_name="transformers" if is_merged else own,
         pipeline_tag=facts.model.pipeline_tag,
         tags=tags,
-        model_name=facts.title if results else None,
+        model_name=one_line(facts.title) if results else None,
         eval_results=results or None,
     )
     if base:
@@ -185,10 +185,10 @@ def _results(facts: CardFacts, data: dict[str, Any]) -> list[EvalResult]:
             found.append(
                 EvalResult(
                     task_type=task,
-                    dataset_type=data.get("hub_name") or data["origin"],
-                    dataset_name=data["origin"],
+                    dataset_type=data.get("hub_name") or one_line(data["origin"]),
+                    dataset_name=one_line(data["origin"]),
                     dataset_split=split,
-                    metric_type=metric,
+                    metric_type=one_line(metric),
                     metric_value=round(value, 6),
                 )
             )

@@ -13,7 +13,7 @@ def prose(text: str) -> str:
         text: any text.
     """
     # an underscore within a word marks nothing, and names are full of them
-    marked = re.sub(r"([\\`*\[\]<>|#!~&])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", _one_line(text))
+    marked = re.sub(r"([\\`*\[\]<>|#!~&])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", one_line(text))
     # hubs turn addresses into links, which these breaks keep from happening
     return re.sub(r"(?i)\b(https?|ftp|www)(?=[:.])", "\\1\u200b", marked)
 
@@ -24,7 +24,7 @@ def code(text: str) -> str:
     Args:
         text: any text; in a table's cell, what `prose` gives for a bar is understood too.
     """
-    line = _one_line(text)
+    line = one_line(text)
     longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
     marks = "`" * (longest + 1)
     space = " " if line.startswith("`") or line.endswith("`") or not line else ""
@@ -58,9 +58,13 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], sides: str) -> st
 
 def _cell(text: str) -> str:
     """Without what would end a cell, even within code; what is marked as plain already stays so."""
-    return re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\\|", _one_line(text))
+    return re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\\|", one_line(text))
 
 
-def _one_line(text: str) -> str:
-    """Without ends of lines and other characters that are not seen, such as those that turn the writing's direction."""
+def one_line(text: str) -> str:
+    """A text without ends of lines and other characters that are not seen, such as those that turn its direction.
+
+    Args:
+        text: any text.
+    """
     return " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in str(text)).split())

@@ -99,7 +99,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         form = {"format": int(about.get("lightning_peft_format", FORMAT))}
     except RecursionError:
         raise ValueError(f"{path} nests its values too deeply: it is no file of tensors") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read, it may be cut short: {error}") from error
     refuse_later(path, form)
     return entries

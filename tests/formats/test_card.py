@@ -285,8 +285,70 @@ def test_many_labels_are_counted_and_any_label_stays_in_its_cell(build, tmp_path
         "test": {"rows": 2, "spreads": {"target": spread}},
     }
     card = _trained(build("bert"), tmp_path / "a", data={"origin": "x.csv", "splits": splits})
-    assert r"| a\|b &lt;i> | 35.0% |" in card.text
+    assert r"| a\|b \<i\> | 35.0% |" in card.text
     assert "| 2 more | 10.0% |" in card.text
     assert "| Split | Rows | Length in tokens (median, largest) | Target (median, largest) |" in card.text
     assert "| train | 40 | 4, 9 |  |" in card.text
     assert "cut to" not in card.text
+
+
+HOSTILE = (
+    "a`b",
+    "```\n# heading",
+    "<script>alert(1)</script>",
+    "[click](https://example.org)",
+    "![pixel](https://example.org/x.png)",
+    "x | y\n| --- |",
+    "---\nlicense: mit\n---\n",
+    "*bold* _under_ **&amp;**",
+    "\u202egnp.exe",
+    "a\n\n## Training\n\nhttps://example.org",
+)
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_words_of_others_stay_words(build, tmp_path, words):
+    """Labels, names, options and settings are quoted, whatever they hold; the header's keys are ours."""
+    counts = {
+        "rows": 2,
+        "labels": {words: 1, "plain": 1},
+        "spreads": {words: {"median": 1, "largest": 2, "unit": words}},
+    }
+    training = TrainingRecord(
+        step=2,
+        setup=[[words, words]],
+        versions={words: words},
+        monitor=f"val/{words}",
+        data={"origin": words, "seen_as": words, "splits": {"train": counts}},
+        metrics={f"val/{words}": [[1, 0.5]]},
+    )
+    model = build("bert")
+    model.config.name_or_path = words
+    model.config._commit_hash = words
+    model.config.id2label = {0: words, 1: "b", 2: "c"}
+    adapter = adapt(model, LoRA(r=2, alpha_pattern={"query": 3}, modules_to_save=["classifier"]))
+    adapter.tree.record.training = training
+    adapter.tree.record.method.alpha_pattern[words] = 3
+    folder = adapter.save(tmp_path / "a")
+    text = _text(folder)
+    card = ModelCard(text)
+    assert set(card.data.to_dict()) <= {
+        "base_model", "base_model_relation", "datasets", "library_name", "model-index", "pipeline_tag", "tags",
+    }  # fmt: skip
+    prose = re.sub(r"(`{3,})\w*\n.*?\n\1", "", text.split("\n---\n", 1)[1], flags=re.DOTALL)
+    headings = re.findall(r"^#+ .*", prose, re.MULTILINE)
+    assert [h for h in headings if h.startswith("## ")] == [
+        "## How to load it", "## Method", "## Metrics", "## Data", "## Training", "## Versions",
+    ]  # fmt: skip
+    spans = re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", prose)
+    unescaped = re.sub(r"\\.", "", spans)
+    assert "<" not in unescaped
+    assert "](" not in unescaped.replace("![Losses and metrics over the steps of the training](curves.png)", "")
+    assert "https://example" not in spans
+    assert "\u202e" not in text
+    for line in [row for row in prose.splitlines() if row.startswith("|")]:
+        cells = re.sub(r"\\.", "", line)
+        assert cells.count("|") in (3, 4, 5, 6), line
+    # what is code is Python that can be read
+    for code in re.findall(r"(`{3,})python\n(.*?)\n\1", text, re.DOTALL):
+        compile(code[1], "card", "exec")
