@@ -69,10 +69,11 @@ class Death(L.Callback):
     def __init__(self, after: int | None = None, saving: bool = False) -> None:
         self.after, self.saving, self.calls, self.saved = after, saving, 0, 0
         self.inside = False
-        self.process = os.getpid()
+        self.process = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins to count."""
+        self.process = os.getpid()
         save = trainer.save_checkpoint
 
         def counted(*args: Any, **kwargs: Any) -> None:
