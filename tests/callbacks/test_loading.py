@@ -117,7 +117,8 @@ def test_a_setup_that_wants_a_trainer_before_it_builds_is_named_in_the_error(sav
     path = saved(Sized())
     with pytest.raises(ValueError, match="target_modules") as caught:
         load_from_checkpoint(Sized, path)
-    (note,) = caught.value.__notes__
+    where, note = caught.value.__notes__
+    assert where == f"So it was when {path} was loaded."
     assert "Sized.setup('predict') failed without a Trainer" in note
     assert "is not attached to a `Trainer`" in note
 

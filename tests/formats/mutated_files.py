@@ -205,9 +205,9 @@ class Mutation:
         elif kind == 4:
             tensors[key] = torch.zeros(draw.choice(((), (0,), (1,), (3, 5), (2, 0, 7), (1, *tensor.shape))))
         elif kind == 5:
-            tensors[key] = torch.full_like(tensor, draw.choice((0, -1, 100)))
+            tensors[key] = torch.full(tensor.shape, draw.choice((0, -1, 100))).to(tensor.dtype)
         elif kind == 6 and tensor.is_floating_point():
-            tensors[key] = torch.full_like(tensor, draw.choice((float("nan"), float("inf"), 1e30)))
+            tensors[key] = torch.full(tensor.shape, draw.choice((float("nan"), float("inf"), 1e30))).to(tensor.dtype)
         else:
             tensors[key] = tensor[..., : tensor.shape[-1] // 2] if tensor.dim() else tensor.reshape(1)
         return save({k: t.contiguous() for k, t in tensors.items()})

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_peft import HFPeft, LoRA, PeftModule, PromptTuning, SparseTuning, adapt, load_adapter
+from lightning_peft.cli.commands import load
 from lightning_peft.formats.reading import read_checkpoint
 from lightning_peft.methods.config import method_from_config
 
@@ -298,6 +299,9 @@ def test_a_base_that_a_file_names_is_loaded_from_safetensors_alone(exported, cha
     change(exported, MANIFEST, lambda content: content["info"]["model"].update(name_or_path=str(other)))
     with pytest.raises(FileNotFoundError, match=r"has no weights as model.safetensors; give the base yourself"):
         PeftModule.from_adapter(exported)
+    # unless it is the user who names it
+    assert load(str(exported), str(other)).adapter.method == LoRA(r=2)
+    assert load(str(exported), str(bert_folder)).base.name_or_path == str(bert_folder)
 
 
 def test_code_beside_a_base_is_not_run(exported, change, bert_folder, tmp_path):
