@@ -69,7 +69,7 @@ def backbone() -> nn.Sequential:
 
 
 class Watch(L.Callback):
-    """Notes the state and the time of a step at even distances."""
+    """Notes the state and the processor's time for a step at even distances; other processes do not count in it."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -79,14 +79,14 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After each step; those that save are among them."""
-        now = time.perf_counter()
+        now = time.process_time()
         if self.last:
             self.times.append(now - self.last)
         if trainer.global_step % self.every == 0:
-            step = {"step": trainer.global_step, "step_ms": 1000 * statistics.median(self.times)}
+            step = {"step": trainer.global_step, "step_cpu_ms": 1000 * statistics.median(self.times)}
             self.seen.append({**step, **state()})
             self.times = []
-            now = time.perf_counter()
+            now = time.process_time()
         self.last = now
 
 
@@ -189,7 +189,7 @@ def main() -> None:
         "training": {
             "steps": options.steps,
             "checkpoints": options.steps // EVERY,
-            "growth": {k: growth(trained, k, warm) for k in ("memory_bytes", "open_files", "objects", "step_ms")},
+            "growth": {k: growth(trained, k, warm) for k in ("memory_bytes", "open_files", "objects", "step_cpu_ms")},
             "seen": trained,
         },
         "swapping": {
