@@ -25,7 +25,7 @@ from lightning_peft.core.problems import an
 from lightning_peft.core.sharded import refuse_sharded
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.allocation import bounded, made_for
-from lightning_peft.formats.base_identity import refuse_another_vocabulary
+from lightning_peft.formats.base_identity import base_description, refuse_another_vocabulary
 from lightning_peft.formats.folder import load_into, read_folder, save_folder
 from lightning_peft.formats.merged import save_merged, unload_merged
 from lightning_peft.formats.reading import naming
@@ -251,8 +251,9 @@ class Adapter:
             FileExistsError: if the folder already holds an adapter or a model, or a file is in its place.
         """
         self._require_whole("save()")
-        card = card_of(self.model, self.name, path, info=info)
-        return save_folder(self.model, self.name, Path(path), info, tokenizer, card)
+        base = base_description(self.model, [self.name])
+        card = card_of(self.model, self.name, path, info=info, base=base)
+        return save_folder(self.model, self.name, Path(path), info, base, tokenizer, card)
 
     def save_merged(self, path: str | Path, processing_class: Any = None) -> Path:
         """Writes the whole model with the adapter merged, for plain transformers, with a model card.

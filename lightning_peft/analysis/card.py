@@ -24,6 +24,7 @@ def card_of(
     *,
     info: dict[str, Any] | None = None,
     processing_class: Any = None,
+    base: dict[str, Any] | None = None,
 ) -> Card:
     """The card for an export; what is not known of the adapter is left out of it.
 
@@ -34,6 +35,7 @@ def card_of(
         form: ``"adapter"``, ``"merged"``, or the consumer that the adapter is written for.
         info: what is written beside the adapter.
         processing_class: what is written beside a merged model: a tokenizer or an image processor.
+        base: as `base_description` gives it, where that is known already.
     """
     plan, record = plan_of(model, name), tree_of(model, name).record
     rank = rank_in_file(model, name) if form == "vllm" else 0
@@ -41,7 +43,7 @@ def card_of(
         folder=Path(path).resolve().name,
         form=form,
         method=record.method,
-        base=base_description(model, [name]),
+        base=base or base_description(model, [name]),
         model=ModelClass.of(model),
         info=info or {},
         trainable=plan.trainable,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Container, Iterable
 from typing import Any, cast
 
-from torch.nn import Embedding, Module
+from torch.nn import Embedding, Module, Parameter
 
 from lightning_peft.core.adapters import require_adapters
 from lightning_peft.core.changed_weights import joined
@@ -48,13 +48,14 @@ def base_description(model: Module, names: Iterable[str]) -> dict[str, Any]:
     adapters = require_adapters(model, names := list(names))
     methods = [adapters.trees[name].record.method for name in names]
     bound = any(isinstance(method, Residual) and method.needs_codes for method in methods)
-    without, quantized = saved_parameters(adapters, names), [] if bound else _quantized(model)
+    without, parameters = saved_parameters(adapters, names), base_parameters(model)
+    quantized = [] if bound else _quantized(parameters)
     return {
         "name": getattr(config, "name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
         "fingerprint": fingerprint(adapters.base_digests, [*without, *quantized]),
         "parts": fingerprints_of_parts(adapters.base_digests, [*without, *quantized]),
-        "dtypes": _dtypes(model),
+        "dtypes": _dtypes(parameters),
         "vocabulary": vocabulary(model),
         "without": without,
         "quantized": quantized,
@@ -124,8 +125,8 @@ def restore_vocabulary(model: Module, base: dict[str, Any], sizes: Container[int
         cast(Any, model).resize_token_embeddings(had, mean_resizing=False)  # their values are in the file
 
 
-def _dtypes(model: Module) -> list[str]:
-    return sorted({str(p.dtype).removeprefix("torch.") for p in base_parameters(model).values()})
+def _dtypes(parameters: dict[str, Parameter]) -> list[str]:
+    return sorted(str(dtype).removeprefix("torch.") for dtype in {p.dtype for p in parameters.values()})
 
 
 def _configuration(config: Any) -> dict[str, Any] | None:
@@ -152,8 +153,8 @@ def _quantizable(model: Module, digests: Iterable[str], without: Iterable[str]) 
     return [n for n in digests if n not in kept]
 
 
-def _quantized(model: Module) -> list[str]:
-    return sorted(n for n, p in base_parameters(model).items() if is_quantized(p))
+def _quantized(parameters: dict[str, Parameter]) -> list[str]:
+    return sorted(n for n, p in parameters.items() if is_quantized(p))
 
 
 def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
@@ -169,7 +170,7 @@ def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
     """
     digests = require_adapters(model).base_digests
     refuse_another_vocabulary(model, base, made)
-    if not base["codes"] and set(_quantized(model)) - set(base["quantized"]):
+    if not base["codes"] and set(_quantized(base_parameters(model))) - set(base["quantized"]):
         # the fingerprint says what the numbers were before they were rounded
         saved, mine = base["beside"], fingerprint(digests, _quantizable(model, digests, base["without"]))
     else:
@@ -194,7 +195,7 @@ def _why(model: Module, base: dict[str, Any], saved: str, mine: str) -> str:
         lost = [n for n in base["without"] if n not in digests]
         why = f"names or shapes differ{where}: build the model with the same sizes, and adapt the same part of it"
         return why + (f"; {lost[0]!r}, which is trained in full there, does not exist here" if lost else "")
-    dtypes = _dtypes(model)
+    dtypes = _dtypes(base_parameters(model))
     rounded = f", which was {' and '.join(base['dtypes'])} there and is {' and '.join(dtypes)} here"
     return (
         f"names and shapes agree, values do not{where}{rounded if dtypes != base['dtypes'] else ''}: load the same "

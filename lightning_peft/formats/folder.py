@@ -20,7 +20,7 @@ from lightning_peft.core.method import Method, PeftFormat, PeftRepacked, Seeded
 from lightning_peft.core.options import misfits
 from lightning_peft.core.statistics import moving_statistics
 from lightning_peft.core.tree import AdapterTree
-from lightning_peft.formats.base_identity import base_description, check_description, refuse_another_base
+from lightning_peft.formats.base_identity import check_description, refuse_another_base
 from lightning_peft.formats.card import Card
 from lightning_peft.formats.hf_peft import adapter_config, has_peft_format, method_from_peft
 from lightning_peft.formats.places import refuse_file, refuse_model
@@ -135,7 +135,13 @@ def refuse_occupied(path: Path) -> None:
 
 
 def save_folder(
-    model: Module, name: str, path: Path, info: dict[str, Any], tokenizer: Any = None, card: Card | None = None
+    model: Module,
+    name: str,
+    path: Path,
+    info: dict[str, Any],
+    base: dict[str, Any],
+    tokenizer: Any = None,
+    card: Card | None = None,
 ) -> Path:
     """Writes an adapter; the folder appears as a whole or not at all.
 
@@ -144,6 +150,7 @@ def save_folder(
         name: the adapter's name.
         path: the folder.
         info: plain values for the manifest.
+        base: as `base_description` gives it.
         tokenizer: a tokenizer to write beside it.
         card: its model card.
 
@@ -156,7 +163,6 @@ def save_folder(
     refuse_occupied(path)
     tree = tree_of(model, name)
     tensors = file_tensors(model, tree)
-    base = base_description(model, [name])
     manifest = {
         "format": FORMAT,
         "method": method_to_config(tree.record.method),
