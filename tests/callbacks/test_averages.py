@@ -8,7 +8,10 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 
 from lightning_peft import LoRA, PeftCallback
+from tests.callbacks import ways
 from tests.callbacks.ways import Net, Rows, same, without_batch_norm
+
+way = ways.way
 
 RESUMED_WITHOUT_KEEPING = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be")
 ORDER = pytest.mark.parametrize("first", [True, False], ids=["adapter first", "average first"])

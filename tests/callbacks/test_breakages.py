@@ -14,8 +14,11 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_peft import Adapter, LoRA, PeftCallback, Selective, activate, adapt, load_from_checkpoint
+from tests.callbacks import ways
 from tests.callbacks.ways import Net, Rows, everything, is_small, keys_of, same, unchanged, without_batch_norm
 from tests.conftest import BUILDERS
+
+way = ways.way
 
 
 def test_files_of_weights_alone_hold_what_trains_and_load_everywhere(way, trainer, tmp_path):
@@ -243,6 +246,7 @@ def test_everything_that_trains_is_in_the_optimizer_though_values_are_alike(way,
     assert {n for n, p in untrained.named_parameters() if id(p) in held} == trained
 
 
+@pytest.mark.filterwarnings("ignore:this run goes on in the middle of an epoch")  # whose loader is a plain one
 def test_a_run_goes_on_in_the_middle_of_an_epoch_with_the_moments_it_had(way, trainer, tmp_path):
     class Interrupted(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

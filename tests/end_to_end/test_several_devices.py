@@ -31,7 +31,7 @@ def folder(tmp_path_factory, llama_folder):
 def _run(folder, model, *words):
     *words, name = words
     data = [f"data.{n}=pairs.jsonl" for n in ("train_files", "validation_files")]
-    fixed = ["model=hf", f"model.name_or_path={model}", "task=sft", "data=files", "optimizer.eps=1e-3"]
+    fixed = ["model=hf", f"model.name_or_path={model}", "task=sft", "data=files", "+optimizer.eps=1e-3"]
     command = [*COMMAND, *fixed, *data, "callbacks.generation_samples=null", "trainer.max_epochs=2", *words]
     done = subprocess.run([*command, f"hydra.run.dir={name}"], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
