@@ -228,8 +228,8 @@ def test_held_out_rows_are_better_placed_than_by_the_untrained_base(bert_folder,
     data = TextDataModule(
         train_files=_file(tmp_path / "a.jsonl", rows), batch_size=8, max_length=16, validation_fraction=0.3
     )
-    module = PeftModule(str(bert_folder), LoRA(r=8), Embedding(), {"lr": 1e-2})
-    t = trainer(max_epochs=15)
+    module = PeftModule(str(bert_folder), LoRA(r=8), Embedding(), {"lr": 3e-3})
+    t = trainer(max_epochs=45)
     before = t.validate(module, data, verbose=False)[0]
     t.fit(module, data)
     after = t.validate(module, data, verbose=False)[0]
