@@ -347,8 +347,9 @@ def file_tensors(model: Module, tree: AdapterTree) -> dict[str, Tensor]:
 
 
 def _refuse_too_much(model: Module, saved: SavedAdapter, wanted: dict[str, Tensor]) -> None:
-    """Refuses a file that has more than its adapter and the base: what peft writes twice is no more than that."""
-    most = 2 * sum(t.numel() for t in (*wanted.values(), *base_tensors(model).values()))
+    """Refuses a file that has more than its adapter and the base, of which peft writes some once for each layer."""
+    own, base = (sum(t.numel() for t in tensors) for tensors in (wanted.values(), base_tensors(model).values()))
+    most = max(2, len(wanted)) * own + 2 * base
     if saved.numbers > most:
         raise ValueError(
             f"{saved.path / TENSORS} holds {saved.numbers:,} numbers, but the adapter and its base have {most:,} at "
