@@ -37,8 +37,8 @@ def _callback():
 
 def _loader():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(16, 6, generator=generator)
-    return DataLoader(TensorDataset(x, torch.randint(2, (16,), generator=generator)), 4)
+    x = torch.randn(8, 6, generator=generator)
+    return DataLoader(TensorDataset(x, torch.randint(2, (8,), generator=generator)), 4)  # two steps are an epoch
 
 
 def _fit(arrange, steps, trainer, resume=None):
