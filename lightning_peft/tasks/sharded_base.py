@@ -43,10 +43,11 @@ def empty(build: Callable[[], Any], folder: str | Path) -> Any:
                 f"model.load_in_shards reads each parameter from {folder}, but {name!r} of {tuple(parameter.shape)} "
                 f"{there}; leave load_in_shards out, so that each process loads the whole model"
             )
-    for name in model.state_dict().keys() - dict(model.named_parameters()).keys():
-        stored = files.find(name)
-        if stored is not None and name in dict(model.named_buffers()):
-            model.get_buffer(name).copy_(stored.read())
+    kept = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        stored = files.find(name) if name in kept else None
+        if stored is not None:
+            buffer.copy_(stored.read())
     return model
 
 

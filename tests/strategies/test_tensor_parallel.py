@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_peft import IA3, LoRA, adapt
 from lightning_peft.core.adapters import adapters_of
+from lightning_peft.core.sharded import cut_like
 
 pytestmark = pytest.mark.slow
 
@@ -50,14 +51,8 @@ def _adapted(model, method):
         if name.endswith("lora_B"):  # which starts at zero
             noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1
             with torch.no_grad():
-                p.add_(_like(noise, p))
+                p.add_(cut_like(noise, p))
     return model
-
-
-def _like(tensor, other):
-    from lightning_peft.core.sharded import cut_like
-
-    return cut_like(tensor, other)
 
 
 def _step(model, rows):
