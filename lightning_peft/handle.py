@@ -15,6 +15,7 @@ from lightning_peft.analysis.card import card_of
 from lightning_peft.analysis.plan import Plan, plan_of
 from lightning_peft.core.activation import activate, set_trainable
 from lightning_peft.core.adapters import adapters_of, require_adapters, tree_of
+from lightning_peft.core.collector import paused_collector
 from lightning_peft.core.disable import disabled
 from lightning_peft.core.inject import eject, inject
 from lightning_peft.core.matching import is_within
@@ -333,6 +334,7 @@ def adapt(model: Module, method: Method, name: str = "default") -> Adapter:
     return Adapter(model, name)
 
 
+@paused_collector()
 def load_adapter(model: Module, path: str | Path, name: str = "default", *, check_base: bool = True) -> Adapter:
     """Puts a saved adapter into a model; folders written by Hugging Face's ``peft`` load too.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -223,6 +224,15 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str)
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def uneven_answers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Answers of very different lengths, so that a mean of the ranks' means would be another gradient."""
+    path = tmp_path_factory.mktemp("rows") / "uneven.jsonl"
+    rows = [{"prompt": f"say {i}", "completion": "red " * (1 + (i * 7) % 13)} for i in range(24)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,10 @@ from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 from lightning_peft.core.adapters import Adapters
-from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.matching import is_within
 from lightning_peft.core.quantized import codes
 from lightning_peft.core.sharded import is_sharded, whole
@@ -27,7 +26,8 @@ _AT_ONCE = 2**18
 _STEP = 0x3C6EF372FE94F82A  # an even number of 62 bits without a pattern
 
 
-def parameter_digests(model: Module) -> dict[str, tuple[str, str | None]]:
+@torch.no_grad()
+def parameter_digests(parameters: dict[str, Parameter]) -> dict[str, tuple[str, str | None]]:
     """What a fingerprint is made of, for each parameter by name: its shape, and a sum over all of its values.
 
     Values count as they are in bfloat16, so that the same base loaded in bfloat16 or float32 gives the same sums. Of a
@@ -36,12 +36,19 @@ def parameter_digests(model: Module) -> dict[str, tuple[str, str | None]]:
     ``2**64``. So any value that changes in bfloat16 changes the sum.
 
     Args:
-        model: the base, before anything in it trains.
+        parameters: the base's by name, before anything in it trains; one that has several names by the first.
 
     Returns:
         Shape and sum; None instead of the sum where values cannot be read (offloaded to the meta device).
     """
-    return _digests(base_parameters(model))
+    empty: dict[str, str | None] = {n: None if p.is_meta else "" for n, p in parameters.items()}
+    there = {n: p for n, p in parameters.items() if p.numel() and not p.is_meta}
+    read = {n: _stored(p) for n, p in there.items() if not is_sharded(p)}
+    values = dict(zip(read, _sums(list(read.values())), strict=True))
+    # put together one at a time: all of them may be more than a process can hold
+    values |= {n: _sums([whole(p)])[0] for n, p in there.items() if is_sharded(p)}
+    shapes = {shape: str(tuple(shape)) for shape in {p.shape for p in parameters.values()}}
+    return {n: (shapes[p.shape], values.get(n, empty[n])) for n, p in parameters.items()}
 
 
 def renew_digests(adapters: Adapters, parameters: dict[str, Parameter], changed: Collection[str]) -> None:
@@ -53,20 +60,8 @@ def renew_digests(adapters: Adapters, parameters: dict[str, Parameter], changed:
         changed: names of those that have other values for good.
     """
     known = adapters.base_digests.keys() - set(changed)
-    renewed = _digests({n: p for n, p in parameters.items() if n not in known})
+    renewed = parameter_digests({n: p for n, p in parameters.items() if n not in known})
     adapters.base_digests = {n: renewed[n] if n in renewed else adapters.base_digests[n] for n in parameters}
-
-
-@torch.no_grad()
-def _digests(parameters: dict[str, Parameter]) -> dict[str, tuple[str, str | None]]:
-    empty: dict[str, str | None] = {n: None if p.is_meta else "" for n, p in parameters.items()}
-    there = {n: p for n, p in parameters.items() if p.numel() and not p.is_meta}
-    read = {n: _stored(p) for n, p in there.items() if not is_sharded(p)}
-    values = dict(zip(read, _sums(list(read.values())), strict=True))
-    # put together one at a time: all of them may be more than a process can hold
-    values |= {n: _sums([whole(p)])[0] for n, p in there.items() if is_sharded(p)}
-    shapes = {shape: str(tuple(shape)) for shape in {p.shape for p in parameters.values()}}
-    return {n: (shapes[p.shape], values.get(n, empty[n])) for n, p in parameters.items()}
 
 
 def _stored(parameter: Parameter) -> Tensor:

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
-from torch.nn import Module, MultiheadAttention, TransformerEncoder, TransformerEncoderLayer
+from torch.nn import Module, MultiheadAttention, Parameter, TransformerEncoder, TransformerEncoderLayer
 
 from lightning_peft.core.adapted import attach, detach, site_of
 from lightning_peft.core.adapters import Adapters, adapters_of, refuse_in_use, tree_of
+from lightning_peft.core.collector import paused_collector
 from lightning_peft.core.fingerprint import parameter_digests
 from lightning_peft.core.in_place import base_parameters, base_tensors, kept_originals, set_in_place
 from lightning_peft.core.layer import AdapterLayer
@@ -36,7 +37,7 @@ def _one_at_a_time(change: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(change)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _lock:
+        with _lock, paused_collector():
             return change(*args, **kwargs)
 
     return alone
@@ -88,10 +89,10 @@ def inject(
         method.refuse_beyond(model, placement.layers)
     if isinstance(method, Residual) and method.needs_codes and not saved:
         method.make_up(model, placement.layers)
-    modules = base_modules(model)
+    modules, parameters = base_modules(model), base_parameters(model)
     copies, single = _copies(model, modules, method, placement, new)
     in_place = [n for n in dict.fromkeys([*placement.in_place, *single, *also_in_place]) if not is_within(n, copies)]
-    _refuse_quantized(model, method, in_place, copies)
+    _refuse_quantized(parameters, method, in_place, copies)
     _refuse_split(modules, method, placement.layers)
     layers = placement.layers | {n: SavedModule(_plain(model.get_submodule(n))) for n in copies}
     if not layers and not in_place:
@@ -102,7 +103,7 @@ def inject(
     if adapters is None:
         adapters = Adapters()
         adapters.requires_grad_before = before
-        adapters.base_digests = parameter_digests(model)
+        adapters.base_digests = parameter_digests(parameters)
     originals = None
     if placement.keep_originals:
         tensors = base_tensors(model) if in_place else {}
@@ -112,7 +113,7 @@ def inject(
     tree = AdapterTree(record, layers)
     tree.train(model.training)
     adapters[name] = tree
-    _connect(model, adapters, name, tree)
+    _connect(model, modules, parameters, adapters, name, tree)
     if active:
         adapters.switch.active = (name,)
     return tree
@@ -244,9 +245,9 @@ def _refuse_unreachable(modules: dict[str, Module], layers: dict[str, AdapterLay
             )
 
 
-def _refuse_quantized(model: Module, method: Method, in_place: list[str], copies: list[str]) -> None:
+def _refuse_quantized(parameters: dict[str, Parameter], method: Method, in_place: list[str], copies: list[str]) -> None:
     trained, copied = set(in_place), set(copies)
-    for name, parameter in base_parameters(model).items():
+    for name, parameter in parameters.items():
         if name in trained or is_within(name, copied):
             refuse_training(type(method).__name__, name, parameter)
 
@@ -275,27 +276,33 @@ def _refuse_shared_in_place(adapters: Adapters | None, in_place: list[str]) -> N
             )
 
 
-def _connect(model: Module, adapters: Adapters, name: str, tree: AdapterTree) -> None:
+def _connect(
+    model: Module,
+    modules: dict[str, Module],
+    parameters: dict[str, Parameter],
+    adapters: Adapters,
+    name: str,
+    tree: AdapterTree,
+) -> None:
     """The part of an injection that changes the model; nothing in it can fail for a reason of the user's."""
     adapters.switch.number(name)
     attach(model, adapters.switch, is_root=True)
     model._modules["adapters"] = adapters
-    modules = base_modules(model)
     for place, layer in tree.layers_by_module.items():
         attach(modules[place], adapters.switch).layers[name] = layer
     in_place, own = adapters.in_place, set(tree.record.in_place)
-    for key, parameter in base_parameters(model).items():
+    for key, parameter in parameters.items():
         # what another adapter trains in place may have been told to rest
         if key in own or key not in in_place:
             parameter.requires_grad_(key in in_place)
     set_in_place(model, adapters, in_place)
     freeze_statistics(model, adapters)
-    _leave_fused_path(model, adapters)
+    _leave_fused_path(modules, adapters)
 
 
-def _leave_fused_path(model: Module, adapters: Adapters) -> None:
+def _leave_fused_path(modules: dict[str, Module], adapters: Adapters) -> None:
     """Keeps torch's encoder layers that hold an adapted module off the path that would read past it."""
-    for module in base_modules(model).values():
+    for module in modules.values():
         if isinstance(module, (TransformerEncoderLayer, TransformerEncoder)) and any(
             site_of(part) is not None for part in module.modules() if part is not module
         ):

@@ -288,7 +288,6 @@ def load_into(model: Module, name: str, saved: SavedAdapter, *, check_base: bool
     else:
         check_entries(saved.path, saved.tensors, wanted)
         stored = read_tensors(saved.path)
-        check_entries(saved.path, stored, wanted)
     stored = fitted(saved.path, stored, wanted)
     own = {k: stored[n] for k, n in names.items() if n not in absent}
     if isinstance(method, PeftRepacked):

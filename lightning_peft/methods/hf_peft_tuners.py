@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_peft.core.fingerprint import parameter_digests
+from lightning_peft.core.in_place import base_parameters
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.method import Placement
 from lightning_peft.core.twin import bare_twin
@@ -34,7 +35,7 @@ def place_tuner(model: Module, config: Any, *, is_saved: Callable[[str], bool]) 
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     kind, cls = config.peft_type.value, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    before = parameter_digests(model)
+    before = parameter_digests(base_parameters(model))
     twin = bare_twin(model)
     shared = {id(p): (p, p.requires_grad) for p in twin.parameters() if type(p) is not Parameter}
     memory = [(p, p.data_ptr()) for p in twin.parameters()]
@@ -51,7 +52,7 @@ def place_tuner(model: Module, config: Any, *, is_saved: Callable[[str], bool]) 
     finally:
         for parameter, flag in shared.values():
             parameter.requires_grad_(flag)
-    if parameter_digests(model) != before:
+    if parameter_digests(base_parameters(model)) != before:
         raise ValueError(f"HFPeft({kind}): the tuner has changed the base's weights; load the base anew")
     if any(p.data_ptr() != pointer for p, pointer in memory):
         raise ValueError(f"HFPeft({kind}): with these options the tuner starts by exchanging the base's weights")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.fingerprint import fingerprint, fingerprints_of_parts, parameter_digests
+from lightning_peft.core.in_place import base_parameters
 
 
 def _reference(tensor: torch.Tensor) -> str:
@@ -39,31 +40,31 @@ def test_sums_are_those_of_whole_numbers_whatever_the_shape_dtype_and_place():
         whole[3:].view(8, 1024),  # begins within eight bytes
         torch.randn(3, 2**18 + 5),  # more than is rounded at once
     ]
-    found = parameter_digests(Holder(*tensors))
+    found = parameter_digests(base_parameters(Holder(*tensors)))
     assert [found[f"held.{i}"] for i in range(len(tensors))] == [(str(tuple(t.shape)), _reference(t)) for t in tensors]
 
 
 @pytest.mark.parametrize("place", [0, 1, 777, 5000, 2**18 - 1, 2**18, 2**18 + 4097])
 def test_any_value_that_changes_is_seen(place):
     values = torch.randn(2**18 + 5000, generator=torch.Generator().manual_seed(0))
-    before = parameter_digests(Holder(values.clone()))
+    before = parameter_digests(base_parameters(Holder(values.clone())))
     changed = values.clone()
     changed[place] *= 1.01
-    assert parameter_digests(Holder(changed)) != before
-    assert parameter_digests(Holder(values.bfloat16())) == before
+    assert parameter_digests(base_parameters(Holder(changed))) != before
+    assert parameter_digests(base_parameters(Holder(values.bfloat16()))) == before
     # rows that change places
     swapped = values.clone()
     swapped[:1024], swapped[1024:2048] = values[1024:2048], values[:1024]
-    assert parameter_digests(Holder(swapped)) != before
+    assert parameter_digests(base_parameters(Holder(swapped))) != before
 
 
 def test_parts_are_layers_and_what_stands_beside_them(build):
     model = build("llama")
-    digests = parameter_digests(model)
+    digests = parameter_digests(base_parameters(model))
     parts = fingerprints_of_parts(digests, ["lm_head.weight"])
     assert list(parts) == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm"]
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 3] += 0.5
-    now = fingerprints_of_parts(parameter_digests(model), ["lm_head.weight"])
+    now = fingerprints_of_parts(parameter_digests(base_parameters(model)), ["lm_head.weight"])
     assert [p for p in parts if parts[p] != now[p]] == ["model.layers.1"]
-    assert fingerprint(digests, ()) != fingerprint(parameter_digests(model), ())
+    assert fingerprint(digests, ()) != fingerprint(parameter_digests(base_parameters(model)), ())

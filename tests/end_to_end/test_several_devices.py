@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -12,25 +11,24 @@ from safetensors.torch import load_file
 
 COMMAND = [sys.executable, "-m", "lightning_peft.cli.main"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("devices")]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, llama_folder):
+def folder(tmp_path_factory, llama_folder, uneven_answers):
     """A run each on one device, and on two under DDP and FSDP2."""
     folder = tmp_path_factory.mktemp("devices")
-    rows = [{"prompt": f"say {i}", "completion": "red " * (1 + (i * 7) % 13)} for i in range(24)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for name, devices in (("cpu", 1), ("ddp", 2), ("fsdp", 2)):
         several = [f"trainer.devices={devices}", "trainer.accelerator=cpu"] if devices > 1 else []
-        said = _run(folder, llama_folder, f"trainer={name}", *several, f"data.batch_size={8 // devices}", name)
+        options = [f"trainer={name}", *several, f"data.batch_size={8 // devices}"]
+        said = _run(folder, llama_folder, uneven_answers, *options, name)
         (folder / f"{name}.txt").write_text(said.stdout)
     return folder
 
 
-def _run(folder, model, *words):
+def _run(folder, model, rows, *words):
     *words, name = words
-    data = [f"data.{n}=pairs.jsonl" for n in ("train_files", "validation_files")]
+    data = [f"data.{n}={rows}" for n in ("train_files", "validation_files")]
     fixed = ["model=hf", f"model.name_or_path={model}", "task=sft", "data=files", "+optimizer.eps=1e-3"]
     command = [*COMMAND, *fixed, *data, "callbacks.generation_samples=null", "trainer.max_epochs=2", *words]
     done = subprocess.run([*command, f"hydra.run.dir={name}"], cwd=folder, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.xdist_group("strategies")]
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 # what the YAML leaves to the user, or what a run of few steps needs
@@ -62,10 +62,8 @@ def _method(name):
 class Runs:
     """Jobs by the number of processes that run them, and what they gave."""
 
-    def __init__(self, folder, model):
-        self.folder, self.model, self.jobs = folder, model, {}
-        rows = [{"prompt": f"say {i}", "completion": "red " * (1 + (i * 7) % 13)} for i in range(24)]
-        (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    def __init__(self, folder, model, rows):
+        self.folder, self.model, self.rows, self.jobs = folder, model, rows, {}
 
     def add(self, method, kind, resume=None, **more):
         """A run by ``strategy-processes``, from what another one saved in the middle if that is named."""
@@ -85,7 +83,7 @@ class Runs:
         for processes, jobs in sorted(self.jobs.items()):
             path = self.folder / "jobs.json"
             path.write_text(json.dumps(jobs))
-            words = [script, self.model, self.folder / "rows.jsonl", path]
+            words = [script, self.model, self.rows, path]
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
             command = [sys.executable, *torchrun, *map(str, words)]
             done = subprocess.run(
@@ -110,9 +108,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, llama_folder):
+def runs(tmp_path_factory, llama_folder, uneven_answers):
     """All runs: whole ones first, then those that go on from their middle."""
-    runs = Runs(tmp_path_factory.mktemp("strategies"), llama_folder)
+    runs = Runs(tmp_path_factory.mktemp("strategies"), llama_folder, uneven_answers)
     for method in dict.fromkeys([*FAMILIES, *RESUMED]):
         for kind in ("one-1", "ddp-2", "fsdp-2", *(["fsdp_distributed-2"] if method in RESUMED else [])):
             runs.add(method, kind)

@@ -16,7 +16,7 @@ from lightning_peft import IA3, LoRA, adapt
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.sharded import cut_like
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tensor parallel")]
 
 METHODS = {
     "lora": LoRA(r=4, lora_alpha=6, target_modules="all-linear"),

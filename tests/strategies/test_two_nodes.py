@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("nodes")]
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 
@@ -46,8 +46,8 @@ def _job(kind, folder):
     return {"method": method, "strategy": kind, "save": str(folder / f"{kind}.ckpt")}
 
 
-def _started(node, name, folder, model, jobs):
-    script, rows = Path(__file__).with_name("train.py"), folder / "rows.jsonl"
+def _started(node, name, folder, model, rows, jobs):
+    script = Path(__file__).with_name("train.py")
     meeting = ["--nnodes", "2", "--node-rank", str(node), "--master-addr", "10.77.0.1", "--master-port", "29501"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", "1"]
     command = ["ip", "netns", "exec", name, *torchrun, str(script), str(model), str(rows), str(jobs)]
@@ -56,17 +56,15 @@ def _started(node, name, folder, model, jobs):
 
 
 @pytest.fixture(scope="module")
-def folder(nodes, tmp_path_factory, llama_folder):
+def folder(nodes, tmp_path_factory, llama_folder, uneven_answers):
     """What one process trains, and what two nodes do under DDP and FSDP2."""
     folder = tmp_path_factory.mktemp("nodes")
-    rows = [{"prompt": f"say {i}", "completion": "red " * (1 + (i * 7) % 13)} for i in range(24)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     one, two = folder / "one.json", folder / "two.json"
     one.write_text(json.dumps([_job("one", folder)]))
     two.write_text(json.dumps([_job("ddp", folder), _job("fsdp", folder)]))
     script = Path(__file__).with_name("train.py")
-    subprocess.run([sys.executable, script, llama_folder, folder / "rows.jsonl", one], check=True, cwd=folder)
-    both = [_started(node, name, folder, llama_folder, two) for node, name in enumerate(nodes)]
+    subprocess.run([sys.executable, script, llama_folder, uneven_answers, one], check=True, cwd=folder)
+    both = [_started(node, name, folder, llama_folder, uneven_answers, two) for node, name in enumerate(nodes)]
     said = [process.communicate()[1] for process in both]
     assert not any(process.returncode for process in both), said
     return folder
