@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_peft.core.base import is_frozen_linear
 from lightning_peft.core.per_forward import this_forward
 from lightning_peft.core.probing import probing, states_of
-from lightning_peft.tasks.packing import pack, packs, takes_other_rows
+from lightning_peft.tasks.packing import packed_rows, takes_other_rows
 from lightning_peft.tasks.padding import IGNORED
 
 Way = Literal["hidden", "logits", "all"]
@@ -124,7 +124,7 @@ def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False, p
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     way = "all" if all_logits else _way(model, inputs)
-    packed = pack(model, inputs) if packing and packs(model) else None
+    packed = packed_rows(model, inputs) if packing else None
     tokens, ahead = batch["labels"].shape[1], batch["labels"][:, 1:]
     where = ahead != IGNORED
     labels = ahead[where]
@@ -134,9 +134,11 @@ def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False, p
         # virtual tokens stand before the text
         return states[:, -tokens:][:, :-1][there] if packed is None else packed.at(states, there)
 
-    given = inputs if packed is None else packed.inputs
+    def run() -> Any:
+        return model(**inputs) if packed is None else packed.run(model)
+
     if way == "all":
-        logits = at_labels(model(**given).logits)
+        logits = at_labels(run().logits)
         return LogitsAt(logits, labels.to(logits.device))
     head, read = model.get_output_embeddings(), list[Tensor]()
 
@@ -145,7 +147,7 @@ def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False, p
         return hidden[:, :0] if way == "hidden" else read[0].unsqueeze(0)
 
     with _before(head, replaced):
-        outputs = model(**given)
+        outputs = run()
     if way == "logits":
         return LogitsAt(outputs.logits.squeeze(0), labels.to(outputs.logits.device))
     return HiddenAt(read[0], labels.to(read[0].device), head.weight, head.bias)

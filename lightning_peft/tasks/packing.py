@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,8 +15,12 @@ from torch.nn import Module
 
 from lightning_peft.core.adapters import routing_of
 from lightning_peft.core.probing import agree, probing, rounding, states_of
+from lightning_peft.tasks.row_attention import leave_rows, take_rows, text_config, without_masks
 
-_packing: WeakKeyDictionary[Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
+Apart = Literal["no", "by mask", "by row"]
+"""How rows in one bin are kept apart: not at all, by the model's masks, or by attention that takes each by itself."""
+
+_apart: WeakKeyDictionary[Module, dict[tuple[Any, ...], Apart]] = WeakKeyDictionary()
 
 
 class Packed(NamedTuple):
@@ -24,12 +28,20 @@ class Packed(NamedTuple):
 
     Attributes:
         inputs: ``input_ids`` and ``position_ids``, ``(bins, width)``; positions begin again with every row, by which
-            transformers' attention masks tell rows apart. What fills a bin up is a row of one token each.
+            transformers' attention masks tell rows apart. What fills a bin up is a row of one token each. In one bin
+            of all rows ``rows`` may say how long each is.
         places: where each token of the batch has gone, among all tokens of the bins: ``(batch, tokens)``.
     """
 
     inputs: dict[str, Any]
     places: Tensor
+
+    def run(self, model: Any) -> Any:
+        """The model's outputs for the bins."""
+        if "rows" not in self.inputs:
+            return model(**self.inputs)
+        with without_masks():
+            return model(**self.inputs)
 
     def at(self, states: Tensor, where: Tensor) -> Tensor:
         """States of chosen tokens in the batch's order.
@@ -52,13 +64,44 @@ def packs(model: Any) -> bool:
     Args:
         model: a Hugging Face model with a language model's head.
     """
+    return _how_apart(model) != "no"
+
+
+def packed_rows(model: Any, inputs: dict[str, Tensor]) -> Packed | None:
+    """Packs a batch as the model keeps its rows apart.
+
+    Args:
+        model: a Hugging Face model with a language model's head.
+        inputs: ``input_ids`` and ``attention_mask``, ``(batch, tokens)``.
+
+    Returns:
+        The packed batch; None where the model does not keep them apart, or it would save nothing.
+    """
+    apart = _how_apart(model)
+    return None if apart == "no" else pack(model, inputs, by_row=apart == "by row")
+
+
+def _how_apart(model: Any) -> Apart:
     if not takes_other_rows(model) or _reads_places(model):
-        return False
-    adapters, known = states_of(model), _packing.setdefault(model, {})
+        return "no"
+    adapters, known = states_of(model), _apart.setdefault(model, {})
     if adapters not in known:
-        known[adapters] = "position_ids" in inspect.signature(model.forward).parameters and _keeps_apart(model)
-        rank_zero_info(f"The rows of a batch are {'packed' if known[adapters] else 'padded'}")
+        known[adapters] = _tried(model)
+        rank_zero_info(f"The rows of a batch are {'padded' if known[adapters] == 'no' else 'packed'}")
     return known[adapters]
+
+
+def _tried(model: Any) -> Apart:
+    taken = inspect.signature(model.forward).parameters
+    if "position_ids" not in taken or not _keeps_apart(model, by_row=False):
+        return "no"
+    others = "by row" in _apart[model].values()
+    if any(p.kind == p.VAR_KEYWORD for p in taken.values()) and take_rows(model):
+        if _keeps_apart(model, by_row=True):
+            return "by row"
+        if not others:
+            leave_rows(model)
+    return "by mask"
 
 
 def takes_other_rows(model: Any) -> bool:
@@ -77,7 +120,7 @@ def takes_other_rows(model: Any) -> bool:
 
 def _reads_places(model: Any) -> bool:
     """Whether what a token sees may hang on its place in the bin, further on than three short rows would show."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or ())
     return bool(getattr(config, "attention_chunk_size", None)) or not kinds <= {"full_attention", "sliding_attention"}
 
@@ -87,30 +130,30 @@ def _centred(logits: Tensor) -> Tensor:
     return logits.double() - logits.double().mean(-1, keepdim=True)
 
 
-def _keeps_apart(model: Any) -> bool:
+def _keeps_apart(model: Any, *, by_row: bool) -> bool:
     # in 16 bits an adapter that does much would round a leak of the base away
     with probing(model, size=0.0):
-        if _leaks(model):
+        if _leaks(model, by_row):
             return False
     with probing(model):
-        if _leaks(model):
+        if _leaks(model, by_row):
             return False
         batch = _three_rows(model)
-        together, valid = pack(model, batch), batch["attention_mask"].bool()
+        together, valid = pack(model, batch, by_row=by_row), batch["attention_mask"].bool()
         assert together is not None
         alone = model(**batch).logits
-        packed = model(**together.inputs).logits
+        packed = together.run(model).logits
         return alone.shape[:2] == valid.shape and _agree(together.at(packed, valid), alone[valid])
 
 
-def _leaks(model: Any) -> bool:
+def _leaks(model: Any, by_row: bool) -> bool:
     """Whether what is said of a row changes with the rows before it in its bin."""
     found = []
     for first in (0, 1):
         batch = _three_rows(model, first)
-        together = pack(model, batch)
+        together = pack(model, batch, by_row=by_row)
         assert together is not None
-        logits = model(**together.inputs).logits
+        logits = together.run(model).logits
         if logits.shape[:2] != together.inputs["input_ids"].shape:
             return True
         last = batch["attention_mask"].bool() & (torch.arange(3)[:, None] == 2).to(logits.device)
@@ -137,15 +180,16 @@ def _three_rows(model: Any, first: int = 0) -> dict[str, Tensor]:
     return {"input_ids": (ids % len(embedding.weight)).to(device), "attention_mask": mask.long().to(device)}
 
 
-def pack(model: Any, inputs: dict[str, Tensor]) -> Packed | None:
+def pack(model: Any, inputs: dict[str, Tensor], *, by_row: bool = False) -> Packed | None:
     """Puts the rows of a batch into bins of one width.
 
     As many as cost least: few bins have little padding, but in wide ones attention looks at more. Flash attention skips
-    what it does not look at, and takes one bin of all rows.
+    what it does not look at, and takes one bin of all rows; so does attention that takes each row by itself.
 
     Args:
         model: a Hugging Face model that takes packed rows.
         inputs: ``input_ids`` and an ``attention_mask`` with the padding behind each row: ``(batch, tokens)``.
+        by_row: whether the model's attention is told where rows are.
 
     Returns:
         The packed batch; None where that would save nothing, or padding is elsewhere.
@@ -159,8 +203,8 @@ def pack(model: Any, inputs: dict[str, Tensor]) -> Packed | None:
         return None
     flash = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
     hidden = model.get_input_embeddings().weight.shape[-1]
-    starts, bins, width = _fill(lengths, 1) if flash else _cheapest(lengths, hidden)
-    if bins == len(lengths):
+    starts, bins, width = _fill(lengths, 1) if flash or by_row else _cheapest(lengths, hidden)
+    if bins == len(lengths) or (by_row and width == ids.numel()):
         return None
     offsets = torch.arange(ids.shape[1])
     places = torch.tensor(starts)[:, None] + offsets
@@ -171,6 +215,8 @@ def pack(model: Any, inputs: dict[str, Tensor]) -> Packed | None:
     found: dict[str, Any] = {"input_ids": packed.view(bins, width), "position_ids": positions.view(bins, width)}
     if "use_cache" in inspect.signature(model.forward).parameters:
         found["use_cache"] = False  # with a cache transformers takes positions for those behind it
+    if by_row:
+        found["rows"] = tuple(sorted(lengths, reverse=True))
     return Packed(found, places.clamp_(max=bins * width - 1).to(ids.device))
 
 
