@@ -16,13 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from lightning.fabric.utilities.logger import _flatten_dict
 
-COMMAND = [sys.executable, "-m", "lightning_peft.cli.main"]
-
-
-def run(*words: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*COMMAND, *words], cwd=cwd, capture_output=True, text=True, check=False)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+from tests.end_to_end.command import COMMAND, run
 
 
 @pytest.fixture
