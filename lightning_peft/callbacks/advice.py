@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import torch
@@ -33,12 +34,20 @@ class Advice(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, torch.OutOfMemoryError):
             exception.add_note(memory_advice(pl_module, self._batch, trainer.accumulate_grad_batches))
-        elif isinstance(exception, RuntimeError) and "DataLoader worker" in str(exception):
+        elif _worker_is_gone(exception):
             exception.add_note(
                 "A process that makes batches ended, most often because the machine had no memory left for it: take a "
                 "smaller num_workers. What was saved before is whole; go on from it with ckpt_path='last'."
             )
         self._batch = None
+
+
+def _worker_is_gone(error: BaseException) -> bool:
+    """Whether a process that makes batches has ended: the loader says so, unless it ends while it hands a batch over."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error)
+    places = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, (OSError, EOFError)) and "torch.multiprocessing.reductions" in places
 
 
 def memory_advice(module: LightningModule, batch: tuple[int, ...] | None, accumulated: int) -> str:

@@ -126,7 +126,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         what = "is a folder, but a checkpoint is a file" if path.is_dir() else "is no file"
         raise FileNotFoundError(f"{path} {what}; pass the path of a .ckpt")
     # torch's own errors about a file without the index at its end name neither the file nor the cause
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         size = path.stat().st_size
         raise ValueError(f"{path} ({size} bytes) is no checkpoint, or one that is cut short; copy or save it again")
     _refuse_compressed(path)
@@ -146,6 +146,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(found.get("hyper_parameters", {}), dict):
         raise ValueError(f"{path} is no checkpoint of Lightning: its hyper_parameters are no dictionary")
     return found
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a damaged end may say that there are more disks
+        return False
 
 
 def _refuse_compressed(path: Path) -> None:

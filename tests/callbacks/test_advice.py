@@ -101,7 +101,8 @@ def test_a_killed_data_worker_ends_the_run_in_a_clear_error_and_the_run_can_be_r
         return t
 
     torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
+    # the second kind where it ends while it hands a batch over
+    with pytest.raises((RuntimeError, ConnectionError, EOFError, FileNotFoundError)) as raised:
         run(9)
     assert "take a smaller num_workers" in _note(raised)
     steps = torch.load(last_checkpoint(tmp_path / "c"), weights_only=True)["global_step"]
