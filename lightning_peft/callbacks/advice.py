@@ -43,7 +43,7 @@ class Advice(Callback):
 
 
 def _worker_is_gone(error: BaseException) -> bool:
-    """Whether a process that makes batches has ended: the loader says so, unless it ends while it hands a batch over."""
+    """Whether a process that makes batches has ended: the loader says so, unless it was just handing a batch over."""
     if isinstance(error, RuntimeError):
         return "DataLoader worker" in str(error)
     places = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
