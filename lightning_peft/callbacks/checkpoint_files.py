@@ -21,6 +21,7 @@ from lightning_peft.analysis.sizes import size
 from lightning_peft.formats.reading import read_checkpoint
 
 _SUFFIX = ".ckpt"
+_OF_SHARDS = "meta.pt"  # what Lightning writes last into a folder of shards: all but the tensors
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -43,6 +44,15 @@ class WholeFiles(TorchCheckpointIO):
             _write(content.getbuffer(), target)
         except OSError as error:
             raise type(error)(error.errno, _said(error, target, content.getbuffer().nbytes)) from error
+
+    @override
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        if Path(path).is_dir():
+            raise ValueError(
+                f"{path} is a checkpoint of shards, which ModelParallelStrategy (trainer=fsdp) alone reads; resume "
+                f"under it, or make one file: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+            )
+        return super().load_checkpoint(path, *args, **options)
 
 
 def _write(content: memoryview, target: Path) -> None:
@@ -126,9 +136,28 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     steps: dict[Path, tuple[int, str]] = {}
     for path in sorted(Path(folder).glob(f"*{_SUFFIX}")):
         try:
-            found = read_checkpoint(path)
+            found = read_resumable(path)
         except (ValueError, OSError):
             continue
         if "loops" in found:  # without them weights alone were saved
             steps[path] = found["global_step"], path.name
     return max(steps, key=lambda path: steps[path], default=None)
+
+
+def read_resumable(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds; of a folder of shards what is beside its tensors.
+
+    Args:
+        path: the file or the folder.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if it is no checkpoint, or not a whole one.
+    """
+    if not path.is_dir():
+        return read_checkpoint(path)
+    try:
+        found = torch.load(path / _OF_SHARDS, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file does to its reader
+        raise ValueError(f"{path} is a folder, and no whole checkpoint of shards: {error}") from error
+    return found if isinstance(found, dict) else {}

@@ -10,6 +10,7 @@ from torch.nn import Module
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.method import Method
 from lightning_peft.core.sharded import sharded_modules
+from lightning_peft.methods.selective import Selective
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,7 +40,7 @@ def shard(module: LightningModule, model: Module, method: Method) -> None:
             "configure_model of a module of your own"
         )
     saves_shards = getattr(module.trainer.strategy, "_save_distributed_checkpoint", False)
-    if saves_shards and getattr(method, "unfreeze_until", None):
+    if saves_shards and isinstance(method, Selective) and method.scheduled:
         raise ValueError(
             "while layers wait to be unfrozen the optimizer has no state for them, without which a checkpoint of "
             "shards cannot be resumed; take ModelParallelStrategy(..., save_distributed_checkpoint=False)"

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from lightning_peft.analysis.data_page import NUMBERS, write_data_page
 from lightning_peft.analysis.data_report import print_data
 from lightning_peft.callbacks.check_monitor import CheckMonitor
-from lightning_peft.callbacks.checkpoint_files import last_checkpoint
+from lightning_peft.callbacks.checkpoint_files import last_checkpoint, read_resumable
 from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.callbacks.progress_bar import ProgressBar
 from lightning_peft.callbacks.validate_at_end import ValidateAtEnd
@@ -33,7 +33,6 @@ from lightning_peft.cli.targets import made
 from lightning_peft.core.method import Method
 from lightning_peft.data.summary import summarise
 from lightning_peft.formats.folder import refuse_occupied
-from lightning_peft.formats.reading import read_checkpoint
 from lightning_peft.formats.serving import consumer_of
 from lightning_peft.formats.writing import write_json, written_file
 from lightning_peft.module import PeftModule
@@ -325,10 +324,10 @@ def _to_go_on_from(config: DictConfig) -> str | None:
         _set_logs_aside(Path(config.run_dir) / "logs" / "metrics.csv")
         print(f"goes on from {short(found)}" if found else f"begins anew: no whole checkpoint is in {short(folder)}")
         return None if found is None else str(found)
-    if path is not None and not Path(path).is_file():
+    if path is not None and not Path(path).exists():
         raise FileNotFoundError(f"ckpt_path={path}: there is no such checkpoint")
     if path is not None:
-        read_checkpoint(Path(path))
+        read_resumable(Path(path))
     return path
 
 

@@ -9,6 +9,7 @@ from torch.nn import Module
 
 from lightning_peft.core.adapters import Adapters, require_adapters
 from lightning_peft.core.in_place import base_tensors
+from lightning_peft.core.matching import base_modules
 from lightning_peft.core.routing import Routing
 from lightning_peft.core.rows import Rows
 from lightning_peft.core.statistics import freeze_statistics
@@ -127,4 +128,4 @@ def set_trainable(model: Module, name: str, trains: bool) -> None:
     for key in chosen or ():
         parameters[key].requires_grad_(trains)
     record.resting = None if trains else chosen
-    freeze_statistics(model, adapters)
+    freeze_statistics(model, base_modules(model), adapters)

@@ -41,14 +41,18 @@ def parameter_digests(parameters: dict[str, Parameter]) -> dict[str, tuple[str, 
     Returns:
         Shape and sum; None instead of the sum where values cannot be read (offloaded to the meta device).
     """
-    empty: dict[str, str | None] = {n: None if p.is_meta else "" for n, p in parameters.items()}
-    there = {n: p for n, p in parameters.items() if p.numel() and not p.is_meta}
-    read = {n: _stored(p) for n, p in there.items() if not is_sharded(p)}
-    values = dict(zip(read, _sums(list(read.values())), strict=True))
-    # put together one at a time: all of them may be more than a process can hold
-    values |= {n: _sums([whole(p)])[0] for n, p in there.items() if is_sharded(p)}
+    values: dict[str, str | None] = {}
+    read: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if parameter.is_meta or not parameter.numel():
+            values[name] = None if parameter.is_meta else ""
+        elif is_sharded(parameter):  # put together one at a time: all may be more than a process can hold
+            values[name] = _sums([whole(parameter)])[0]
+        else:
+            read[name] = _stored(parameter)
+    values |= zip(read, _sums(list(read.values())), strict=True)
     shapes = {shape: str(tuple(shape)) for shape in {p.shape for p in parameters.values()}}
-    return {n: (shapes[p.shape], values.get(n, empty[n])) for n, p in parameters.items()}
+    return {n: (shapes[p.shape], values[n]) for n, p in parameters.items()}
 
 
 def renew_digests(adapters: Adapters, parameters: dict[str, Parameter], changed: Collection[str]) -> None:

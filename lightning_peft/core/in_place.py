@@ -20,7 +20,16 @@ def base_parameters(model: Module) -> dict[str, torch.nn.Parameter]:
     Args:
         model: the root, adapted or not.
     """
-    return _own(model, "_parameters")
+    return own_parameters(base_modules(model))
+
+
+def own_parameters(modules: dict[str, Module]) -> dict[str, torch.nn.Parameter]:
+    """The parameters of these modules by name, one that has several names by the first.
+
+    Args:
+        modules: by name, as `base_modules` gives them.
+    """
+    return _own(modules, "_parameters")
 
 
 def base_tensors(model: Module) -> dict[str, torch.Tensor]:
@@ -29,14 +38,15 @@ def base_tensors(model: Module) -> dict[str, torch.Tensor]:
     Args:
         model: the root of an adapted model.
     """
-    return {**base_parameters(model), **_own(model, "_buffers")}
+    modules = base_modules(model)
+    return {**_own(modules, "_parameters"), **_own(modules, "_buffers")}
 
 
-def _own(model: Module, kind: str) -> dict[str, Any]:
+def _own(modules: dict[str, Module], kind: str) -> dict[str, Any]:
     """What PyTorch would name, without a walk through the adapters, which have as many modules as the base."""
     found: dict[str, Any] = {}
     seen: set[int] = set()
-    for owner, module in base_modules(model).items():
+    for owner, module in modules.items():
         for key, tensor in module.__dict__[kind].items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -63,10 +73,9 @@ def kept_originals(tree: AdapterTree, call: str) -> dict[str, torch.Tensor]:
     return tree.record.originals
 
 
-def set_in_place(model: Module, adapters: Adapters, names: set[str]) -> None:
-    """Tells each module which of its parameters train in place: they become float32 and stay it."""
-    modules = base_modules(model)
-    owners = _owners(model, modules, names) if names else {}
+def set_in_place(modules: dict[str, Module], adapters: Adapters, names: set[str]) -> None:
+    """Tells each of the base's modules which of its parameters train in place: they become float32 and stay it."""
+    owners = _owners(modules, names) if names else {}
     for owner, module in modules.items():
         site = site_of(module)
         if owner in owners:
@@ -80,10 +89,10 @@ def set_in_place(model: Module, adapters: Adapters, names: set[str]) -> None:
             detach(module)
 
 
-def _owners(model: Module, modules: dict[str, Module], names: set[str]) -> dict[str, list[str]]:
+def _owners(modules: dict[str, Module], names: set[str]) -> dict[str, list[str]]:
     """The parameters by the module that runs with them, under every name that they have."""
     owners: dict[str, list[str]] = {}
-    trained = {id(p) for n, p in base_parameters(model).items() if n in names}
+    trained = {id(p) for n, p in own_parameters(modules).items() if n in names}
     attention = {n for n, m in modules.items() if isinstance(m, MultiheadAttention)}
     for owner, module in modules.items():
         for key, parameter in module._parameters.items():

@@ -15,7 +15,7 @@ from lightning_peft.core.adapted import attach, detach, site_of
 from lightning_peft.core.adapters import Adapters, adapters_of, refuse_in_use, tree_of
 from lightning_peft.core.collector import paused_collector
 from lightning_peft.core.fingerprint import parameter_digests
-from lightning_peft.core.in_place import base_parameters, base_tensors, kept_originals, set_in_place
+from lightning_peft.core.in_place import base_parameters, base_tensors, kept_originals, own_parameters, set_in_place
 from lightning_peft.core.layer import AdapterLayer
 from lightning_peft.core.matching import base_modules, class_of, is_within, match_modules, reads_directly
 from lightning_peft.core.method import Bounded, Method, Placement, Residual
@@ -89,7 +89,8 @@ def inject(
         method.refuse_beyond(model, placement.layers)
     if isinstance(method, Residual) and method.needs_codes and not saved:
         method.make_up(model, placement.layers)
-    modules, parameters = base_modules(model), base_parameters(model)
+    modules = base_modules(model)
+    parameters = own_parameters(modules)
     copies, single = _copies(model, modules, method, placement, new)
     in_place = [n for n in dict.fromkeys([*placement.in_place, *single, *also_in_place]) if not is_within(n, copies)]
     _refuse_quantized(parameters, method, in_place, copies)
@@ -111,7 +112,8 @@ def inject(
         originals = {n: tensors[n].detach().clone() for n in moving}
     record = Record(method, sorted(placement.layers), copies, new, in_place, originals)
     tree = AdapterTree(record, layers)
-    tree.train(model.training)
+    if not model.training or any(layer._modules or not layer.training for layer in layers.values()):
+        tree.train(model.training)  # new layers are in training mode, and what they took over may not be
     adapters[name] = tree
     _connect(model, modules, parameters, adapters, name, tree)
     if active:
@@ -150,7 +152,7 @@ def eject(model: Module, name: str) -> None:
         if site is not None:
             site.layers.pop(name, None)
     in_place = adapters.in_place
-    set_in_place(model, adapters, in_place)
+    set_in_place(base_modules(model), adapters, in_place)
     for key, parameter in base_parameters(model).items():
         if not len(adapters):
             parameter.requires_grad_(adapters.requires_grad_before.get(key, True))
@@ -247,7 +249,7 @@ def _refuse_unreachable(modules: dict[str, Module], layers: dict[str, AdapterLay
 
 def _refuse_quantized(parameters: dict[str, Parameter], method: Method, in_place: list[str], copies: list[str]) -> None:
     trained, copied = set(in_place), set(copies)
-    for name, parameter in parameters.items():
+    for name, parameter in parameters.items() if trained or copied else ():
         if name in trained or is_within(name, copied):
             refuse_training(type(method).__name__, name, parameter)
 
@@ -295,8 +297,8 @@ def _connect(
         # what another adapter trains in place may have been told to rest
         if key in own or key not in in_place:
             parameter.requires_grad_(key in in_place)
-    set_in_place(model, adapters, in_place)
-    freeze_statistics(model, adapters)
+    set_in_place(modules, adapters, in_place)
+    freeze_statistics(model, modules, adapters)
     _leave_fused_path(modules, adapters)
 
 

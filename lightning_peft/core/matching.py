@@ -74,7 +74,10 @@ def output_heads(model: Module) -> list[str]:
     Args:
         model: the root.
     """
-    modules = base_modules(model)
+    return _heads(base_modules(model))
+
+
+def _heads(modules: dict[str, Module]) -> list[str]:
     names = {id(m): n for n, m in modules.items()}
     heads: set[str] = set()
     for name, part in modules.items():
@@ -189,7 +192,7 @@ def match_modules(
 
 
 def _all_linear(model: Module, modules: dict[str, Module]) -> list[str]:
-    heads = output_heads(model)
+    heads = _heads(modules)
     found: list[str] = []
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")

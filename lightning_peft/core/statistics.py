@@ -31,14 +31,15 @@ def _has_statistics(module: Module) -> bool:
     return isinstance(module, _NormBase) and module.track_running_stats
 
 
-def freeze_statistics(model: Module, adapters: Adapters) -> None:
+def freeze_statistics(model: Module, modules: dict[str, Module], adapters: Adapters) -> None:
     """Keeps batch norms that do not train in eval mode: their running statistics are part of the base.
 
     Args:
         model: the root.
+        modules: its own by name.
         adapters: its adapters.
     """
-    for module in base_modules(model).values():
+    for module in modules.values():
         if _has_statistics(module):
             trains = any(p.requires_grad for p in module.parameters(recurse=False))
             site = site_of(module)

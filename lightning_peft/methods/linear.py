@@ -162,7 +162,7 @@ def target_names(
     saved = match_modules(model, method.modules_to_save, option="modules_to_save") if method.modules_to_save else []
     new, _ = new_modules(model, new_parameters(model))
     in_full = {*saved, *new}
-    return [n for n in names if not is_within(n, in_full)]
+    return [n for n in names if not is_within(n, in_full)] if in_full else names
 
 
 def is_linear(module: Module) -> bool:

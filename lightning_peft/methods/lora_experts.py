@@ -174,7 +174,7 @@ def refuse_ranks(layers: dict[str, AdapterLayer], rank: Callable[[str], int]) ->
         ValueError: if there is one; it names the first such module or parameter.
     """
     for place, layer in layers.items():
-        for inside, part in layer.named_modules():
+        for inside, part in layer.named_modules() if layer._modules else [("", layer)]:
             if not isinstance(part, (LowRank, EmbeddingLayer)):
                 continue
             single = isinstance(part, ParameterFactors)

@@ -37,8 +37,8 @@ class LinearLayer(LowRank):
     splits = True
 
     def __init__(self, name: str, module: Any, method: LoRA) -> None:
-        n_in, n_out = sizes(module)
-        if is_split(module) and (method.use_dora or method.starts_apart or method.lora_bias):
+        (n_in, n_out), split = sizes(module), is_split(module)
+        if split and (method.use_dora or method.starts_apart or method.lora_bias):
             raise ValueError(
                 f"LoRA: {name!r} is split over processes (parallelize_module), which use_dora, lora_bias and starts "
                 f"from the weight do not know; leave them out (init_lora_weights={method.init_lora_weights!r})"
@@ -64,7 +64,7 @@ class LinearLayer(LowRank):
             self.lora_B_bias = Parameter(torch.zeros(n_out, dtype=torch.float32, device=self.lora_B.device))
         if method.use_dora:
             self.lora_magnitude_vector = Parameter(weight_of(module).float().norm(dim=1))
-        if is_split(module):
+        if split:
             self._split_like(module)
 
     def _split_like(self, module: Any) -> None:

@@ -25,6 +25,8 @@ def own_value(patterns: dict[str, Any], name: str, default: float) -> float:
         name: the module's name.
         default: for modules that no pattern means.
     """
+    if not patterns:
+        return default
     return next((value for pattern, value in patterns.items() if names(pattern, name)), default)
 
 

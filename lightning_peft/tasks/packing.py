@@ -93,15 +93,21 @@ def _how_apart(model: Any) -> Apart:
 
 def _tried(model: Any) -> Apart:
     taken = inspect.signature(model.forward).parameters
-    if "position_ids" not in taken or not _keeps_apart(model, by_row=False):
+    if "position_ids" not in taken:
         return "no"
-    others = "by row" in _apart[model].values()
     if any(p.kind == p.VAR_KEYWORD for p in taken.values()) and take_rows(model):
-        if _keeps_apart(model, by_row=True):
+        if _attends_by_row(model):
             return "by row"
-        if not others:
+        if "by row" not in _apart[model].values():
             leave_rows(model)
-    return "by mask"
+    return "by mask" if _keeps_apart(model, by_row=False) else "no"
+
+
+def _attends_by_row(model: Any) -> bool:
+    try:
+        return _keeps_apart(model, by_row=True)
+    except TypeError:  # what is said of rows is handed on to a module that does not take it
+        return False
 
 
 def takes_other_rows(model: Any) -> bool:

@@ -37,8 +37,8 @@ def empty(build: Callable[[], Any], folder: str | Path) -> Any:
     files = WeightFiles(folder, model)
     for name, parameter in model.named_parameters():
         stored = files.find(name)
-        if stored is None or stored.shape() != tuple(parameter.shape):
-            there = f"has the shape {stored.shape()} there" if stored else "is in no safetensors file"
+        if stored is None or stored.shape != tuple(parameter.shape):
+            there = f"has the shape {stored.shape} there" if stored else "is in no safetensors file"
             raise ValueError(
                 f"model.load_in_shards reads each parameter from {folder}, but {name!r} of {tuple(parameter.shape)} "
                 f"{there}; leave load_in_shards out, so that each process loads the whole model"
@@ -68,7 +68,7 @@ def fill(model: Any, folder: str | Path, device: torch.device) -> None:
     for name in missing:
         stored = files.find(name)
         assert stored is not None  # as `empty` has seen
-        _read_into(parameters[name], stored.read_part)
+        _read_into(parameters[name], stored.read)
     adapters = adapters_of(model)
     assert adapters is not None
     renew_digests(adapters, parameters, missing)

@@ -10,31 +10,21 @@ from torch import Tensor
 
 
 class Stored(NamedTuple):
-    """Where a parameter's numbers lie: the file, and the name there."""
+    """Where a parameter's numbers lie: the file, and the name and the shape there. It can be copied and pickled."""
 
     path: Path
     name: str
+    shape: tuple[int, ...]
 
-    def read(self) -> Tensor:
-        """All of it."""
-        with safe_open(self.path, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(self.name)
-        return tensor
-
-    def read_part(self, part: tuple[slice, ...]) -> Tensor:
-        """A part of it; the rest stays on disk.
+    def read(self, part: tuple[slice, ...] = ()) -> Tensor:
+        """The parameter, or a part of it; the rest stays on disk.
 
         Args:
-            part: a slice for each dimension.
+            part: a slice for each dimension; none for all of it.
         """
         with safe_open(self.path, framework="pt") as opened:
             tensor: Tensor = opened.get_slice(self.name)[part] if part else opened.get_tensor(self.name)
         return tensor
-
-    def shape(self) -> tuple[int, ...]:
-        """Its shape, from the file's header."""
-        with safe_open(self.path, framework="pt") as opened:
-            return tuple(opened.get_slice(self.name).get_shape())
 
 
 class WeightFiles:
@@ -47,10 +37,11 @@ class WeightFiles:
 
     def __init__(self, folder: str | Path, model: Any) -> None:
         self.prefix = f"{model.base_model_prefix}."
-        self.files: dict[str, Path] = {}
+        self.stored: dict[str, Stored] = {}
         for path in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(path, framework="pt") as opened:
-                self.files |= dict.fromkeys(opened.keys(), path)
+                for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+                    self.stored[name] = Stored(path, name, tuple(opened.get_slice(name).get_shape()))
 
     def find(self, name: str) -> Stored | None:
         """Where a parameter lies, or None where the files have it under another name or not at all.
@@ -59,6 +50,6 @@ class WeightFiles:
             name: the parameter's name in the model.
         """
         for known in (name, name.removeprefix(self.prefix), f"{self.prefix}{name}"):
-            if known in self.files:
-                return Stored(self.files[known], known)
+            if known in self.stored:
+                return self.stored[known]
         return None

@@ -95,6 +95,18 @@ def test_a_process_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_a_folder_of_shards_is_found_when_it_is_whole_and_other_strategies_say_who_reads_it(trainer, data, tmp_path):
+    WholeFiles().save_checkpoint({"state_dict": {}, "global_step": 1, "loops": {}}, tmp_path / "a.ckpt")
+    for name, step in (("b.ckpt", 2), ("c.ckpt", 3)):
+        (tmp_path / name).mkdir()
+        torch.save({"global_step": step, "loops": {}}, tmp_path / name / "meta.pt")
+    (tmp_path / "c.ckpt" / "meta.pt").write_bytes(b"cut short")
+    (tmp_path / "d.ckpt").mkdir()  # of which nothing but shards was written yet
+    assert last_checkpoint(tmp_path) == tmp_path / "b.ckpt"
+    with pytest.raises(ValueError, match=r"b.ckpt is a checkpoint of shards, which ModelParallelStrategy"):
+        _fit(trainer, Net(), data, ckpt_path=tmp_path / "b.ckpt")
+
+
 def test_a_full_disk_ends_the_run_in_a_sentence_and_keeps_the_last_checkpoint(trainer, data, tmp_path):
     """A limit on the size of files stands in for a disk that takes no more bytes: the kernel refuses the write."""
     limits, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
