@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-_MOST = 5  # parts such as ".*", of which each more lets a match take a name's length times as long
+# Four parts such as ".*" can end in 45**4 ways, one after the other, among the 100 letters of a long module name.
+_LONG = 45
+_MOST = 1e7  # ways through an expression: those four with some choices beside them, tried in a tenth of a second
 _LONGEST = 2000
 
 
@@ -18,18 +21,18 @@ def refuse_slow_patterns(options: Mapping[str, Any]) -> None:
             the keys of dictionaries there; lists hold names.
 
     Raises:
-        ValueError: if one repeats what is itself of any length and nothing sets apart, such as ``(a+)+``, has too many
-            parts of any length, or is no expression.
+        ValueError: if one repeats what can match in several ways, such as ``(a+)+`` or ``(a|b)*``, has too many parts
+            that can, or is no expression.
     """
     for option, pattern in _patterns(options):
         try:
-            parts = list(re._parser.parse(pattern)) if len(pattern) <= _LONGEST else None  # type: ignore[attr-defined]
+            ways = _ways(re._parser.parse(pattern)) if len(pattern) <= _LONGEST else math.inf  # type: ignore[attr-defined]
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{option}: {pattern[:80]!r} is no regular expression: {error}") from error
-        if parts is None or _is_ambiguous(parts) or _repeats(parts) > _MOST:
+        if ways > _MOST:
             raise ValueError(
-                f"{option}: {pattern[:80]!r} may take longer to match than anybody waits; write it without repeats "
-                f"within repeats and with {_MOST} parts such as '.*' at most"
+                f"{option}: {pattern[:80]!r} may take longer to match than anybody waits; write it without repeats and "
+                "choices within repeats, and with four parts such as '.*' at most"
             )
 
 
@@ -42,39 +45,30 @@ def _patterns(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from ((option, t) for t in texts if isinstance(t, str))
 
 
-def _inside(operation: Any, argument: Any) -> list[list[Any]]:
-    """The sequences that an element of an expression is made of."""
-    name = str(operation)
-    if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-        return [list(argument[2])]
-    if name == "BRANCH":
-        return [list(branch) for branch in argument[1]]
-    if name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-        return [list(argument[-1])]
-    return [list(argument)] if name == "ATOMIC_GROUP" else []
+def _ways(parts: Iterable[Any]) -> float:
+    """How many ways through a sequence a failing match may try, at most."""
+    return math.prod(_ways_of(str(operation), argument) for operation, argument in parts)
 
 
-def _is_long(operation: Any, argument: Any) -> bool:
-    return "REPEAT" in str(operation) and argument[1] > 8
+def _ways_of(operation: str, argument: Any) -> float:
+    if operation.endswith("REPEAT"):
+        least, most, inner = argument
+        return _ways_to_repeat(int(least), int(most), _ways(inner))
+    if operation == "BRANCH":
+        return _ways_to_choose([list(branch) for branch in argument[1]])
+    if operation == "GROUPREF_EXISTS":
+        return sum(_ways(branch) for branch in argument[1:] if branch is not None)
+    if operation in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+        return _ways(argument[-1])
+    return _ways(argument) if operation == "ATOMIC_GROUP" else 1
 
 
-def _repeats(parts: list[Any]) -> int:
-    return sum(_is_long(*part) + sum(map(_repeats, _inside(*part))) for part in parts)
+def _ways_to_repeat(least: int, most: int, each: float) -> float:
+    return min(most - least + 1, _LONG) * (math.inf if each > 1 and most > 30 else each ** min(most, 30))
 
 
-def _is_ambiguous(parts: list[Any]) -> bool:
-    for operation, argument in parts:
-        inside = _inside(operation, argument)
-        if _is_long(operation, argument) and not _has_anchor(inside[0]):
-            return True
-        if any(map(_is_ambiguous, inside)):
-            return True
-    return False
-
-
-def _has_anchor(parts: list[Any]) -> bool:
-    """Whether something of one length stands in a sequence that is repeated: then repeats can be told apart."""
-    if any(str(o) in ("LITERAL", "NOT_LITERAL", "IN", "ANY") for o, _ in parts):
-        return True
-    groups = [_inside(o, a) for o, a in parts if str(o) in ("SUBPATTERN", "ATOMIC_GROUP")]
-    return any(_has_anchor(inner) for group in groups for inner in group)
+def _ways_to_choose(branches: list[list[Any]]) -> float:
+    """Of fixed texts a name has one, and those that it begins with; of others any."""
+    if any(str(operation) != "LITERAL" for branch in branches for operation, _ in branch):
+        return sum(map(_ways, branches))
+    return max(sum(long[: len(short)] == short for short in branches) for long in branches)
