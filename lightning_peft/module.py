@@ -57,6 +57,7 @@ from lightning_peft.tasks.optimization import (
 )
 from lightning_peft.tasks.packing import packs
 from lightning_peft.tasks.registry import task_said_by
+from lightning_peft.tasks.row_attention import leave_rows
 from lightning_peft.tasks.sharded_base import fill
 from lightning_peft.tasks.task import Checking, Templated, Writing
 from lightning_peft.tasks.token_mean import TokenMean
@@ -221,6 +222,10 @@ class PeftModule(EvaluatedModule):
         length, virtual = getattr(data, "max_length", None), getattr(self.method, "num_virtual_tokens", 0)
         if length is not None and virtual and self.base is not None:
             self.base.refuse_long_texts(length, virtual, MIN_LENGTH)
+
+    @override
+    def teardown(self, stage: str) -> None:
+        leave_rows(self.model)
 
     def forward(self, **inputs: Any) -> Any:
         """Runs the adapted model; what it takes and gives is the Hugging Face model's."""

@@ -89,7 +89,7 @@ def _arguments(module: Module) -> set[str]:
 
 def _refuse_unsuited(method: str, attention: Module, config: Any) -> None:
     kernel = getattr(config, "_attn_implementation", None)
-    if kernel not in (None, "sdpa", "sdpa_by_row", "eager"):  # the third one of a model that ran packed rows
+    if kernel not in (None, "sdpa", "eager"):
         raise ValueError(
             f"{method} widens attention masks, which attn_implementation={kernel!r} does not take; load the model "
             "with 'sdpa' or 'eager'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,7 +16,7 @@ from torch.nn import Module
 
 from lightning_peft.core.adapters import routing_of
 from lightning_peft.core.probing import agree, probing, rounding, states_of
-from lightning_peft.tasks.row_attention import leave_rows, take_rows, text_config, without_masks
+from lightning_peft.tasks.row_attention import has_rows, leave_rows, take_rows, text_config, without_masks
 
 Apart = Literal["no", "by mask", "by row"]
 """How rows in one bin are kept apart: not at all, by the model's masks, or by attention that takes each by itself."""
@@ -40,7 +41,7 @@ class Packed(NamedTuple):
         """The model's outputs for the bins."""
         if "rows" not in self.inputs:
             return model(**self.inputs)
-        with without_masks():
+        with without_masks(sum(self.inputs["rows"])):
             return model(**self.inputs)
 
     def at(self, states: Tensor, where: Tensor) -> Tensor:
@@ -85,6 +86,8 @@ def _how_apart(model: Any) -> Apart:
     if not takes_other_rows(model) or _reads_places(model):
         return "no"
     adapters, known = states_of(model), _apart.setdefault(model, {})
+    if known.get(adapters) == "by row" and not has_rows(model):  # it got its attention back since
+        del known[adapters]
     if adapters not in known:
         known[adapters] = _tried(model)
         rank_zero_info(f"The rows of a batch are {'padded' if known[adapters] == 'no' else 'packed'}")
@@ -95,7 +98,9 @@ def _tried(model: Any) -> Apart:
     taken = inspect.signature(model.forward).parameters
     if "position_ids" not in taken:
         return "no"
-    if any(p.kind == p.VAR_KEYWORD for p in taken.values()) and take_rows(model):
+    named = any(p.kind == p.VAR_KEYWORD for p in taken.values())
+    # a block that was compiled by itself would be compiled anew for all lengths of rows
+    if named and all(m._compiled_call_impl is None for m in model.modules()) and take_rows(model):
         if _attends_by_row(model):
             return "by row"
         if "by row" not in _apart[model].values():
@@ -106,7 +111,7 @@ def _tried(model: Any) -> Apart:
 def _attends_by_row(model: Any) -> bool:
     try:
         return _keeps_apart(model, by_row=True)
-    except TypeError:  # what is said of rows is handed on to a module that does not take it
+    except Exception:  # rows reach modules that do not know of them; what fails without them as well fails next
         return False
 
 
@@ -209,7 +214,8 @@ def pack(model: Any, inputs: dict[str, Tensor], *, by_row: bool = False) -> Pack
         return None
     flash = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
     hidden = model.get_input_embeddings().weight.shape[-1]
-    starts, bins, width = _fill(lengths, 1) if flash or by_row else _cheapest(lengths, hidden)
+    widest = getattr(text_config(model), "max_position_embeddings", None) or sum(lengths)
+    starts, bins, width = _fill(lengths, 1) if flash or by_row else _cheapest(lengths, hidden, widest)
     if bins == len(lengths) or (by_row and width == ids.numel()):
         return None
     offsets = torch.arange(ids.shape[1])
@@ -234,17 +240,19 @@ class Bins(NamedTuple):
     width: int
 
 
-def _cheapest(lengths: Sequence[int], hidden: int) -> Bins:
+def _cheapest(lengths: Sequence[int], hidden: int, widest: int) -> Bins:
     """The bins that cost least, where attention in one 4 x ``hidden`` wide costs as much as all else.
 
-    That width was measured: two cores, float32, training a Llama with LoRA, of a hidden size of 256 and of 512.
+    That width was measured: two cores, float32, training a Llama with LoRA, of a hidden size of 256 and of 512. None is
+    wider than the model has positions: some keep a mask of that size.
     """
-    found = []
-    for number in range(1, len(lengths) + 1):
+    longest, found = max(lengths), []
+    for number in range(math.ceil(sum(lengths) / max(widest, longest)), len(lengths) + 1):
         found.append(_fill(lengths, number))
-        if found[-1].width == max(lengths):  # with more bins there is only more padding
+        if found[-1].width == longest:  # with more bins there is only more padding
             break
-    return min(found, key=lambda bins: bins.number * bins.width * (4 * hidden + bins.width))
+    fit = [bins for bins in found if bins.width <= max(widest, longest)]
+    return min(fit, key=lambda bins: bins.number * bins.width * (4 * hidden + bins.width))
 
 
 def _fill(lengths: Sequence[int], number: int) -> Bins:

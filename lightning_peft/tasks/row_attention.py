@@ -14,7 +14,7 @@ from torch.nn import Module
 BY_ROW = "sdpa_by_row"
 """transformers' SDPA attention, but over each row alone in a forward that says where rows are."""
 
-_unmasked: ContextVar[bool] = ContextVar("_unmasked", default=False)
+_unmasked: ContextVar[int] = ContextVar("_unmasked", default=0)
 
 
 def take_rows(model: Any) -> bool:
@@ -44,13 +44,23 @@ def take_rows(model: Any) -> bool:
     return True
 
 
-def leave_rows(model: Any) -> None:
-    """Gives a model its SDPA attention back.
+def has_rows(model: Any) -> bool:
+    """Whether a model's attention takes rows one by one.
 
     Args:
-        model: a Hugging Face model.
+        model: any.
     """
-    text_config(model)._attn_implementation = "sdpa"
+    return hasattr(model, "config") and getattr(text_config(model), "_attn_implementation", None) == BY_ROW
+
+
+def leave_rows(model: Any) -> None:
+    """Gives a model its SDPA attention back, if its attention takes rows.
+
+    Args:
+        model: any.
+    """
+    if has_rows(model):
+        text_config(model)._attn_implementation = "sdpa"
 
 
 def text_config(model: Any) -> Any:
@@ -64,19 +74,23 @@ def text_config(model: Any) -> Any:
 
 
 @contextmanager
-def without_masks() -> Iterator[None]:
-    """A block whose forwards make no mask, since they say where rows are (``rows``)."""
-    token = _unmasked.set(True)
+def without_masks(tokens: int) -> Iterator[None]:
+    """A block whose forwards make no mask over this many tokens, since they say where rows are (``rows``)."""
+    token = _unmasked.set(tokens)
     try:
         yield
     finally:
         _unmasked.reset(token)
 
 
-def _mask(*args: Any, **options: Any) -> Tensor | None:
+def _mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **options: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
-    return None if _unmasked.get() else sdpa_mask(*args, **options)
+    # a method may run the model on other tokens within such a forward
+    if batch_size == 1 and q_length == kv_length == _unmasked.get():
+        return None
+    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, *args, **options)
+    return mask
 
 
 def _attend(

@@ -25,7 +25,7 @@ from lightning_peft import (
 )
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.tasks.counted import counted
-from lightning_peft.tasks.packing import pack
+from lightning_peft.tasks.packing import pack, packed_rows
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = {**SIZES, "num_key_value_heads": 2, "vocab_size": 97, "pad_token_id": 0}
@@ -245,6 +245,71 @@ def test_a_model_that_was_trained_on_packed_rows_still_masks_padding():
         assert torch.equal(model(**inputs).logits, expected)
 
 
+def test_what_a_model_runs_on_other_tokens_within_a_packed_forward_is_masked_as_ever():
+    model, batch, other = _adapted(_model().eval(), LoRA(r=4)), _batch(), _batch((9, 4))
+    left = {k: other[k].flip(1) for k in ("input_ids", "attention_mask")}
+    seen = []
+
+    def run_beside(*_):
+        if not seen:
+            seen.append(None)
+            seen[0] = model(**left).logits
+
+    with torch.no_grad():
+        expected = model(**left).logits
+        packed = packed_rows(model, {k: batch[k] for k in ("input_ids", "attention_mask")})
+        handle = model.model.layers[0].register_forward_pre_hook(run_beside)
+        packed.run(model)
+        handle.remove()
+    assert packed.inputs["input_ids"].shape == (1, 39)
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+
+
+def test_a_model_that_got_its_attention_back_is_asked_again():
+    model, batch = _adapted(_model(), LoRA(r=4)), _batch()
+    expected = _run(model, batch)
+    model.set_attn_implementation("eager")
+    total, shape = _run(model, batch)
+    assert shape == (2, 20)
+    torch.testing.assert_close(total, expected[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # what compiling them says
+def test_blocks_that_were_compiled_one_by_one_get_masks():
+    model, batch = _adapted(_model(), LoRA(r=4)), _batch()
+    expected = _alone(model, batch)
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    total, shape = _run(model, batch)
+    assert shape == (2, 20)
+    torch.testing.assert_close(total, expected)
+
+
+def test_a_model_that_fails_when_it_is_told_of_rows_gets_masks():
+    model, batch = _adapted(_model(), LoRA(r=4)), _batch()
+    expected, forward = _alone(model, batch), model.model.layers[0].self_attn.forward
+
+    def strict(*args, rows=None, **kwargs):
+        if rows is not None:
+            raise ValueError("rows?")
+        return forward(*args, **kwargs)
+
+    model.model.layers[0].self_attn.forward = strict
+    total, shape = _run(model, batch)
+    assert shape == (2, 20)
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(total, expected)
+
+
+def test_no_bin_is_wider_than_a_model_has_positions():
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    model = _adapted(_model("GPTNeo", "eager", **sizes, max_position_embeddings=16, vocab_size=97), LoRA(r=4))
+    batch = _batch((12, 9, 9, 9, 9))  # three bins of 18 would cost least
+    total, shape = _run(model, batch)
+    assert shape == (5, 12)
+    torch.testing.assert_close(total, _alone(model, batch))
+
+
 def test_packing_can_be_left_out():
     model, batch = _adapted(_model().eval(), LoRA(r=4)), _batch()
     assert _run(model, batch, packing=False)[1] == (6, 12)
@@ -308,3 +373,4 @@ def test_rows_of_similar_length_come_together_where_that_saves_padding(
     trainer.fit(module, data)
     # of twenty lengths ten batches have two or three each, or as it comes most of them
     assert (max(spreads) <= 4) if grouped else (min(spreads) >= 8)
+    assert module.model.config._attn_implementation == "sdpa"  # and not one that other processes do not know
