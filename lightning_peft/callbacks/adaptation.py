@@ -14,6 +14,7 @@ from torch.nn import ModuleList
 from lightning_peft.callbacks.averages import renew_averages
 from lightning_peft.callbacks.optimizer_names import note_resumed, number_by_module
 from lightning_peft.callbacks.randomness import random_state, resume_random_state
+from lightning_peft.callbacks.sharding import share_buffers
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.in_place import keep_float32
 from lightning_peft.core.method import Method
@@ -84,6 +85,7 @@ def adapt_lightning_module(module: LightningModule, method: Method, path: str = 
         if module._trainer is not None and isinstance(module._trainer.strategy, ModelParallelStrategy):
             # it looks for every parameter in a whole checkpoint, and asks no hook; what is missing is found afterwards
             module.strict_loading = False
+    share_buffers(module, root)
     hooks = module._state_dict_hooks.values()
     if not any(isinstance(hook, PartialState) and hook.path == path for hook in hooks):
         PartialState(module, path)

@@ -1,15 +1,19 @@
-"""An adapted model cut into shards, one for each process of Lightning's ModelParallelStrategy (FSDP2)."""
+"""An adapted model under Lightning's ModelParallelStrategy (FSDP2): shards of it, and what is the same everywhere."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import distributed
 from torch.nn import Module
 
+from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.method import Method
-from lightning_peft.core.sharded import sharded_modules
+from lightning_peft.core.sharded import is_sharded, sharded_modules
 from lightning_peft.methods.selective import Selective
 
 if TYPE_CHECKING:
@@ -51,3 +55,23 @@ def shard(module: LightningModule, model: Module, method: Method) -> None:
     for part in [m for m in model.modules() if class_of(m).__name__ in blocks]:
         fully_shard(part, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
+
+
+@torch.no_grad()
+def share_buffers(module: LightningModule, model: Module) -> None:
+    """Gives the fixed tensors of adapters the first process's numbers, which DDP does by itself and FSDP2 does not.
+
+    Each process draws them with a generator of its own, and only parameters are sharded.
+
+    Args:
+        module: the module that is trained; under other strategies than FSDP2's nothing is done.
+        model: what is adapted in it.
+    """
+    strategy, adapters = getattr(module._trainer, "strategy", None), adapters_of(model)
+    if not isinstance(strategy, ModelParallelStrategy) or adapters is None:
+        return
+    for buffer in adapters.buffers():
+        if not (buffer.is_meta or is_sharded(buffer)):
+            sent = buffer.to(strategy.root_device)  # NCCL takes none on the CPU, where the model may still be
+            distributed.broadcast(sent, 0)
+            buffer.copy_(sent)

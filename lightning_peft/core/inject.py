@@ -22,7 +22,8 @@ from lightning_peft.core.method import Bounded, Method, Placement, Residual
 from lightning_peft.core.new_heads import new_modules, new_parameters
 from lightning_peft.core.quantized import keep_codes, refuse_training
 from lightning_peft.core.saved_module import SavedModule
-from lightning_peft.core.sharded import is_split, sharded_modules
+from lightning_peft.core.sharded import sharded_modules
+from lightning_peft.core.split import refuse_split, share_whole
 from lightning_peft.core.statistics import freeze_statistics, moving_statistics
 from lightning_peft.core.tree import AdapterTree, Record
 
@@ -94,8 +95,9 @@ def inject(
     copies, single = _copies(model, modules, method, placement, new)
     in_place = [n for n in dict.fromkeys([*placement.in_place, *single, *also_in_place]) if not is_within(n, copies)]
     _refuse_quantized(parameters, method, in_place, copies)
-    _refuse_split(modules, method, placement.layers)
+    refuse_split(parameters, method, placement.layers, in_place, copies)
     layers = placement.layers | {n: SavedModule(_plain(model.get_submodule(n))) for n in copies}
+    share_whole(parameters, layers)
     if not layers and not in_place:
         raise ValueError(f"{type(method).__name__} finds nothing to train in {class_of(model).__name__}")
     _refuse_unreachable(modules, layers)
@@ -252,15 +254,6 @@ def _refuse_quantized(parameters: dict[str, Parameter], method: Method, in_place
     for name, parameter in parameters.items() if trained or copied else ():
         if name in trained or is_within(name, copied):
             refuse_training(type(method).__name__, name, parameter)
-
-
-def _refuse_split(modules: dict[str, Module], method: Method, layers: dict[str, AdapterLayer]) -> None:
-    split = [n for n, layer in layers.items() if is_split(modules[n]) and not layer.splits]
-    if split:
-        raise ValueError(
-            f"{type(method).__name__}: {split[0]!r} is split over processes (parallelize_module); of the layers that "
-            "are added, only LoRA's on linear modules can be split as well"
-        )
 
 
 def _refuse_shared_in_place(adapters: Adapters | None, in_place: list[str]) -> None:

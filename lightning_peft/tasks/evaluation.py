@@ -73,6 +73,6 @@ class EvaluatedModule(LightningModule):
         if isinstance(self.task, InOtherUnits):
             values |= self.task.from_loss(loss, values)
         for name, value in values.items():  # what concerns one class only, such as PER/f1, is too much for a bar
-            # torchmetrics' MCC of some predictions is a whole number's tensor, its BLEU one on the CPU, which NCCL refuses
+            # torchmetrics' MCC may be a whole number's tensor, and its BLEU one on the CPU, which NCCL refuses
             number = torch.as_tensor(value, dtype=torch.float32, device=self.device)
             self.log(f"{stage}/{name}", number, prog_bar="/" not in name, sync_dist=True)

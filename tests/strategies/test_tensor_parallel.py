@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_peft import IA3, LoRA, adapt
+from lightning_peft import IA3, BottleneckAdapter, LoRA, PromptTuning, Selective, adapt
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.sharded import cut_like
 
@@ -22,6 +22,7 @@ METHODS = {
     "lora": LoRA(r=4, lora_alpha=6, target_modules="all-linear"),
     "lora_fa": LoRA(r=4, lora_alpha=6, lora_fa=True, target_modules="all-linear"),
     "rslora": LoRA(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "o_proj"]),
+    "saved head": LoRA(r=4, lora_alpha=6, target_modules=["q_proj"], modules_to_save=["lm_head"]),
 }
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROWS = torch.arange(48).view(4, 12) % 90 + 3
@@ -41,11 +42,13 @@ def _split(model, mesh):
             "mlp.up_proj": ColwiseParallel(),
             "mlp.down_proj": RowwiseParallel(),
         }
+        if layer is model.model.layers[0]:  # the other's is whole, and so is the adapter on it
+            plan = {n: style for n, style in plan.items() if "mlp" not in n}
         parallelize_module(layer, mesh, plan)
 
 
-def _adapted(model, method):
-    torch.manual_seed(1)
+def _adapted(model, method, rank=0):
+    torch.manual_seed(1 + rank)  # as processes draw that nobody seeds: the first one's numbers count
     adapt(model, METHODS[method])
     for i, (name, p) in enumerate(adapters_of(model).named_parameters()):
         if name.endswith("lora_B"):  # which starts at zero
@@ -81,7 +84,7 @@ def _run(rank, folder, processes):
     for method in METHODS:
         model = _base()
         _split(model, mesh["tensor"])
-        _adapted(model, method)
+        _adapted(model, method, rank if processes == 2 else rank % 2)
         rows = ROWS
         if processes == 4:
             for layer in model.model.layers:
@@ -107,6 +110,10 @@ def _errors(mesh):
         "split after": _error(lambda: late(input_ids=ROWS)),
         "sharded before": _error(lambda: adapt(sharded, METHODS["lora"])),
         "another method": _error(lambda: adapt(split, IA3())),
+        "bottleneck": _error(lambda: adapt(split, BottleneckAdapter())),
+        "prompt": _error(lambda: adapt(split, PromptTuning(num_virtual_tokens=2))),
+        "in place": _error(lambda: adapt(split, Selective(parameter_types=["norm"]))),
+        "split copy": _error(lambda: adapt(split, LoRA(modules_to_save=["o_proj"], target_modules=["q_proj"]))),
         "dora": _error(lambda: adapt(split, LoRA(use_dora=True))),
     }
     adapter = adapt(split, METHODS["lora"])
@@ -142,7 +149,11 @@ def test_split_layers_have_the_losses_and_gradients_of_one_process(found, method
             "call parallelize_module(model, ...) first, then adapt(model, method), then fully_shard(model)",
         ),
         ("sharded before", "call adapt(model, method) first and fully_shard(model) then"),
-        ("another method", "only LoRA's on linear modules can be split as well"),
+        ("another method", "there only LoRA on linear modules trains"),
+        ("bottleneck", "there only LoRA on linear modules trains"),
+        ("prompt", "there only LoRA on linear modules trains"),
+        ("in place", "there only LoRA on linear modules trains"),
+        ("split copy", "and modules_to_save that are whole"),
         ("dora", "leave them out"),
         ("merge", "merge() needs whole tensors"),
         ("remove", "remove() needs whole tensors"),
