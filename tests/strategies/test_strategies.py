@@ -120,6 +120,8 @@ def runs(tmp_path_factory, llama_folder, uneven_answers):
     for kind in ("one-1", "fsdp-2", "fsdp_distributed-2"):
         runs.add("lora", kind, base={"load_in_shards": True})
     runs.add("dora", "fsdp-2", base={"load_in_shards": True})
+    for kind in ("ddp-2", "fsdp-2"):
+        runs.add("lora_fa", kind, seeds=True)
     runs.run()
     for method, saved, kind in ONWARDS:
         runs.add(method, kind, resume=saved)
@@ -153,6 +155,13 @@ def test_a_base_that_was_read_in_shards_has_its_fingerprint(runs):
 def test_shards_are_refused_where_nothing_shards_and_where_weights_are_read(runs):
     assert "needs a strategy that shards (trainer=fsdp)" in runs.error("base-lora-one-1")
     assert "load the model as it is" in runs.error("base-dora-fsdp-2")
+
+
+@pytest.mark.parametrize("kind", ["ddp-2", "fsdp-2"])
+def test_fixed_tensors_are_the_same_where_processes_draw_with_seeds_of_their_own(runs, kind):
+    first, second = json.loads((runs.folder / f"seeds-lora_fa-{kind}.ckpt.json").read_text())["fixed"]
+    assert first == second
+    assert min(first) > 0
 
 
 def _compare(runs, first, second):

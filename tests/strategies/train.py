@@ -5,7 +5,8 @@
 JOBS is a JSON file with a list of dictionaries: ``method`` (plain values), ``strategy`` (``one``, ``ddp``, ``fsdp``
 with whole checkpoints, ``fsdp_distributed`` with one file a process), ``middle`` and ``save``, where checkpoints go in
 the middle of an epoch and at the end, ``resume``, ``base`` for options of the model, and ``own`` for a LightningModule
-that shards its model itself. What a job finds is written to ``<save>.json``.
+that shards its model itself, ``seeds`` for processes that draw with seeds of their own. What a job finds is written to
+``<save>.json``.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _run_own(module, job, processes):
 
 def run(model, rows, job, processes):
     """Trains, saves, and says what the validation loss is then."""
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(int(os.environ.get("RANK", "0")) if job.get("seeds") else 0, verbose=False)
     method = method_from_config(job["method"])
     if job.get("own"):
         return _run_own(_Own(model, method), job, processes)
@@ -115,7 +116,17 @@ def run(model, rows, job, processes):
     trainer.save_checkpoint(job["save"])
     trainer.limit_val_batches = 1.0
     found = trainer.validate(module, data, verbose=False)[0]
-    return {"loss": found["val/loss"]}
+    return {"loss": found["val/loss"], "fixed": _fixed_of_all(module)}
+
+
+def _fixed_of_all(module):
+    """What each process has in the fixed tensors of the adapter, as one number."""
+    if not torch.distributed.is_initialized():
+        return []
+    sums = [float(b.double().abs().sum()) for n, b in module.model.named_buffers() if "adapters" in n]
+    gathered = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, sums)
+    return gathered
 
 
 def main():
