@@ -198,8 +198,9 @@ class PeftModule(EvaluatedModule):
             refuse_long_texts(data, self.model)
         adapt_lightning_module(self, self.method, "model")
         shard(self, self.model, self.method)
-        if any(p.is_meta for p in self.model.parameters()):
-            fill(self.model, cast(BaseModel, self.base).folder(), self.trainer.strategy.root_device)
+        # a base that was given may be offloaded: its parameters are on meta too, and its hooks fill them
+        if self.base is not None and self.base.load_in_shards and any(p.is_meta for p in self.model.parameters()):
+            fill(self.model, self.base.folder(), self.trainer.strategy.root_device)
         self._save_plain_hparams()
 
     def _loaded(self) -> Module:

@@ -12,6 +12,7 @@ from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.tasks.base_source import (
     CONFIG,
     EMBEDDED,
+    GENERATION,
     PROCESSOR,
     SAFE_WEIGHTS,
     TOKENIZER,
@@ -178,7 +179,7 @@ class BaseModel:
         options = {**task.model_kwargs(), **self.config}
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization, compute_dtype or torch.float32)
-        if self.only_safetensors:
+        if self.only_safetensors and not self.load_in_shards:  # shards are read from nothing else
             options["use_safetensors"] = True
         refuse_without(self.name_or_path, CONFIG, SAFE_WEIGHTS if self.only_safetensors else WEIGHTS)
         with helpful(self.name_or_path), quiet():
@@ -198,7 +199,10 @@ class BaseModel:
                 config, left = transformers.AutoConfig.from_pretrained(
                     source, return_unused_kwargs=True, **where, **options
                 )
-                model = empty(lambda: auto.from_config(config, dtype=torch.float32, **left), self.folder())
+                folder = snapshot(source, self.revision) if not Path(source).is_dir() else source
+                model = empty(lambda: auto.from_config(config, dtype=torch.float32, **left), folder)
+                if model.can_generate() and (Path(folder) / GENERATION).is_file():
+                    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
             else:
                 model = auto.from_pretrained(source, dtype=torch.float32, **where, **options)
         if self.quantization is not None:
@@ -214,9 +218,9 @@ class BaseModel:
         return model
 
     def folder(self) -> str:
-        """Where the model's files lie: its folder, or that of the hub's cache."""
+        """Where the files of the model, once it was loaded, lie: its folder, or that of the hub's cache."""
         source, _ = resolve(self.name_or_path)
-        return source if Path(source).is_dir() else snapshot(source, self.revision)
+        return source if Path(source).is_dir() else snapshot(source, self.revision, fetch=False)
 
     def _checkpoint_activations(self, model: PreTrainedModel) -> None:
         if not model.supports_gradient_checkpointing:
@@ -319,6 +323,7 @@ def _refuse_kind(name: str, config: Any, auto: Any) -> None:
 def _refuse_entries(config: Any, entries: dict[str, Any]) -> None:
     """Refuses what is no entry of the model's kind of config; transformers would take it for an option of loading."""
     known = {k for k in type(config)().to_dict() if not k.startswith("_")} | {"num_labels", *_LOADING}
+    known |= type(config).attribute_map.keys() | ({"rope_scaling"} if "rope_parameters" in known else set())
     known -= {"dtype", "transformers_version", "auto_map", "quantization_config"}
     unknown = [k for k in entries if k not in known]
     if unknown:

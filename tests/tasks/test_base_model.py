@@ -10,6 +10,8 @@ import torch
 from lightning_peft import BottleneckAdapter, LoRA, LoReFT, PeftModule, adapt
 from lightning_peft.tasks import task_from_config
 from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.base_source import snapshot
+from lightning_peft.tasks.weight_files import WeightFiles, weight_paths
 
 TASK = {"name": "text_classification", "labels": ["a", "b"]}
 
@@ -112,3 +114,106 @@ def test_checkpointing_that_cannot_be_is_said_at_once(llama_folder, tmp_path):
             base.load(task_from_config("sft"))
     with pytest.raises(ValueError, match=r"has no field 'gradient_checkpointing'.*activation_checkpointing"):
         BaseModel.of({"name_or_path": "x", "gradient_checkpointing": True})
+
+
+def test_a_base_that_was_given_offloaded_is_adapted_as_it_is(llama_folder):
+    from accelerate import cpu_offload
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    module = PeftModule(cpu_offload(model, execution_device=torch.device("cpu")), LoRA(r=2), "sft")
+    module.configure_model()
+    with torch.no_grad():
+        assert torch.equal(module(input_ids=ids).logits, expected)
+
+
+def test_a_base_in_shards_keeps_its_generation_config_and_takes_only_safetensors(llama_folder, tmp_path):
+    from transformers import GenerationConfig
+
+    shutil.copytree(llama_folder, tmp_path / "base")
+    GenerationConfig(do_sample=True, temperature=0.25).save_pretrained(tmp_path / "base")
+    for only in (False, True):
+        base = BaseModel(str(tmp_path / "base"), load_in_shards=True, only_safetensors=only)
+        model = base.load(task_from_config("sft"))
+        assert all(p.is_meta for p in model.parameters())
+        assert model.generation_config.temperature == 0.25
+
+
+def _in_shards(llama_folder, folder):
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    model.save_pretrained(folder, max_shard_size="50KB")
+    shards = sorted(p.name for p in folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    other = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for stray in ("consolidated.safetensors", "zz.safetensors", "adapter_model.safetensors"):
+        save_file(other, folder / stray)
+    (folder / "original").mkdir()
+    save_file(other, folder / "original" / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    return model, shards
+
+
+def test_weights_are_read_from_the_files_that_the_index_names(llama_folder, tmp_path):
+    model, shards = _in_shards(llama_folder, tmp_path)
+    files = WeightFiles(tmp_path, model)
+    assert sorted({s.path.name for s in files.stored.values()}) == shards
+    for name, parameter in model.named_parameters():
+        assert torch.equal(files.find(name).read(), parameter)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": "b.bin"}}']
+)
+def test_an_index_that_is_damaged_or_points_elsewhere_is_refused(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"is damaged: it has no weight_map|is no safetensors file beside it"):
+        weight_paths(tmp_path)
+
+
+def test_only_the_files_that_are_read_are_fetched(llama_folder, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    _, shards = _in_shards(llama_folder, tmp_path)
+    there = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()]
+    fetched, cache = set(), tmp_path.parent / f"{tmp_path.name}-cache"
+
+    def hub(name, revision=None, local_files_only=False, allow_patterns=None):
+        for file in [] if local_files_only else filter_repo_objects(there, allow_patterns=allow_patterns):
+            fetched.add(file)
+            cache.mkdir(exist_ok=True)
+            shutil.copy(tmp_path / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    monkeypatch.setattr("lightning_peft.tasks.base_source.hub_is_reachable", lambda: True)
+    snapshot("someone/model", None, fetch=False)
+    assert not fetched
+    snapshot("someone/model", None)
+    assert fetched == {"config.json", "generation_config.json", "model.safetensors.index.json", *shards}
+
+
+def test_entries_by_their_general_and_their_older_names_reach_the_config(llama_folder, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)).save_pretrained(tmp_path)
+    task = task_from_config("sft")
+    given = {"pad_token_id": 0, "num_hidden_layers": 1}
+    assert len(BaseModel(str(tmp_path), config=given).load(task).transformer.h) == 1
+    with pytest.raises(
+        ValueError, match="GPT2Config has no entry 'num_hiden_layers'; did you mean 'num_hidden_layers'"
+    ):
+        BaseModel(str(tmp_path), config={"num_hiden_layers": 1}).load(task)
+    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}
+    with pytest.warns(FutureWarning, match="rope_scaling"):
+        model = BaseModel(str(llama_folder), config=scaled).load(task)
+    assert model.config.rope_parameters["factor"] == 2.0
+    # transformers knows this one in config.json, but not as an option of loading
+    with pytest.raises(ValueError, match=r"LlamaConfig has no entry 'rope_theta'; did you mean .*'rope_parameters'"):
+        BaseModel(str(llama_folder), config={"rope_theta": 500.0}).load(task)
