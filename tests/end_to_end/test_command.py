@@ -289,29 +289,37 @@ def test_a_sweep_into_the_folder_of_another_tells_of_its_own_runs(tmp_path):
         assert failures in done.stderr
 
 
-@pytest.mark.parametrize("counts_itself", [False, True])
-def test_what_goes_wrong_in_a_sweep_is_kept_and_told_to_a_sweeper_that_counts_it(
-    tmp_path, monkeypatch, capsys, counts_itself
-):
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+    """Makes the configuration of a sweep's seventh run, as Hydra does in the process of the run."""
     from hydra import compose, initialize_config_module
     from hydra.core.hydra_config import HydraConfig
 
-    from lightning_peft.cli.jobs import Jobs, report
     from lightning_peft.cli.sweep import Sweep
+
+    def make(*settings):
+        settings = ["method=bitfit", "seed=3", f"hydra.sweep.dir={tmp_path}", "hydra.job.num=7", *settings]
+        with initialize_config_module("lightning_peft.conf", version_base="1.3"):
+            config = compose("train", [*settings, "run_dir=run"], return_hydra_config=True)
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+        HydraConfig.instance().set_config(config)
+        monkeypatch.setattr(Sweep(), "folder", None)
+        Sweep().on_multirun_start(config)
+        return config
+
+    return make
+
+
+@pytest.mark.parametrize("counts_itself", [False, True])
+def test_what_goes_wrong_in_a_sweep_is_kept_and_told_to_a_sweeper_that_counts_it(swept, capsys, counts_itself):
+    from lightning_peft.cli.jobs import Jobs, report
 
     def broken(config):
         raise KeyError("shape")
 
-    settings = ["method=bitfit", "seed=3", f"hydra.sweep.dir={tmp_path}", "hydra.job.num=7"]
-    if counts_itself:
-        settings.append("hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper")
-    with initialize_config_module("lightning_peft.conf", version_base="1.3"):
-        config = compose("train", settings, return_hydra_config=True)
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    HydraConfig.instance().set_config(config)
-    monkeypatch.setattr(Sweep(), "folder", None)
-    Sweep().on_multirun_start(config)
-    jobs = Jobs(broken, given=["method=bitfit", "seed=3,4"])
+    sweeper = "hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+    config = swept(sweeper) if counts_itself else swept()
+    jobs = Jobs(broken, given=["method=bitfit", "run_dir=run", "seed=3,4"])
     with pytest.raises(KeyError) if counts_itself else nullcontext():
         assert jobs(config) is None
     assert report() == 1
@@ -319,6 +327,20 @@ def test_what_goes_wrong_in_a_sweep_is_kept_and_told_to_a_sweeper_that_counts_it
     assert "1 of 1 run failed" in said
     assert "run 7 (seed=3): KeyError: 'shape'" in said
     assert "in broken" in said, "nobody foresaw it, so the place is shown"
+
+
+def test_a_run_on_several_devices_has_the_score_of_its_first_process(swept, monkeypatch):
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from lightning_peft.cli.jobs import Jobs
+    from lightning_peft.cli.sweep import Sweep
+
+    config = swept()
+    for rank, score in ((0, 0.5), (1, None)):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        Jobs(lambda _, score=score: score, given=[])(config)
+    (outcome,) = Sweep().outcomes()
+    assert (outcome.run, outcome.score, outcome.failed) == (7, 0.5, None)
 
 
 @pytest.mark.slow
