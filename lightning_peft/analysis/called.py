@@ -20,7 +20,8 @@ def program() -> str:
     if not given.endswith(".py"):
         return shlex.quote(_as_a_shell_finds_it(given))
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    script = ["-m", spec.name] if spec is not None else [given]
+    # in a process that a launcher started, the main module is the launcher's
+    script = ["-m", spec.name] if spec is not None and spec.origin == given else [given]
     return shlex.join([_as_a_shell_finds_it(sys.executable), *script])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ def main() -> None:
     import hydra
 
     from lightning_peft.cli import commands
-    from lightning_peft.cli.jobs import Jobs, stop
+    from lightning_peft.cli.jobs import Jobs, report, stop
     from lightning_peft.cli.overrides import problem_with, with_entries_added
 
     known: dict[str, Callable[[DictConfig], Any]] = {
@@ -48,12 +47,6 @@ def main() -> None:
     problem = problem_with(command, overrides, asks=_only_asks(arguments))
     if problem is not None:
         stop(problem)
-    # torch and Lightning disagree about a private class; the other two are no news for small data
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # a run that goes on has a folder of its own
-    warnings.filterwarnings("ignore", message="The dirpath has changed from .*")
     program = sys.argv[0]
     # argparse takes flags before the overrides only; people write them anywhere
     flags.sort(key=lambda a: a not in ("-m", "--multirun"))
@@ -64,8 +57,8 @@ def main() -> None:
     try:
         run()
     finally:
-        jobs.report()
-    if jobs.failed:
+        failed = report()
+    if failed:
         sys.exit(2)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from lightning_peft.formats.folder import PEFT_CONFIG
 from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, served_rank
 
 if TYPE_CHECKING:
+    from lightning_peft.cli.sweep import Outcome
     from lightning_peft.module import PeftModule
 
 METRICS = "metrics.json"
@@ -91,26 +91,7 @@ def print_metrics(metrics: dict[str, float]) -> None:
     Console().print(table)
 
 
-@dataclass(frozen=True)
-class Reached:
-    """What a run of a sweep came to.
-
-    Attributes:
-        run: its number.
-        chosen: the words that the sweep chose for it.
-        monitor: the metric by which its best checkpoint was chosen.
-        score: that metric's best value.
-        folder: the run's.
-    """
-
-    run: int
-    chosen: str
-    monitor: str
-    score: float
-    folder: Path
-
-
-def print_sweep(runs: Sequence[Reached]) -> None:
+def print_sweep(runs: Sequence[Outcome]) -> None:
     """A table of a sweep's runs, in their order.
 
     Args:
@@ -123,9 +104,10 @@ def print_sweep(runs: Sequence[Reached]) -> None:
         table.columns[column].justify = "right"
     table.columns[1].overflow = table.columns[4].overflow = "fold"
     for run in runs:
-        trained = json.loads((run.folder / METRICS).read_text())[TRAINABLE]
+        folder = Path(run.folder)
+        trained = json.loads((folder / METRICS).read_text())[TRAINABLE]
         value = f"{run.score:.4f}" if only else f"{run.monitor} {run.score:.4f}"
-        table.add_row(str(run.run), run.chosen, value, f"{trained:,}", short(run.folder))
+        table.add_row(str(run.run), run.chosen, value, f"{trained:,}", short(folder))
     print()
     Console().print(table)
 

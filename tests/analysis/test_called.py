@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 
@@ -46,3 +47,13 @@ def test_a_script_is_run_by_its_interpreter(monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr(sys, "argv", ["my train.py", "seed=1"])
     assert shlex.split(program()) == [sys.executable, "my train.py"]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_module_is_run_by_its_name_unless_another_one_runs_it(monkeypatch, is_main):
+    module = importlib.util.find_spec("lightning_peft.cli.main" if is_main else "pytest")
+    path = importlib.util.find_spec("lightning_peft.cli.main").origin
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", module)
+    monkeypatch.setattr(sys, "argv", [path])
+    assert shlex.split(program())[1:] == (["-m", "lightning_peft.cli.main"] if is_main else [path])

@@ -55,6 +55,7 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
         assert expected in card.text
     assert str(tmp_path) not in str(card)
     assert (folder / "adapter" / "curves.png").is_file()
+    assert not list(tmp_path.rglob(".runs")), "that is a sweep's"
 
     best = "adapter=run/checkpoints/best.ckpt"
     data = ["data=files", "data.train_files=texts.jsonl", "data.columns.text=sentence"]
@@ -256,6 +257,25 @@ def test_a_sweep_goes_on_after_a_run_that_failed_and_names_it_at_the_end(tmp_pat
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_launcher_runs_a_sweep_in_other_processes_and_what_is_said_at_the_end_is_the_same(tmp_path, words, launcher):
+    words = [w for w in words if not w.startswith("trainer.max_epochs")]
+    sweep = ["-m", *words, "trainer.max_epochs=2,0,1", "method=bitfit"]
+    # a folder that names what is swept is another one in each run than in the command
+    here = run(*sweep, "hydra.sweep.dir=here/${trainer.max_epochs}", cwd=tmp_path, check=False)
+    program = str(Path(sys.executable).with_name("lightning-peft"))
+    command = [program, *sweep, "hydra.sweep.dir=away/${trainer.max_epochs}", f"hydra/launcher={launcher}"]
+    away = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (here.returncode, away.returncode) == (2, 2), away.stderr
+    table, failures = here.stdout.rindex("chosen"), here.stderr.rindex("1 of 3 runs failed")
+    assert away.stdout[away.stdout.rindex("chosen") :] == here.stdout[table:].replace("here/", "away/")
+    assert away.stderr[away.stderr.rindex("1 of 3 runs failed") :] == here.stderr[failures:]
+    logs = [path.read_text() for path in tmp_path.glob("away/*/.submitit/*/*_log.*")]
+    assert "lightning-peft eval adapter=away/2/0/adapter " in "".join([away.stdout, *logs]), "what can be pasted"
+    assert "treespec" not in "".join([away.stderr, *logs]), "no warning that one run alone does not give"
+
+
 def test_each_failed_run_of_a_sweep_is_told_with_what_the_sweep_chose_for_it(tmp_path):
     done = run("export", "-m", "adapter=a,b", "to=c", cwd=tmp_path, check=False)
     assert done.returncode == 2
@@ -263,31 +283,64 @@ def test_each_failed_run_of_a_sweep_is_told_with_what_the_sweep_chose_for_it(tmp
         assert f"run {number} (adapter={name}): adapter={name}: there is no such checkpoint" in done.stderr
 
 
-@pytest.mark.parametrize("counts_itself", [False, True])
-def test_what_goes_wrong_in_a_sweep_is_kept_and_told_to_a_sweeper_that_counts_it(monkeypatch, capsys, counts_itself):
+def test_a_sweep_into_the_folder_of_another_tells_of_its_own_runs(tmp_path):
+    for names, failures in (("a,b,c", "3 of 3 runs failed"), ("d", "1 of 1 run failed")):
+        done = run("export", "-m", f"adapter={names}", "to=c", "hydra.sweep.dir=sweep", cwd=tmp_path, check=False)
+        assert failures in done.stderr
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+    """Makes the configuration of a sweep's seventh run, as Hydra does in the process of the run."""
     from hydra import compose, initialize_config_module
     from hydra.core.hydra_config import HydraConfig
 
-    from lightning_peft.cli.jobs import Jobs
+    from lightning_peft.cli.sweep import Sweep
+
+    def make(*settings):
+        settings = ["method=bitfit", "seed=3", f"hydra.sweep.dir={tmp_path}", "hydra.job.num=7", *settings]
+        with initialize_config_module("lightning_peft.conf", version_base="1.3"):
+            config = compose("train", [*settings, "run_dir=run"], return_hydra_config=True)
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+        HydraConfig.instance().set_config(config)
+        monkeypatch.setattr(Sweep(), "folder", None)
+        Sweep().on_multirun_start(config)
+        return config
+
+    return make
+
+
+@pytest.mark.parametrize("counts_itself", [False, True])
+def test_what_goes_wrong_in_a_sweep_is_kept_and_told_to_a_sweeper_that_counts_it(swept, capsys, counts_itself):
+    from lightning_peft.cli.jobs import Jobs, report
 
     def broken(config):
         raise KeyError("shape")
 
-    settings = ["method=bitfit", "seed=3", "hydra.mode=MULTIRUN", "hydra.job.num=7"]
-    if counts_itself:
-        settings.append("hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper")
-    with initialize_config_module("lightning_peft.conf", version_base="1.3"):
-        config = compose("train", settings, return_hydra_config=True)
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    HydraConfig.instance().set_config(config)
-    jobs = Jobs(broken, given=["method=bitfit", "seed=3,4"])
+    sweeper = "hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+    config = swept(sweeper) if counts_itself else swept()
+    jobs = Jobs(broken, given=["method=bitfit", "run_dir=run", "seed=3,4"])
     with pytest.raises(KeyError) if counts_itself else nullcontext():
         assert jobs(config) is None
-    jobs.report()
+    assert report() == 1
     said = capsys.readouterr().err
     assert "1 of 1 run failed" in said
     assert "run 7 (seed=3): KeyError: 'shape'" in said
     assert "in broken" in said, "nobody foresaw it, so the place is shown"
+
+
+def test_a_run_on_several_devices_has_the_score_of_its_first_process(swept, monkeypatch):
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from lightning_peft.cli.jobs import Jobs
+    from lightning_peft.cli.sweep import Sweep
+
+    config = swept()
+    for rank, score in ((0, 0.5), (1, None)):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        Jobs(lambda _, score=score: score, given=[])(config)
+    (outcome,) = Sweep().outcomes()
+    assert (outcome.run, outcome.score, outcome.failed) == (7, 0.5, None)
 
 
 @pytest.mark.slow
