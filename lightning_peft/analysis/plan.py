@@ -113,7 +113,7 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
         what = "new, in place" if key in new else "in place"
         entries.append((_join(path, owner), what, owner, tensor.numel(), tensor.numel() * tensor.element_size()))
     rows = _grouped(entries)
-    linears, covered = _coverage(model, tree)
+    names, covered = _coverage(model, tree)
     merge_bytes = _merge_bytes(model, name, tree)
     return Plan(
         method=method,
@@ -123,10 +123,10 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
         trainable_bytes=sum(r.bytes for r in rows),
         originals_bytes=sum(map(_bytes, (record.originals or {}).values())),
         merge_bytes=merge_bytes,
-        linears=linears,
-        covered=covered,
+        linears=len(names),
+        covered=len(covered),
         notes=(
-            *(_reach(linears, covered, _unreached_stacks(model, tree)) if _changes_weights(tree) else ()),
+            *(_reach(names, covered, _unreached_stacks(model, tree)) if _changes_weights(tree) else ()),
             *_notes([_join(path, n) for n in record.new], record.originals is None, method),
             *_costs(merge_bytes),
         ),
@@ -212,7 +212,8 @@ def _grouped(entries: list[tuple[str, str, str, int, int]]) -> tuple[PlanRow, ..
     )
 
 
-def _coverage(model: Module, tree: AdapterTree) -> tuple[int, int]:
+def _coverage(model: Module, tree: AdapterTree) -> tuple[list[str], list[str]]:
+    """The linear layers that are no output heads, and those of them that are adapted or train."""
     heads = output_heads(model)
     modules = base_modules(model)
     names = [
@@ -220,8 +221,7 @@ def _coverage(model: Module, tree: AdapterTree) -> tuple[int, int]:
     ]
     places = {n for n in tree.layers_by_module if n}
     trained = {k.rpartition(".")[0] for k in tree.record.in_place}
-    covered = [n for n in names if is_within(n, places) or n in trained]
-    return len(names), len(covered)
+    return names, [n for n in names if is_within(n, places) or n in trained]
 
 
 def _unreached_stacks(model: Module, tree: AdapterTree) -> dict[str, int]:
@@ -247,10 +247,10 @@ def _changes_weights(tree: AdapterTree) -> bool:
     return record.method.mergeable or any(key not in record.new for key in record.in_place)
 
 
-def _reach(linears: int, covered: int, stacks: dict[str, int]) -> list[str]:
+def _reach(linears: list[str], covered: list[str], stacks: dict[str, int]) -> list[str]:
     if not linears or not covered:
         return []
-    notes = [f"Reaches {covered} of {linears} linear layers, output heads aside"]
+    notes = [f"Reaches {len(covered)} of {len(linears)} linear layers, output heads aside{_but(linears, covered)}"]
     if stacks:
         names = sorted({".".join(n.split(".")[-2:]) for n in stacks})
         notes.append(
@@ -258,6 +258,13 @@ def _reach(linears: int, covered: int, stacks: dict[str, int]) -> list[str]:
             f"reaches them by name: target_parameters={names}"
         )
     return notes
+
+
+def _but(linears: list[str], covered: list[str]) -> str:
+    """The layers that are reached nowhere, by the names that a pattern would have to match."""
+    reached, names = ({".".join(n.split(".")[-2:]) for n in chosen} for chosen in (covered, linears))
+    left = sorted(n for n in names - reached if not n.rpartition(".")[2].isdigit())
+    return f"; not {', '.join(left[:6])}{', ...' if len(left) > 6 else ''}" if left else ""
 
 
 def _notes(new: list[str], no_originals: bool, method: str) -> list[str]:

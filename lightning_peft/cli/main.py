@@ -25,15 +25,17 @@ _WITH_A_VALUE = (
 
 
 def main() -> None:
-    """Runs ``lightning-peft [train|data|eval|predict|export] group=choice option=value ...``."""
+    """Runs ``lightning-peft [train|plan|data|eval|predict|export] group=choice option=value ...``."""
     import hydra
 
     from lightning_peft.cli import commands
     from lightning_peft.cli.jobs import Jobs, report, stop
     from lightning_peft.cli.overrides import problem_with, with_entries_added
+    from lightning_peft.cli.plan import show_plan
 
     known: dict[str, Callable[[DictConfig], Any]] = {
         "train": commands.train,
+        "plan": show_plan,
         "data": commands.show_data,
         "eval": commands.evaluate,
         "predict": commands.predict,

@@ -39,13 +39,14 @@ def parameter_digests(parameters: dict[str, Parameter]) -> dict[str, tuple[str, 
         parameters: the base's by name, before anything in it trains; one that has several names by the first.
 
     Returns:
-        Shape and sum; None instead of the sum where values cannot be read (offloaded to the meta device).
+        Shape and sum; None instead of the sum where no values can be read (offloaded to the meta device, or fake).
     """
     values: dict[str, str | None] = {}
     read: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        if parameter.is_meta or not parameter.numel():
-            values[name] = None if parameter.is_meta else ""
+        unread = parameter.is_meta or hasattr(parameter, "fake_mode")  # which PyTorch's fake tensors have
+        if unread or not parameter.numel():
+            values[name] = None if unread else ""
         elif is_sharded(parameter):  # put together one at a time: all may be more than a process can hold
             values[name] = _sums([whole(parameter)])[0]
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -87,16 +88,20 @@ class PTuning:
         n = self.num_virtual_tokens
         return place_virtual_tokens("PTuning", n, model, lambda _, embedding: _EncodedEmbedding(self, embedding))
 
-    def encoder(self, hidden: int) -> Module:
-        """The network, ``(n, hidden)`` -> ``(n, hidden)``.
+    def encoder(self, hidden: int, device: torch.device) -> Module:
+        """The network, ``(n, hidden)`` -> ``(n, hidden)``, in float32.
 
         Args:
             hidden: the model's width.
+            device: where it is to be.
         """
         width = self.encoder_hidden_size or hidden
+        kind: dict[str, Any] = {"device": device, "dtype": torch.float32}
         if self.encoder_reparameterization_type == "LSTM":
-            return _LSTMEncoder(hidden, width, self.encoder_num_layers, self.encoder_dropout)
-        return Sequential(Linear(hidden, width), ReLU(), Linear(width, width), ReLU(), Linear(width, hidden))
+            return _LSTMEncoder(hidden, width, self.encoder_num_layers, self.encoder_dropout, kind)
+        sizes = (hidden, width, width, hidden)
+        first, second, third = (Linear(i, o, **kind) for i, o in itertools.pairwise(sizes))
+        return Sequential(first, ReLU(), second, ReLU(), third)
 
     def peft_config(self, model: Module, placed: Sequence[str]) -> dict[str, Any]:
         """The fields of ``adapter_config.json``."""
@@ -117,7 +122,7 @@ class PTuning:
         prefix = f"{place}encoder."
         weights = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         with torch.no_grad():
-            network = self.encoder(rows.shape[1]).to(rows.device).eval()
+            network = self.encoder(rows.shape[1], rows.device).eval()
             return {**tensors, f"{place}prompt_embeddings": functional_call(network, weights, (rows,))}
 
     def from_peft(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,10 +143,10 @@ class PTuning:
 
 
 class _LSTMEncoder(Module):
-    def __init__(self, hidden: int, width: int, layers: int, dropout: float) -> None:
+    def __init__(self, hidden: int, width: int, layers: int, dropout: float, kind: dict[str, Any]) -> None:
         super().__init__()
-        self.lstm = LSTM(hidden, width, layers, dropout=dropout, bidirectional=True, batch_first=True)
-        self.head = Sequential(Linear(2 * width, 2 * width), ReLU(), Linear(2 * width, hidden))
+        self.lstm = LSTM(hidden, width, layers, dropout=dropout, bidirectional=True, batch_first=True, **kind)
+        self.head = Sequential(Linear(2 * width, 2 * width, **kind), ReLU(), Linear(2 * width, hidden, **kind))
 
     def forward(self, rows: Tensor) -> Tensor:
         out: Tensor = self.head(self.lstm(rows)[0])
@@ -156,7 +161,7 @@ class _EncodedEmbedding(VirtualEmbedding):
         device = device_for(embedding)
         hidden = embedding.embedding_dim
         self.virtual = Parameter(torch.randn(method.num_virtual_tokens, hidden, dtype=torch.float32, device=device))
-        self.encoder = method.encoder(hidden).to(device, torch.float32)
+        self.encoder = method.encoder(hidden, device)
 
     def vectors(self) -> Tensor:
         # outside autocast: the network is small, and in 16 bits its vectors would be

@@ -31,6 +31,7 @@ from lightning_peft.tasks.quantization import (
 )
 from lightning_peft.tasks.sharded_base import empty
 from lightning_peft.tasks.task import processing_auto_class
+from lightning_peft.tasks.weight_files import note_stored
 
 if TYPE_CHECKING:
     import torch
@@ -183,24 +184,10 @@ class BaseModel:
             options["use_safetensors"] = True
         refuse_without(self.name_or_path, CONFIG, SAFE_WEIGHTS if self.only_safetensors else WEIGHTS)
         with helpful(self.name_or_path), quiet():
-            source, local = resolve(self.name_or_path)
-            where: dict[str, Any] = {"revision": self.revision, "local_files_only": local, "trust_remote_code": False}
-            config = transformers.AutoConfig.from_pretrained(source, **where)
-            if task.peft_task_type == "CAUSAL_LM" and getattr(config, "is_decoder", None) is False:
-                # An encoder such as BERT writes text only if its attention is made causal
-                options.setdefault("is_decoder", True)
-            auto = getattr(transformers, task.auto_class)
-            _refuse_kind(self.name_or_path, config, auto)
-            _refuse_entries(config, self.config)
-            if task.auto_class == "AutoModel" and _has_pooler(auto._model_mapping[type(config)]):
-                # The last hidden states are read before it, so what trains in it would get no gradient
-                options.setdefault("add_pooling_layer", False)
+            auto, source, where = self._chosen(task, options)
             if self.load_in_shards:
-                config, left = transformers.AutoConfig.from_pretrained(
-                    source, return_unused_kwargs=True, **where, **options
-                )
                 folder = snapshot(source, self.revision) if not Path(source).is_dir() else source
-                model = empty(lambda: auto.from_config(config, dtype=torch.float32, **left), folder)
+                model = empty(lambda: _from_config(auto, source, where, options), folder)
                 if model.can_generate() and (Path(folder) / GENERATION).is_file():
                     model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
             else:
@@ -216,6 +203,46 @@ class BaseModel:
         model.config.name_or_path = self.name_or_path
         model.train()
         return model
+
+    def build(self, task: Task) -> PreTrainedModel:
+        """The model that `load` gives, made from its configuration alone: its weights are not read, so they are random.
+
+        What the files lack, such as a new head, is known as new, as it is in a model that was loaded.
+
+        Args:
+            task: the task; it names the auto-model class.
+
+        Raises:
+            OSError: if the name is neither a folder nor can be fetched, or has no configuration.
+            ValueError: as of `load`.
+        """
+        import transformers
+
+        refuse_without(self.name_or_path, CONFIG)
+        options = {**task.model_kwargs(), **self.config}
+        with helpful(self.name_or_path), quiet():
+            auto, source, where = self._chosen(task, options)
+            model: PreTrainedModel = _from_config(auto, source, where, options)
+        note_stored(model, source, transformers.AutoConfig.from_pretrained(source, **where).architectures)
+        return model
+
+    def _chosen(self, task: Task, options: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
+        """The auto-model class, where to load from, and how; the options get what the task needs of such a model."""
+        import transformers
+
+        source, local = resolve(self.name_or_path)
+        where: dict[str, Any] = {"revision": self.revision, "local_files_only": local, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(source, **where)
+        if task.peft_task_type == "CAUSAL_LM" and getattr(config, "is_decoder", None) is False:
+            # An encoder such as BERT writes text only if its attention is made causal
+            options.setdefault("is_decoder", True)
+        auto = getattr(transformers, task.auto_class)
+        _refuse_kind(self.name_or_path, config, auto)
+        _refuse_entries(config, self.config)
+        if task.auto_class == "AutoModel" and _has_pooler(auto._model_mapping[type(config)]):
+            # The last hidden states are read before it, so what trains in it would get no gradient
+            options.setdefault("add_pooling_layer", False)
+        return auto, source, where
 
     def folder(self) -> str:
         """Where the files of the model, once it was loaded, lie: its folder, or that of the hub's cache."""
@@ -306,6 +333,16 @@ class BaseModel:
             source, local = resolve(name)
             auto = getattr(transformers, auto_class)
             return auto.from_pretrained(source, revision=revision, local_files_only=local, trust_remote_code=False)
+
+
+def _from_config(auto: Any, source: str, where: dict[str, Any], options: dict[str, Any]) -> Any:
+    import torch
+    import transformers
+
+    config, left = transformers.AutoConfig.from_pretrained(source, return_unused_kwargs=True, **where, **options)
+    for reading in ("ignore_mismatched_sizes", "use_safetensors"):  # which is of files alone
+        left.pop(reading, None)
+    return auto.from_config(config, dtype=torch.float32, **left)
 
 
 def _refuse_kind(name: str, config: Any, auto: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,3 +87,22 @@ class WeightFiles:
             if known in self.stored:
                 return self.stored[known]
         return None
+
+
+def note_stored(model: Any, folder: str | Path, architectures: Sequence[str] | None) -> None:
+    """Marks parameters of a model that was built from a configuration, as transformers marks those that it loads.
+
+    Args:
+        model: the model.
+        folder: where its weights may lie; a hub name has none here.
+        architectures: the classes that the configuration was written for. They tell which part of the model is new
+            where there are no weights: all outside of its body, if its class is another.
+    """
+    files = WeightFiles(folder, model)
+    own = architectures is None or type(model).__name__ in architectures
+    for name, parameter in model.named_parameters():
+        stored = files.find(name)
+        if files.stored:
+            parameter._is_hf_initialized = stored is not None and stored.shape == tuple(parameter.shape)
+        else:
+            parameter._is_hf_initialized = own or name.startswith(files.prefix)
