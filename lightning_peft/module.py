@@ -26,7 +26,7 @@ from lightning_peft.callbacks.advice import Advice
 from lightning_peft.callbacks.checkpoint_files import keep_files_whole, refuse_unwritable_folders
 from lightning_peft.callbacks.hyperparameters import log_hyperparameters
 from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
-from lightning_peft.callbacks.loading import require_peft_module
+from lightning_peft.callbacks.loading import BUILT_PLAINLY, require_peft_module
 from lightning_peft.callbacks.optimizer_names import match_resumed
 from lightning_peft.callbacks.record_training import RecordTraining
 from lightning_peft.callbacks.sharding import shard
@@ -353,7 +353,7 @@ class PeftModule(EvaluatedModule):
         """
         is_local = isinstance(checkpoint_path, (str, Path)) and "://" not in str(checkpoint_path)
         if is_local and weights_only is not False:
-            saved, numbers = require_peft_module(Path(checkpoint_path))
+            saved, numbers = require_peft_module(Path(checkpoint_path), kwargs)
             if cls is PeftModule and hparams_file is None and "model" not in saved.keys() | kwargs.keys():
                 raise ValueError(
                     f"{checkpoint_path} names no base, since its model was given already built; give it again: "
@@ -363,8 +363,9 @@ class PeftModule(EvaluatedModule):
         else:
             numbers = None
         with made_for(numbers):
+            options = {**kwargs, **BUILT_PLAINLY}
             return super().load_from_checkpoint(
-                checkpoint_path, map_location, hparams_file, strict, weights_only is not False, **kwargs
+                checkpoint_path, map_location, hparams_file, strict, weights_only is not False, **options
             )
 
     def save_adapter(self, path: str | Path) -> Path:

@@ -26,7 +26,7 @@ from lightning_peft.formats.base_identity import base_description, check_descrip
 from lightning_peft.formats.reading import FORMAT, naming, refuse_later
 from lightning_peft.formats.training_record import TrainingRecord
 from lightning_peft.handle import Adapter, adapt
-from lightning_peft.methods.config import method_to_config
+from lightning_peft.methods.config import method_from_config, method_to_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -183,10 +183,11 @@ def check_record(checkpoint: dict[str, Any], module: LightningModule, path: str,
     adapters = adapters_of(root)
     assert adapters is not None
     methods = {n: method_to_config(Adapter(root, n).method) for n in adapters}
-    if methods != record["methods"]:
-        raise ValueError(
-            "the checkpoint was trained by another method: " + "; ".join(_differences(record["methods"], methods))
-        )
+    with naming("the checkpoint's record of its adapters"):
+        # an option that the version which wrote it did not know has its default
+        saved = {n: method_to_config(method_from_config(m)) for n, m in record["methods"].items()}
+    if methods != saved:
+        raise ValueError("the checkpoint was trained by another method: " + "; ".join(_differences(saved, methods)))
     if check_base:
         refuse_another_base(root, record["base"], "the checkpoint was made")
     _refuse_lost(record["tensors"], checkpoint, module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,6 +20,11 @@ from lightning_peft.methods.config import method_from_config
 
 T = TypeVar("T", bound=LightningModule)
 
+BUILT_PLAINLY: dict[str, Any] = {"_instantiator": None}
+"""To be given to Lightning's loading, so that no parser builds what the options of a checkpoint name."""
+
+_FORMER = ("hparams", "module_arguments", "hparams_type")  # whence Lightning would take options and their class besides
+
 
 def load_from_checkpoint(
     cls: type[T], path: str | Path, map_location: Any = "cpu", *, check_base: bool = True, **kwargs: Any
@@ -28,6 +34,8 @@ def load_from_checkpoint(
     The base comes from the module itself, as for a fresh run: its weights are not in the checkpoint. The module is
     built as a Trainer builds it: ``__init__``, ``setup("predict")``, ``configure_model``. A ``setup`` that wants more
     than there is here, such as a Trainer or data, may fail where all that was saved finds its place nevertheless.
+    Saved hyperparameters are passed as the plain values that they are: what LightningCLI built from a ``class_path``
+    is to be given again.
 
     Args:
         cls: the module's class.
@@ -42,13 +50,15 @@ def load_from_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged or of a later version, holds no adapter, or belongs to another base.
+        ValueError: if the file is damaged or of a later version, holds no adapter, belongs to another base, or names
+            classes to build.
         RuntimeError: if its tensors are not those that the module expects.
     """
     cls = original_class(cls)
     checkpoint = read_checkpoint(Path(path))
     with naming(Path(path)):
         record = record_of(checkpoint)
+    refuse_named_classes(path, checkpoint, kwargs)
     if len(record["methods"]) != 1:
         raise ValueError(
             f"{path} holds the adapters {sorted(record['methods'])}, and load_from_checkpoint rebuilds one; build the "
@@ -76,7 +86,8 @@ def load_from_checkpoint(
     maker = cast(type[T], type(cls.__name__, (cls,), {"__init__": build}))
     try:
         with made_for(_numbers(checkpoint)):
-            module = maker.load_from_checkpoint(path, map_location=map_location, weights_only=True, **kwargs)
+            options = {**kwargs, **BUILT_PLAINLY}
+            module = maker.load_from_checkpoint(path, map_location=map_location, weights_only=True, **options)
     except Exception as error:
         error.add_note(f"So it was when {path} was loaded.")
         for failure in failures:
@@ -95,25 +106,70 @@ def _numbers(checkpoint: dict[str, Any]) -> int:
     return sum(t.numel() for t in checkpoint["state_dict"].values() if isinstance(t, Tensor))
 
 
-def require_peft_module(path: Path) -> tuple[dict[str, Any], int]:
+def refuse_named_classes(path: str | Path, checkpoint: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint that has classes imported and made, or options beside its hyperparameters.
+
+    LightningCLI notes in the hyperparameters that its parser is to build the module; that parser imports every class
+    that they name.
+
+    Args:
+        path: the checkpoint, for the error.
+        checkpoint: its content.
+        given: the options that stand above the checkpoint's.
+
+    Raises:
+        ValueError: if it does.
+    """
+    for key in _FORMER:
+        if key in checkpoint:
+            raise ValueError(
+                f"{path} has options of the module under {key!r}, but they are read from 'hyper_parameters' alone, "
+                "where every version of Lightning that this package supports writes them"
+            )
+    options = checkpoint.get("hyper_parameters", {})
+    if "_instantiator" not in options:
+        return
+    for option, value in options.items():
+        named = None if option in given else _class_path_in(value)
+        if named is not None:
+            raise ValueError(
+                f"{path} names the class {named!r} for {option!r}, and no file has classes imported; make the object "
+                f"and give it: load_from_checkpoint(..., {option}=...)"
+            )
+
+
+def _class_path_in(value: Any) -> Any:
+    if isinstance(value, dict) and "class_path" in value:
+        return value["class_path"]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for v in inner if (found := _class_path_in(v)) is not None), None)
+
+
+def require_peft_module(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """Refuses a checkpoint that was not made with `PeftModule`, before that is built from it.
 
     Args:
         path: the checkpoint.
+        given: the options that stand above the checkpoint's.
 
     Returns:
         The options with which the module was made, and how many numbers the checkpoint's tensors hold.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or the checkpoint belongs to another LightningModule.
+        ValueError: if the file is damaged, belongs to another LightningModule, or names classes to build.
     """
     checkpoint = read_checkpoint(path)
-    record_of(checkpoint)
+    with naming(path):
+        record_of(checkpoint)
+    refuse_named_classes(path, checkpoint, given)
     options: Any = checkpoint.get("hyper_parameters", {})
     if not isinstance(options, dict) or not {"method", "task"} <= options.keys():
         raise ValueError(
             f"{path} was made with PeftCallback on a LightningModule of your own, not with PeftModule; load it by "
             "lightning_peft.load_from_checkpoint(YourModule, path)"
         )
+    # the name of an argument that is to get all options together
+    if checkpoint.get("hparams_name") in {*options, "check_base"}:
+        raise ValueError(f"{path} gives all its options to {checkpoint['hparams_name']!r}, which is one of them")
     return options, _numbers(checkpoint)
