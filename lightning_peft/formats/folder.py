@@ -174,7 +174,7 @@ def save_folder(
         "prepared": tree.record.prepared,
         "training": tree.record.training and tree.record.training.to_dict(),
     }
-    with written_whole(path) as scratch:
+    with written_whole(path, last=(TENSORS, MANIFEST, PEFT_CONFIG)) as scratch:
         write_tensors(scratch, tensors)
         if has_peft_format(tree.record.method):
             write_json(scratch / PEFT_CONFIG, adapter_config(model, tree.record, base))
