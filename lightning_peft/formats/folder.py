@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -198,7 +199,7 @@ def read_folder(path: Path) -> SavedAdapter:
         ValueError: if what it says cannot be read, is of a later version, or lies elsewhere, or its method is not
             supported.
     """
-    if path.is_dir():
+    if any(os.path.lexists(path / file) for file in (MANIFEST, PEFT_CONFIG)):  # else it may be any folder
         refuse_links(path)
         _refuse_files_elsewhere(path / TOKENIZER)
     if (path / MANIFEST).is_file():

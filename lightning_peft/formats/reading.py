@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ _LONGEST_JSON = 64 * 2**20  # bytes, some hundred times what the largest models'
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuses a folder in which a file is somewhere else, as a link may say that came with it.
+    """Refuses a folder in which, or below which, a file is somewhere else, as a link may say that came with it.
 
     The hub's cache is known: its folders are links into the ``blobs`` beside them.
 
@@ -38,12 +39,16 @@ def refuse_links(folder: Path) -> None:
     """
     home = folder.resolve()
     caches = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
-    for entry in folder.iterdir():
-        if entry.is_symlink() and not any(entry.resolve().is_relative_to(place) for place in (home, *caches)):
-            raise ValueError(
-                f"{entry} is a link that leads out of the folder, to {entry.resolve()}; put the file itself there if "
-                "it belongs to the adapter"
-            )
+    for below, folders, files in os.walk(folder):
+        for entry in (os.path.join(below, name) for name in (*folders, *files)):
+            if not os.path.islink(entry):
+                continue
+            leads = Path(os.path.realpath(entry))
+            if not any(leads.is_relative_to(place) for place in (home, *caches)):
+                raise ValueError(
+                    f"{entry} is a link that leads out of the folder, to {leads}; put the file itself there if it "
+                    "belongs to the adapter"
+                )
 
 
 def read_json(path: Path, needed: Mapping[str, Any] = _NOTHING) -> dict[str, Any]:

@@ -255,6 +255,28 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(build, saved, tmp_path, 
         load_adapter(build("bert"), saved)
 
 
+@pytest.mark.parametrize("link", ["chat_templates/x.jinja", "chat_templates", "a/b/c/notes"])
+@pytest.mark.parametrize("target", ["outside/x.jinja", "outside", "nowhere"])
+def test_a_link_below_the_folder_that_leads_out_of_it_is_refused(build, saved, tmp_path, link, target):
+    """transformers reads chat templates out of a folder in the folder."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "x.jinja").write_text("secret")
+    (saved / link).parent.mkdir(parents=True, exist_ok=True)
+    (saved / link).symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=f"{link} is a link that leads out of the folder, to .*/{target}"):
+        load_adapter(build("bert"), saved)
+
+
+def test_links_that_lead_in_a_circle_are_no_files(build, saved):
+    (saved / "x").symlink_to("y")
+    (saved / "y").symlink_to("x")
+    load_adapter(build("bert"), saved)
+    (saved / TENSORS).unlink()
+    (saved / TENSORS).symlink_to(TENSORS)
+    with pytest.raises(FileNotFoundError, match=f"{TENSORS} is no file"):
+        load_adapter(build("bert"), saved)
+
+
 def test_links_within_the_folder_and_those_of_the_hubs_cache_are_followed(build, saved, tmp_path):
     (saved / "inner").write_bytes((saved / PEFT).read_bytes())
     (saved / PEFT).unlink()
@@ -264,9 +286,13 @@ def test_links_within_the_folder_and_those_of_the_hubs_cache_are_followed(build,
     blobs = tmp_path / "models--a--b" / "blobs"
     cached.mkdir(parents=True)
     blobs.mkdir()
-    for file in (MANIFEST, PEFT, TENSORS):
-        (blobs / file).write_bytes((saved / file).read_bytes())
-        (cached / file).symlink_to(os.path.relpath(blobs / file, cached))
+    (cached / "chat_templates").mkdir()
+    (saved / "chat_templates").mkdir()
+    (saved / "chat_templates" / "a.jinja").write_text("x")
+    for file in (MANIFEST, PEFT, TENSORS, "chat_templates/a.jinja"):
+        blob = blobs / file.replace("/", "-")
+        blob.write_bytes((saved / file).read_bytes())
+        (cached / file).symlink_to(os.path.relpath(blob, (cached / file).parent))
     load_adapter(build("bert"), cached)
 
 
