@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ def card_of(
     info: dict[str, Any] | None = None,
     processing_class: Any = None,
     base: dict[str, Any] | None = None,
-) -> Card:
+) -> Card | None:
     """The card for an export; what is not known of the adapter is left out of it.
+
+    What cannot be written down, such as notes of a training that a file has from elsewhere, costs the card and not the
+    adapter: then there is a warning, and no card.
 
     Args:
         model: the adapted model.
@@ -53,4 +57,10 @@ def card_of(
         prepares=loader_of(processing_class),
         training=record.training,
     )
-    return made_card(facts, None if record.training is None else curves_png(record.training))
+    try:
+        card = made_card(facts, None if record.training is None else curves_png(record.training))
+        card.text.encode()
+    except Exception as error:  # whatever it is, the weights are worth more
+        warnings.warn(f"{path}: no model card is written, since it could not be made: {error!r}", stacklevel=3)
+        return None
+    return card

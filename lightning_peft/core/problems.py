@@ -37,6 +37,16 @@ def _close(name: str, known: list[str], count: int, cutoff: float) -> list[str]:
     return [f for f, ratio in zip(found, ratios, strict=True) if ratio > ratios[0] - 0.1]
 
 
+def shortened(text: str, most: int = 1000) -> str:
+    """A text that may be as long as the file that it is from, cut to what a person reads of it.
+
+    Args:
+        text: any text.
+        most: how many characters stay.
+    """
+    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most:,} characters more)"
+
+
 def an(name: str) -> str:
     """The name of a class with the article that is spoken before it.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_peft.core.options import misfits
 from lightning_peft.formats.writing import written_file
 
 _KEPT = "frozen_layers.bin"
+_IN_INDEX: dict[str, Any] = {
+    "made_by": dict[str, Any],
+    "dtype": str,
+    "shape": list[int],
+    "places": dict[str, list[int]],
+}
 
 
 class StateFile:
@@ -104,6 +113,8 @@ class StateFile:
     def found(cls, folder: Path, limit: int, made_by: dict[str, Any]) -> StateFile:
         """What an earlier run kept in a folder, if that was made in the same way; else an empty file.
 
+        One that is damaged stays where it is until another is kept, and a warning says so.
+
         Args:
             folder: where.
             limit: bytes.
@@ -112,21 +123,49 @@ class StateFile:
         new = cls(folder, limit)
         kept = folder / _KEPT
         try:
-            index = json.loads(kept.with_suffix(".json").read_text())
-            if index["made_by"] != made_by or kept.stat().st_size > new.limit:
+            index = _index(kept.with_suffix(".json").read_text())
+            size = kept.stat().st_size
+            if index["made_by"] != made_by or size > new.limit:
                 return new
+            dtype, places = _understood(index, size)
             # who has taken it away has it alone
             kept.replace(new.path)
             kept.with_suffix(".json").unlink(missing_ok=True)
         except FileNotFoundError:
             return new
-        new.used = new.path.stat().st_size
+        except ValueError as error:
+            warnings.warn(f"{kept} is computed anew, since it cannot be read: {error}", stacklevel=2)
+            return new
+        new.used = size
         with new.path.open("r+b") as file:
             file.truncate(new.limit)
-        new.shape, new.dtype = tuple(index["shape"]), getattr(torch, index["dtype"])
-        new._places = {key: (start, length) for key, (start, length) in index["places"].items()}
+        new.shape, new.dtype, new._places = tuple(index["shape"]), dtype, places
         new._bytes = np.memmap(new.path, np.uint8, "r+", shape=(new.limit,))
         return new
+
+
+def _index(text: str) -> dict[str, Any]:
+    found: Any = json.loads(text)
+    wrong = misfits(found, _IN_INDEX) if isinstance(found, dict) else list(_IN_INDEX)
+    if wrong:
+        raise ValueError(f"its index has no {', '.join(wrong)}, or something else there")
+    index: dict[str, Any] = found
+    return index
+
+
+def _understood(index: dict[str, Any], size: int) -> tuple[torch.dtype, dict[str, tuple[int, int]]]:
+    """What an index says of a file of that many bytes.
+
+    Raises:
+        ValueError: if it is not of that file.
+    """
+    dtype, places = getattr(torch, index["dtype"], None), index["places"]
+    if not isinstance(dtype, torch.dtype) or min([1, *index["shape"]]) < 1:
+        raise ValueError(f"its rows are {index['dtype']} of {index['shape']}")
+    row = math.prod(index["shape"]) * dtype.itemsize
+    if any(len(p) != 2 or min(p) < 0 or sum(p) > size or p[1] % row for p in places.values()):
+        raise ValueError(f"its rows lie outside of its {size:,} bytes, or end within a token")
+    return dtype, {key: (start, length) for key, (start, length) in places.items()}
 
 
 def row_keys(inputs: dict[str, Tensor], mask: Tensor | None) -> list[str]:

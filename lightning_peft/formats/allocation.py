@@ -12,6 +12,7 @@ import torch
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
+from lightning_peft.core.filled import filled_later
 from lightning_peft.core.method import Method
 
 _DRAWN = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
@@ -27,14 +28,17 @@ _stored: ContextVar[int | None] = ContextVar("_stored", default=None)
 
 @contextmanager
 def made_for(stored: int | None) -> Iterator[None]:
-    """A ``with`` block in which `bounded` knows how many numbers a file or a checkpoint holds.
+    """A ``with`` block in which adapters are made whose numbers come out of a file or a checkpoint.
+
+    `bounded` knows how many it holds, and methods read nothing of what a fresh adapter would start from.
 
     Args:
         stored: how many; None where that is not known, and then nothing is refused.
     """
     token = _stored.set(stored)
     try:
-        yield
+        with filled_later():
+            yield
     finally:
         _stored.reset(token)
 

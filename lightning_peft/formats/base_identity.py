@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Container, Iterable
 from typing import Any, cast
 
@@ -160,6 +161,9 @@ def _quantized(parameters: dict[str, Parameter]) -> list[str]:
 def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
     """Compares a saved adapter's base with the model that is to take it.
 
+    Where values cannot be read, here or where it was saved, the layers decide that were read on both sides, and a
+    warning says that the rest is not compared.
+
     Args:
         model: the model, adapted.
         base: as `base_description` gave it.
@@ -170,14 +174,27 @@ def refuse_another_base(model: Module, base: dict[str, Any], made: str) -> None:
     """
     digests = require_adapters(model).base_digests
     refuse_another_vocabulary(model, base, made)
-    if not base["codes"] and set(_quantized(base_parameters(model))) - set(base["quantized"]):
+    rounded = not base["codes"] and bool(set(_quantized(base_parameters(model))) - set(base["quantized"]))
+    if rounded:
         # the fingerprint says what the numbers were before they were rounded
         saved, mine = base["beside"], fingerprint(digests, _quantizable(model, digests, base["without"]))
     else:
         saved, mine = base["fingerprint"], fingerprint(digests, [*base["without"], *base["quantized"]])
-    if saved is None or mine is None or saved == mine:
-        return
     named = f"{base['name']} with " if base["name"] else ""
+    if saved is None or mine is None:
+        parts = [] if rounded else _known_to_differ(model, base)
+        if parts:
+            said = f"{made} on another base: {named}other values or shapes in {_first(parts)}; load the same weights"
+            raise ValueError(f"{said}; check_base=False loads it nevertheless")
+        whose = "this model has" if mine is None else "the model that it was saved from had"
+        said = f"{whose} values that cannot be read (offloaded, or on the meta device)"
+        warnings.warn(
+            f"{made} on a base of which not all is compared with this model: {said}; see to it that they are the same",
+            stacklevel=3,
+        )
+        return
+    if saved == mine:
+        return
     said = f"{made} on another base: {named}fingerprint {saved}, but this model has {mine}"
     raise ValueError(f"{said}; {_why(model, base, saved, mine)}; check_base=False loads it nevertheless")
 
@@ -203,10 +220,20 @@ def _why(model: Module, base: dict[str, Any], saved: str, mine: str) -> str:
     )
 
 
+def _known_to_differ(model: Module, base: dict[str, Any]) -> list[str]:
+    """The parts that were read on both sides and differ."""
+    digests = require_adapters(model).base_digests
+    here = fingerprints_of_parts(digests, [*base["without"], *base["quantized"]])
+    return [p for p in sorted(base["parts"].keys() & here.keys()) if base["parts"][p] != here[p]]
+
+
 def _differing(saved: dict[str, str], mine: dict[str, str]) -> str:
     """The parts that differ, as the middle of a sentence."""
     parts = [p for p in sorted(saved.keys() | mine.keys()) if saved.get(p) != mine.get(p)]
     if not parts or len(parts) == len(saved.keys() | mine.keys()):
         return ""
-    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
-    return f" in {', '.join(parts[:_SHOWN])}{more}"
+    return f" in {_first(parts)}"
+
+
+def _first(parts: list[str]) -> str:
+    return ", ".join(parts[:_SHOWN]) + (f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -174,7 +175,7 @@ def save_folder(
         "prepared": tree.record.prepared,
         "training": tree.record.training and tree.record.training.to_dict(),
     }
-    with written_whole(path) as scratch:
+    with written_whole(path, last=(TENSORS, MANIFEST, PEFT_CONFIG)) as scratch:
         write_tensors(scratch, tensors)
         if has_peft_format(tree.record.method):
             write_json(scratch / PEFT_CONFIG, adapter_config(model, tree.record, base))
@@ -198,7 +199,7 @@ def read_folder(path: Path) -> SavedAdapter:
         ValueError: if what it says cannot be read, is of a later version, or lies elsewhere, or its method is not
             supported.
     """
-    if path.is_dir():
+    if any(os.path.lexists(path / file) for file in (MANIFEST, PEFT_CONFIG)):  # else it may be any folder
         refuse_links(path)
         _refuse_files_elsewhere(path / TOKENIZER)
     if (path / MANIFEST).is_file():

@@ -90,8 +90,6 @@ def method_from_peft(config: dict[str, Any]) -> Method:
         )
     if not isinstance(kind, str) or kind not in known:
         if isinstance(kind, str) and knows(kind):
-            # whatever its prompt once started from, its numbers are in the folder; the path is of another machine
-            config = {k: v for k, v in config.items() if k != "prompt_tuning_init_state_dict_path"}
             return methods.HFPeft.from_peft_config(config)
         raise ValueError(
             f"adapters of the kind {kind!r} are not supported; expected one of {sorted(known)}, or a kind of the "

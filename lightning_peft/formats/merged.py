@@ -95,7 +95,7 @@ def save_merged(model: Module, name: str, path: Path, processing_class: Any = No
         raise FileExistsError(f"{path} already holds files; choose another folder or move it away")
     twin = copy.deepcopy(model)
     unload_merged(twin, name)
-    with written_whole(path) as scratch:
+    with written_whole(path, last=("config.json",)) as scratch:
         cast(Any, twin).save_pretrained(scratch)
         if processing_class is not None:
             processing_class.save_pretrained(scratch)

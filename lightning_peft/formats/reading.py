@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -15,17 +16,18 @@ from typing import Any
 import torch
 
 from lightning_peft.core.options import misfits
-from lightning_peft.core.problems import an
+from lightning_peft.core.problems import an, shortened
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 FORMAT = 1
 """The form of what is written: of an adapter's manifest and tensors, and of a checkpoint's record of its adapters."""
 
+_MOST_DIGITS = 40
 _LONGEST_JSON = 64 * 2**20  # bytes, some hundred times what the largest models' manifests take
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuses a folder in which a file is somewhere else, as a link may say that came with it.
+    """Refuses a folder in which, or below which, a file is somewhere else, as a link may say that came with it.
 
     The hub's cache is known: its folders are links into the ``blobs`` beside them.
 
@@ -37,12 +39,16 @@ def refuse_links(folder: Path) -> None:
     """
     home = folder.resolve()
     caches = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
-    for entry in folder.iterdir():
-        if entry.is_symlink() and not any(entry.resolve().is_relative_to(place) for place in (home, *caches)):
-            raise ValueError(
-                f"{entry} is a link that leads out of the folder, to {entry.resolve()}; put the file itself there if "
-                "it belongs to the adapter"
-            )
+    for below, folders, files in os.walk(folder):
+        for entry in (os.path.join(below, name) for name in (*folders, *files)):
+            if not os.path.islink(entry):
+                continue
+            leads = Path(os.path.realpath(entry))
+            if not any(leads.is_relative_to(place) for place in (home, *caches)):
+                raise ValueError(
+                    f"{entry} is a link that leads out of the folder, to {leads}; put the file itself there if it "
+                    "belongs to the adapter"
+                )
 
 
 def read_json(path: Path, needed: Mapping[str, Any] = _NOTHING) -> dict[str, Any]:
@@ -59,7 +65,7 @@ def read_json(path: Path, needed: Mapping[str, Any] = _NOTHING) -> dict[str, Any
     if size > _LONGEST_JSON:
         raise ValueError(f"{path} has {size:,} bytes, and {_LONGEST_JSON:,} are read at most: it is no adapter's file")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError(f"{path} nests its values too deeply: it is no adapter's file") from None
     except ValueError as error:
@@ -71,6 +77,35 @@ def read_json(path: Path, needed: Mapping[str, Any] = _NOTHING) -> dict[str, Any
     wrong = misfits(found, needed)
     if wrong:
         raise ValueError(f"{path} has no {', '.join(wrong)}, or something else there; save the adapter again")
+    return found
+
+
+def parsed(text: str | bytes) -> Any:
+    """What a text of JSON says, if it says nothing twice and its numbers are of a length that one can compute with.
+
+    Args:
+        text: the text.
+
+    Raises:
+        ValueError: if it is no JSON, a key comes again in an object, or a number has more digits than any.
+        RecursionError: if it nests its values too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_distinct, parse_int=_whole)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:  # the time that they take grows with the square of their number
+        raise ValueError(f"it has a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object: of two entries under one key some readers take the first, and others the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set[str]()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"it says {shortened(repr(twice), 200)} twice")
     return found
 
 
@@ -86,7 +121,7 @@ def refuse_later(path: Path | str, found: Mapping[str, Any]) -> None:
     """
     form = found.get("format", FORMAT)
     if not isinstance(form, int) or isinstance(form, bool) or form < 1:
-        raise ValueError(f"{path}: its format must be a whole number of 1 or more, but is {form!r}")
+        raise ValueError(f"{path}: its format must be a whole number of 1 or more, but is {shortened(repr(form), 200)}")
     if form > FORMAT:
         raise ValueError(
             f"{path} is of format {form}, and this version of lightning_peft reads formats up to {FORMAT}; install "
@@ -107,7 +142,9 @@ def naming(path: Path | str) -> Iterator[None]:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         what = str(error) if isinstance(error, ValueError) else f"what it says cannot be: {error!r}"
-        raise ValueError(f"{path}: {what}") from error
+        short = shortened(what)
+        # a traceback would print the long one too
+        raise ValueError(f"{path}: {short}") from (error if short == what else None)
     except RecursionError:
         raise ValueError(f"{path} nests its values too deeply: it is no adapter's file") from None
 

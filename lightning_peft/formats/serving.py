@@ -29,7 +29,7 @@ from lightning_peft.formats.folder import (
     refuse_occupied,
 )
 from lightning_peft.formats.hf_peft import adapter_config
-from lightning_peft.formats.tensor_file import write_tensors
+from lightning_peft.formats.tensor_file import TENSORS, write_tensors
 from lightning_peft.formats.writing import write_json, written_whole
 from lightning_peft.methods.linear import is_linear
 from lightning_peft.methods.lora import LoRA
@@ -173,7 +173,7 @@ def save_for(
         config, tensors = _of_one_rank(config, tensors, scales, max(ranks.values()))
     # the patterns say nothing any more: whatever they say is what all modules have
     config |= {"rank_pattern": {}, "alpha_pattern": {}}
-    with written_whole(path) as scratch:
+    with written_whole(path, last=(TENSORS, PEFT_CONFIG)) as scratch:
         write_tensors(scratch, tensors)
         write_json(scratch / PEFT_CONFIG, config)
         if card is not None:

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from lightning_peft.core.problems import an
-from lightning_peft.formats.reading import FORMAT, refuse_later
+from lightning_peft.core.problems import an, shortened
+from lightning_peft.formats.reading import FORMAT, parsed, refuse_later
 
 TENSORS = "adapter_model.safetensors"
 
 _ABOUT = {"format": "pt", "lightning_peft_format": str(FORMAT)}
 _LONGEST_HEADER = 64 * 2**20
+_MOST_DIMENSIONS = 64  # which torch can compute with; the product of a million takes an age
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -97,7 +98,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             )
         header = file.read(length)
     try:
-        found = json.loads(header)
+        found = parsed(header)
         about = found.pop("__metadata__", {})
         entries = {name: _entry(name, said, size - 8 - length) for name, said in found.items()}
         if sum(end - begin for begin, end in (said["data_offsets"] for said in found.values())) != size - 8 - length:
@@ -113,12 +114,17 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 def _entry(name: str, said: dict[str, Any], room: int) -> Entry:
     dtype, shape, (begin, end) = _DTYPES.get(said["dtype"]), said["shape"], said["data_offsets"]
+    called = shortened(repr(name), 200)
     if dtype is None:
-        raise ValueError(f"{name!r} is of the dtype {said['dtype']!r}, expected one of {', '.join(_DTYPES)}")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"{name!r} has the shape {shape!r} and lies from {begin!r} to {end!r}")
+        kind = shortened(repr(said["dtype"]), 200)
+        raise ValueError(f"{called} is of the dtype {kind}, expected one of {', '.join(_DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{called} has a shape that no tensor has: {shortened(repr(shape), 200)}")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+        where = f"the shape {shape!r} and lies from {begin!r} to {end!r}"
+        raise ValueError(f"{called} has {shortened(where, 200)}")
     if math.prod(shape) * dtype.itemsize != end - begin or end > room:
-        raise ValueError(f"{name!r}, {dtype} of {tuple(shape)}, does not lie within the {room:,} bytes from {begin:,}")
+        raise ValueError(f"{called}, {dtype} of {tuple(shape)}, does not lie within the {room:,} bytes from {begin:,}")
     return Entry(tuple(shape), dtype)
 
 
@@ -136,7 +142,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         # each mapped tensor would take four times as long
         return load_file(folder / TENSORS, backend="pread")
     except SafetensorError as error:
-        raise ValueError(f"{folder / TENSORS} cannot be read, it may be cut short: {error}") from error
+        said = shortened(str(error))
+        raise ValueError(f"{folder / TENSORS} cannot be read, it may be cut short: {said}") from error
 
 
 def check_entries(
@@ -158,7 +165,7 @@ def check_entries(
     if missing:
         problems.append(f"{len(missing)} missing, such as {missing[0]}{if_missing}")
     if extra:
-        problems.append(f"{len(extra)} unexpected, such as {extra[0]}")
+        problems.append(f"{len(extra)} unexpected, such as {shortened(extra[0], 200)}")
     for key in sorted(wanted.keys() & stored.keys()):
         mine, there = wanted[key], stored[key]
         if tuple(mine.shape) != tuple(there.shape):

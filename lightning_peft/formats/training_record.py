@@ -9,11 +9,28 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lightning_peft.core.options import check_types, range_problems
+from lightning_peft.core.options import check_types, misfits, range_problems
 from lightning_peft.core.problems import raise_problems
 
 _POINTS = 400
 """Points that a curve of training losses has at most: more than a picture shows, few enough for a checkpoint."""
+
+_DATA: dict[str, Any] = {
+    "origin": str | None,
+    "hub_name": str | None,
+    "seen_as": str | None,
+    "splits": dict[str, dict[str, Any]],
+}
+_SPLIT: dict[str, Any] = {
+    "rows": float | None,
+    "streamed": bool | None,
+    "tokens": float | None,
+    "supervised": float | None,
+    "labels": dict[str, float] | None,
+    "spreads": dict[str, dict[str, Any]],
+}
+_SPREAD: dict[str, Any] = {"median": float, "largest": float}
+_LARGEST = 2**63
 
 _WAITING = 256  # losses that may lie on a GPU before they are fetched at once
 
@@ -133,12 +150,40 @@ class TrainingRecord:
         measured = [p for points in record.metrics.values() for p in points]
         problems = [
             "setup must hold pairs" if any(len(pair) != 2 for pair in record.setup) else None,
-            "losses must hold a step, a mean and a number" if any(len(p) != 3 for p in record.losses) else None,
-            "metrics must hold a step and a value" if any(len(p) != 2 for p in measured) else None,
+            "losses must hold a step, a mean and a number above 0"
+            if any(len(p) != 3 or p[0] < 0 or p[2] <= 0 for p in record.losses)
+            else None,
+            "metrics must hold a step and a value" if any(len(p) != 2 or p[0] < 0 for p in measured) else None,
+            "step and earlier must be 0 or more" if min(record.step, record.earlier) < 0 else None,
+            f"numbers must be below {_LARGEST:,}" if _has_larger(record.to_dict()) else None,
+            *_problems_of_data(record.data or {}),
             *range_problems(record, counts=["epoch_steps"]),
         ]
         raise_problems("TrainingRecord", problems)
         return record
+
+
+def _problems_of_data(data: dict[str, Any]) -> list[str]:
+    """What a summary says that is not what it would say; what it leaves out, a model card leaves out too."""
+    problems = _wrong("data", data, _DATA)
+    for name, split in data.get("splits", {}).items() if not problems else ():
+        found = _wrong(f"data.splits.{name}", split, _SPLIT)
+        spreads = split.get("spreads", {}).values() if not found else ()
+        if any(misfits(spread, _SPREAD) or not isinstance(spread.get("unit"), str | None) for spread in spreads):
+            found.append(f"data.splits.{name}.spreads must hold a median, a largest and a unit")
+        problems += found
+    return problems
+
+
+def _wrong(place: str, values: dict[str, Any], hints: dict[str, Any]) -> list[str]:
+    wrong = misfits(values, {k: hint for k, hint in hints.items() if k in values})
+    return [f"{place}.{key} holds something else" for key in wrong]
+
+
+def _has_larger(values: Any) -> bool:
+    if isinstance(values, (dict, list)):
+        return any(map(_has_larger, values.values() if isinstance(values, dict) else values))
+    return isinstance(values, int) and abs(values) >= _LARGEST
 
 
 def _binned(points: list[list[float]]) -> list[list[float]]:

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.adapters import adapters_of
+from lightning_peft.core.filled import are_filled_later
 from lightning_peft.core.matching import ALL_LINEAR, is_within, match_modules
 from lightning_peft.core.method import Placement
 from lightning_peft.core.options import check_types, range_problems
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.methods.hf_peft_config import plain_config, problems_of, ready_config, tuner_class
+from lightning_peft.methods.hf_peft_config import at_random, plain_config, problems_of, ready_config, tuner_class
 from lightning_peft.methods.hf_peft_layers import PeftLayer
 from lightning_peft.methods.hf_peft_prompts import FROZEN, PROMPT_TENSORS, place_prompt
 from lightning_peft.methods.hf_peft_tuners import has_merge, place_tuner
@@ -82,7 +83,7 @@ class HFPeft:
                 the model that cannot be taken back.
         """
         if self._is_prompt:
-            return place_prompt(model, ready_config(self.config))
+            return place_prompt(model, ready_config(at_random(self.config) if are_filled_later() else self.config))
         return place_tuner(model, ready_config(self._for_model(model)), is_saved=self._is_saved(model))
 
     @property
@@ -149,8 +150,8 @@ class HFPeft:
         Raises:
             ValueError: if it asks for an option that cannot run here.
         """
-        # a file of a prompt holds what a network gave and not the network
-        return cls(config={k: False if k == "prefix_projection" else v for k, v in config.items()})
+        # a file of a prompt holds what a network gave and not the network, and what it started from lies elsewhere
+        return cls(config={k: False if k == "prefix_projection" else v for k, v in at_random(config).items()})
 
     def to_peft(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the file: rows of a prompt that do not train stand before those that do."""

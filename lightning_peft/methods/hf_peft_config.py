@@ -48,6 +48,24 @@ _OPTIONS_ON_THE_MODEL = {
     "save_only_topk_weights": "what it saves cannot be trained on, so a run could not be resumed; leave it false",
 }
 
+# how a prompt starts, whose text, tokenizer or tensors peft reads from wherever a configuration says that they lie
+_AT_RANDOM: dict[str, Any] = {
+    "prompt_tuning_init": "RANDOM",
+    "prompt_tuning_init_text": None,
+    "prompt_tuning_init_state_dict_path": None,
+    "tokenizer_name_or_path": None,
+    "tokenizer_kwargs": None,
+}
+
+
+def at_random(plain: dict[str, Any]) -> dict[str, Any]:
+    """The same options, but for what a prompt starts from: random numbers, for which nothing is read.
+
+    Args:
+        plain: a configuration's options.
+    """
+    return {k: _AT_RANDOM.get(k, v) for k, v in plain.items()}
+
 
 def plain_config(given: Any) -> tuple[dict[str, Any], list[str] | None]:
     """All options of a configuration in plain values.

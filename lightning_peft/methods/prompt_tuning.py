@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Module, Parameter
 
+from lightning_peft.core.filled import are_filled_later
 from lightning_peft.core.layer import device_for
 from lightning_peft.core.method import Placement
 from lightning_peft.core.options import check_types, range_problems
@@ -117,7 +118,7 @@ class _PromptEmbedding(VirtualEmbedding):
         n = method.num_virtual_tokens
         device = device_for(embedding)
         with torch.no_grad():
-            if method.prompt_tuning_init == "TEXT":
+            if method.prompt_tuning_init == "TEXT" and not are_filled_later():
                 ids = _text_ids(method, host, n).to(device)
             else:
                 ids = torch.randint(embedding.num_embeddings, (n,), device=device)

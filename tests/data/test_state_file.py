@@ -57,6 +57,36 @@ def test_a_kept_file_is_found_by_a_run_of_the_same_making_alone(tmp_path):
     assert StateFile.found(tmp_path, 1000, {"base": "x"}).holds(["a", "b"])
 
 
+DAMAGED = {
+    "cut short": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "a list": lambda text: "[]",
+    "nothing": lambda text: "{}",
+    "a function": lambda text: text.replace("float32", "save"),
+    "no row": lambda text: text.replace('"shape": [2]', '"shape": [0]'),
+    "outside": lambda text: text.replace("[0, 16]", "[8, 16]"),
+    "in a token": lambda text: text.replace("[0, 16]", "[0, 12]"),
+    "words": lambda text: text.replace("[0, 16]", '"x"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_a_kept_file_with_a_damaged_index_is_computed_anew_and_the_run_goes_on(tmp_path, damage):
+    file = StateFile(tmp_path, 1000)
+    file.put("a", torch.arange(4.0).view(2, 2))
+    file.keep({"base": "x"})
+    index = tmp_path / "frozen_layers.json"
+    before = index.read_text()
+    index.write_text(damage(before))
+    assert index.read_text() != before
+    with pytest.warns(UserWarning, match=r"frozen_layers.bin is computed anew, since it cannot be read: "):
+        again = StateFile.found(tmp_path, 1000, {"base": "x"})
+    assert not again.holds(["a"])
+    again.put("a", torch.arange(4.0).view(2, 2))
+    again.keep({"base": "x"})
+    assert torch.equal(StateFile.found(tmp_path, 1000, {"base": "x"}).get(["a"]), torch.arange(4.0).view(2, 2))
+
+
 def test_a_row_has_its_key_whatever_it_is_padded_with_and_no_other_row_has_it():
     ids = torch.tensor([[5, 9, 6, 0], [5, 6, 9, 0], [5, 6, 7, 7], [0, 5, 6, 0]])
     mask = torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]])

@@ -352,3 +352,35 @@ def test_words_of_others_stay_words(build, tmp_path, words):
     # what is code is Python that can be read
     for code in re.findall(r"(`{3,})python\n(.*?)\n\1", text, re.DOTALL):
         compile(code[1], "card", "exec")
+
+
+ODD = {
+    "half_a_letter": {"data": {"origin": "a\ud800b", "hub_name": "a/b\ud800", "splits": {"train": {"rows": 3}}}},
+    "header": {
+        "data": {"origin": "x", "hub_name": "a: b\n- x\n---\n", "splits": {}},
+        "metrics": {"val/a\n---": [[1, 1]]},
+    },
+    "curves": {"losses": [[1, 3e38, 1], [2**62, -3e38, 1]], "step": 5},
+    "labels": {"data": {"splits": {"train": {"rows": 3, "labels": {"\ud800": 2**62, "": 0}}}}},
+}
+
+
+@pytest.mark.parametrize("notes", ODD.values(), ids=ODD)
+def test_odd_notes_of_a_training_cost_the_card_at_most(build, tmp_path, notes):
+    adapter = adapt(build("bert"), LoRA(r=2))
+    adapter.tree.record.training = TrainingRecord.from_dict(notes)
+    found = load_adapter(build("bert"), adapter.save(tmp_path / "a"))
+    again = load_adapter(build("bert"), found.save(tmp_path / "b"))
+    assert again.tree.record.training == adapter.tree.record.training
+    for name, tensor in adapter.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_card_that_cannot_be_made_is_told_of_and_the_adapter_is_saved(build, tmp_path, monkeypatch):
+    adapter = adapt(build("bert"), LoRA(r=2))
+    monkeypatch.setattr("lightning_peft.analysis.card.made_card", lambda *_: {}["what nobody thought of"])
+    with pytest.warns(UserWarning, match=r"no model card is written, .*KeyError\('what nobody thought of'\)"):
+        folder = adapter.save(tmp_path / "a")
+    load_adapter(build("bert"), folder)
+    assert not (folder / "README.md").exists()

@@ -221,3 +221,32 @@ def test_a_vocabulary_that_was_enlarged_is_recorded_and_the_line_to_write_is_sai
     fresh.resize_token_embeddings(101)
     load_adapter(fresh, folder)
     torch.testing.assert_close(call(fresh, "llama"), call(model, "llama"), rtol=0, atol=0)
+
+
+def test_a_base_that_cannot_be_compared_as_a_whole_is_told_of_and_what_is_known_of_it_decides(build, saved):
+    def offloaded(seed=0):
+        model = build("bert", seed=seed)
+        part = model.bert.encoder.layer[1].output.dense
+        part.weight = torch.nn.Parameter(torch.empty_like(part.weight, device="meta"))
+        return model
+
+    with pytest.warns(UserWarning, match=r"a was trained on a base of which not all is compared .*: this model has"):
+        load_adapter(offloaded(), saved)
+    other = offloaded(seed=1)
+    with pytest.raises(
+        ValueError, match=r"on another base: other values or shapes in bert.embeddings.*check_base=False"
+    ):
+        load_adapter(other, saved)
+    assert not hasattr(other, "adapters")
+    # a file that says nothing of its base's values
+    path = saved / "lightning_peft.json"
+    manifest = json.loads(path.read_text())
+    manifest["base"]["fingerprint"] = None
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="on another base: other values or shapes in"):
+        load_adapter(build("bert", seed=1), saved)
+    manifest["base"]["parts"] = {}
+    path.write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="of which not all is compared .*: the model that it was saved from had"):
+        load_adapter(build("bert", seed=1), saved)
+    load_adapter(build("bert", seed=1), saved, check_base=False)

@@ -173,6 +173,61 @@ def test_a_checkpoint_with_a_rank_of_a_billion_is_refused(tmp_path, bert_folder)
         PeftModule.load_from_checkpoint(tmp_path / "a.ckpt")
 
 
+LONG = "9" * 4000
+TOO_MUCH = {
+    "dimensions": ("[" + ",".join(["9999999999"] * 200_000) + "]", "a shape that no tensor has: .*characters more"),
+    "digits": ("[" + ",".join([LONG] * 50) + "]", "has a number of 4,000 digits"),
+    "large": (f"[{2**63}, 0]", r"'x' has the shape \[9223372036854775808, 0\]"),
+    "words": ('["' + "x" * 10**6 + '"]', "'x' has the shape .*characters more"),
+}
+
+
+@pytest.mark.parametrize(("shape", "said"), TOO_MUCH.values(), ids=TOO_MUCH)
+def test_a_shape_whose_product_takes_an_age_is_refused_in_a_sentence_that_one_can_read(build, saved, shape, said):
+    """The first of them took some minutes, and the error was as long as the file."""
+    header = f'{{"x": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 64]}}}}'.encode()
+    (saved / TENSORS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    with pytest.raises(ValueError, match=said) as refused:
+        load_adapter(build("bert"), saved)
+    assert len(str(refused.value)) < 2000
+
+
+def test_a_tensors_name_as_long_as_the_file_is_not_quoted_whole(build, saved):
+    tensors = load_file(saved / TENSORS)
+    save_file({**tensors, "x" * 10**6: torch.zeros(1)}, saved / TENSORS)
+    with pytest.raises(ValueError, match=r"1 unexpected, such as x+\.\.\. \(999,800 characters more\)"):
+        load_adapter(build("bert"), saved)
+
+
+def test_a_number_of_many_digits_and_a_word_of_many_letters_are_refused_briefly(build, saved, change):
+    change(saved, MANIFEST, lambda content: content["method"].update(bias="x" * 10**6))
+    with pytest.raises(ValueError, match=rf"{MANIFEST}: LoRA: bias .*characters more") as refused:
+        load_adapter(build("bert"), saved)
+    assert len(str(refused.value)) < 2000
+    assert refused.value.__cause__ is None  # which a traceback would print whole
+    whole = (saved / MANIFEST).read_text()
+    (saved / MANIFEST).write_text(whole.replace('"format": 1', f'"format": {LONG}'))
+    with pytest.raises(ValueError, match=f"{MANIFEST} is no JSON.*has a number of 4,000 digits"):
+        load_adapter(build("bert"), saved)
+
+
+def test_what_is_said_twice_is_refused(build, saved):
+    """Of two shapes under one name we took the last, and who knows which one another reader takes."""
+    raw = (saved / TENSORS).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    name = next(k for k in json.loads(raw[8 : 8 + length]) if k != "__metadata__")
+    entry = f'{json.dumps(name)}: {{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, '
+    header = b"{" + entry.encode() + raw[9 : 8 + length]
+    (saved / TENSORS).write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length :])
+    with pytest.raises(ValueError, match=rf"{TENSORS} cannot be read.*it says '{name}' twice"):
+        load_adapter(build("bert"), saved)
+    (saved / TENSORS).write_bytes(raw)
+    text = (saved / MANIFEST).read_text()
+    (saved / MANIFEST).write_text(text.replace('"format": 1', '"format": 1, "format": 1'))
+    with pytest.raises(ValueError, match=f"{MANIFEST} is no JSON.*it says 'format' twice"):
+        load_adapter(build("bert"), saved)
+
+
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "[1]", "nul", '"x"', "\x00", "1" * 10_000])
 @pytest.mark.parametrize("file", [MANIFEST, PEFT])
 def test_json_that_is_none_is_refused(build, saved, content, file):
@@ -200,6 +255,28 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(build, saved, tmp_path, 
         load_adapter(build("bert"), saved)
 
 
+@pytest.mark.parametrize("link", ["chat_templates/x.jinja", "chat_templates", "a/b/c/notes"])
+@pytest.mark.parametrize("target", ["outside/x.jinja", "outside", "nowhere"])
+def test_a_link_below_the_folder_that_leads_out_of_it_is_refused(build, saved, tmp_path, link, target):
+    """transformers reads chat templates out of a folder in the folder."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "x.jinja").write_text("secret")
+    (saved / link).parent.mkdir(parents=True, exist_ok=True)
+    (saved / link).symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=f"{link} is a link that leads out of the folder, to .*/{target}"):
+        load_adapter(build("bert"), saved)
+
+
+def test_links_that_lead_in_a_circle_are_no_files(build, saved):
+    (saved / "x").symlink_to("y")
+    (saved / "y").symlink_to("x")
+    load_adapter(build("bert"), saved)
+    (saved / TENSORS).unlink()
+    (saved / TENSORS).symlink_to(TENSORS)
+    with pytest.raises(FileNotFoundError, match=f"{TENSORS} is no file"):
+        load_adapter(build("bert"), saved)
+
+
 def test_links_within_the_folder_and_those_of_the_hubs_cache_are_followed(build, saved, tmp_path):
     (saved / "inner").write_bytes((saved / PEFT).read_bytes())
     (saved / PEFT).unlink()
@@ -209,9 +286,13 @@ def test_links_within_the_folder_and_those_of_the_hubs_cache_are_followed(build,
     blobs = tmp_path / "models--a--b" / "blobs"
     cached.mkdir(parents=True)
     blobs.mkdir()
-    for file in (MANIFEST, PEFT, TENSORS):
-        (blobs / file).write_bytes((saved / file).read_bytes())
-        (cached / file).symlink_to(os.path.relpath(blobs / file, cached))
+    (cached / "chat_templates").mkdir()
+    (saved / "chat_templates").mkdir()
+    (saved / "chat_templates" / "a.jinja").write_text("x")
+    for file in (MANIFEST, PEFT, TENSORS, "chat_templates/a.jinja"):
+        blob = blobs / file.replace("/", "-")
+        blob.write_bytes((saved / file).read_bytes())
+        (cached / file).symlink_to(os.path.relpath(blob, (cached / file).parent))
     load_adapter(build("bert"), cached)
 
 

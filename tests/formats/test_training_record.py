@@ -45,6 +45,35 @@ def test_it_comes_back_from_json_as_it_was():
     assert again.reached == {"val/loss": 0.5}
 
 
+ODD = {
+    "rows": ({"data": {"splits": {"train": {"rows": "many"}}}}, "data.splits.train.rows holds something else"),
+    "splits": ({"data": {"splits": ["train"]}}, "data.splits holds something else"),
+    "split": ({"data": {"splits": {"train": 3}}}, "data.splits holds something else"),
+    "origin": ({"data": {"origin": 5}}, "data.origin holds something else"),
+    "labels": ({"data": {"splits": {"train": {"labels": {"a": "x"}}}}}, "data.splits.train.labels holds something"),
+    "spreads": (
+        {"data": {"splits": {"train": {"spreads": {"a": {"median": None, "largest": 2}}}}}},
+        "data.splits.train.spreads must hold a median",
+    ),
+    "unit": (
+        {"data": {"splits": {"train": {"spreads": {"a": {"median": 1, "largest": 2, "unit": []}}}}}},
+        "data.splits.train.spreads must hold a median",
+    ),
+    "step": ({"step": 10**4200}, "numbers must be below 9,223,372,036,854,775,808"),
+    "count": ({"data": {"splits": {"train": {"rows": 10**300}}}}, "numbers must be below"),
+    "before": ({"step": -4}, "step and earlier must be 0 or more"),
+    "nothing": ({"losses": [[1, 0.5, 0]]}, "a number above 0"),
+    "backwards": ({"metrics": {"val/loss": [[-5, 1.0]]}}, "metrics must hold a step"),
+}
+
+
+@pytest.mark.parametrize(("values", "said"), ODD.values(), ids=ODD)
+def test_notes_that_no_training_makes_are_refused_when_they_are_read(values, said):
+    """A model card is made of them, and none could be: the adapter that they came with would never be saved again."""
+    with pytest.raises(ValueError, match=said):
+        TrainingRecord.from_dict(values)
+
+
 def test_the_metrics_are_those_of_the_weights_and_not_the_last():
     record = _record(4)
     for step, loss in ((2, 0.2), (4, 0.4)):
