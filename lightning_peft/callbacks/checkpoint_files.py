@@ -111,12 +111,24 @@ def refuse_unwritable_folders(trainer: Trainer) -> None:
         folder = getattr(callback, "dirpath", None)
         if folder is None or not _is_local_file_protocol(folder) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             continue
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            said = f"no checkpoint can be written into {folder}: {error.strerror}; choose another dirpath"
-            raise type(error)(error.errno, said) from error
+        refuse_unwritable(folder)
+
+
+def refuse_unwritable(folder: str | Path) -> None:
+    """Finds out whether a checkpoint can be written into a folder, which is made if it is not there.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        OSError: if no file can be made in it.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        said = f"no checkpoint can be written into {folder}: {error.strerror}; choose another dirpath"
+        raise type(error)(error.errno, said) from error
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
