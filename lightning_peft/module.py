@@ -25,7 +25,7 @@ from lightning_peft.callbacks.adaptation import (
 from lightning_peft.callbacks.advice import Advice
 from lightning_peft.callbacks.checkpoint_files import keep_files_whole, refuse_unwritable_folders
 from lightning_peft.callbacks.hyperparameters import log_hyperparameters
-from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
+from lightning_peft.callbacks.learning import check_optimizers, refuse_unsaved, warn_of_missing_gradients
 from lightning_peft.callbacks.loading import BUILT_PLAINLY, require_peft_module
 from lightning_peft.callbacks.optimizer_names import match_resumed
 from lightning_peft.callbacks.record_training import RecordTraining
@@ -114,6 +114,7 @@ class PeftModule(EvaluatedModule):
         self.mean = TokenMean()
         self._counted: tuple[Tensor | None, Tensor | None] = (None, None)
         self._checked = False
+        self._saved: set[int] = set()
         self._recording = RecordTraining(self.task.monitor, spoken_schedule(self.scheduler))
         self._save_plain_hparams()
 
@@ -260,6 +261,7 @@ class PeftModule(EvaluatedModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Any) -> None:
+        refuse_unsaved(optimizer, self, self._saved)
         self.mean.normalise(self.parameters(), self.trainer.accumulate_grad_batches)
         before_step(self.trainer, self.adapter)
 
@@ -295,6 +297,9 @@ class PeftModule(EvaluatedModule):
     @override
     def on_train_start(self) -> None:
         check_optimizers(self.trainer.optimizers, self, self.adapter)
+        self._saved = set()
+        for optimizer in self.trainer.optimizers:
+            refuse_unsaved(optimizer, self, self._saved)
         check_schedule(self.trainer, self.adapter)
         prepare(self.trainer, self, self.adapter)
         self.mean = TokenMean(*self._counted)  # what was counted while the method looked at data is of no step

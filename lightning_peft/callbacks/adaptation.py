@@ -42,7 +42,7 @@ _RECORD: dict[str, Any] = {
     "methods": dict[str, dict[str, Any]],
     "base": dict[str, Any],
     "tensors": list[str],
-    "optimizers": list[list[list[str]]] | None,
+    "optimizers": list[list[list[str]] | None] | None,
     "prepared": dict[str, bool],
     "training": dict[str, dict[str, Any] | None],
     "random_state": dict[str, Any] | None,

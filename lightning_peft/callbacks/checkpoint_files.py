@@ -6,7 +6,9 @@ import io
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from lightning_peft.analysis.sizes import size
@@ -109,12 +111,24 @@ def refuse_unwritable_folders(trainer: Trainer) -> None:
         folder = getattr(callback, "dirpath", None)
         if folder is None or not _is_local_file_protocol(folder) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             continue
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            said = f"no checkpoint can be written into {folder}: {error.strerror}; choose another dirpath"
-            raise type(error)(error.errno, said) from error
+        refuse_unwritable(folder)
+
+
+def refuse_unwritable(folder: str | Path) -> None:
+    """Finds out whether a checkpoint can be written into a folder, which is made if it is not there.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        OSError: if no file can be made in it.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        said = f"no checkpoint can be written into {folder}: {error.strerror}; choose another dirpath"
+        raise type(error)(error.errno, said) from error
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -123,25 +137,56 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     Lightning's own ``ckpt_path="last"`` goes by names that begin with ``last`` and by the files' dates; it takes a
     damaged file, and starts anew where a link named ``last.ckpt`` was being replaced when the process was killed.
 
+    What is left out because it is damaged is named in a warning. So is what is there and cannot be resumed where
+    nothing is found: a run never begins anew in silence beside its checkpoints.
+
     Args:
         folder: where checkpoints are.
 
     Returns:
         The path to resume from, or None if there is none, or no such folder.
 
+    Raises:
+        ValueError: if a checkpoint holds objects that are not opened, such as a ``Path`` among the hyperparameters:
+            it may be the last one.
+
     Example:
         >>> last_checkpoint("no/such/folder") is None
         True
     """
     steps: dict[Path, tuple[int, str]] = {}
+    damaged, weights = [], []
     for path in sorted(Path(folder).glob(f"*{_SUFFIX}")):
         try:
             found = read_resumable(path)
-        except (ValueError, OSError):
-            continue
-        if "loops" in found:  # without them weights alone were saved
-            steps[path] = found["global_step"], path.name
-    return max(steps, key=lambda path: steps[path], default=None)
+            if "loops" in found:
+                steps[path] = _step(path, found), path.name
+            else:
+                weights.append(f"{path} holds weights alone, as save_weights_only=True leaves them")
+        except (ValueError, OSError) as error:
+            if isinstance(error.__cause__, UnpicklingError):
+                raise ValueError(
+                    f"{error}. Until then nobody can tell whether it is the last checkpoint of {folder}; if it is "
+                    "none, move it away"
+                ) from error
+            damaged.append(str(error))
+    last = max(steps, key=lambda path: steps[path], default=None)
+    _warn_of_unused(last, damaged if last else [*damaged, *weights])
+    return last
+
+
+def _step(path: Path, checkpoint: dict[str, Any]) -> int:
+    step = checkpoint.get("global_step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ValueError(f"{path} is no checkpoint of Lightning: its global_step is {step!r}")
+    return step
+
+
+def _warn_of_unused(last: Path | None, why: list[str]) -> None:
+    if why:
+        more = f"; and {len(why) - 3} more" if len(why) > 3 else ""
+        instead = f"{last} is the last one that can be resumed" if last else "none is left, so the run begins anew"
+        rank_zero_warn(f"{'; '.join(why[:3])}{more}: {instead}")
 
 
 def read_resumable(path: Path) -> dict[str, Any]:
@@ -152,12 +197,16 @@ def read_resumable(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is neither.
-        ValueError: if it is no checkpoint, or not a whole one.
+        ValueError: if it is no checkpoint, or not a whole one; caused by an ``UnpicklingError`` if it is whole and
+            holds more than tensors and plain values.
     """
     if not path.is_dir():
         return read_checkpoint(path)
     try:
+        zipfile.ZipFile(path / _OF_SHARDS).close()  # torch would read what is cut short as a file of its old kind
         found = torch.load(path / _OF_SHARDS, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file does to its reader
         raise ValueError(f"{path} is a folder, and no whole checkpoint of shards: {error}") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is a folder, and no checkpoint of shards: its {_OF_SHARDS} holds no dictionary")
+    return found

@@ -20,6 +20,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from lightning_peft.analysis.called import program
+from lightning_peft.callbacks.checkpoint_files import refuse_unwritable
 
 NAME = "interrupted.ckpt"
 
@@ -37,6 +38,9 @@ class SaveOnInterrupt(Callback):
         dirpath: the folder for ``interrupted.ckpt``.
         words: what the program was called with to make this run; None takes the words of the running program, which
             are not those of one run where it makes several.
+
+    Raises:
+        OSError: before the first step, if no file can be made in the folder.
     """
 
     def __init__(self, dirpath: str, words: Sequence[str] | None = None) -> None:
@@ -49,6 +53,7 @@ class SaveOnInterrupt(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rank_zero_only(refuse_unwritable)(self.dirpath)
         self._process, self._heard, self._requeues = os.getpid(), None, False
         if threading.current_thread() is not threading.main_thread():
             return

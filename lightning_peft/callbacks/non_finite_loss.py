@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.core.problems import nearest, raise_problems
+from lightning_peft.core.statistics import KeptStatistics
 
 Action = Literal["stop", "skip", "roll_back"]
 
@@ -32,9 +33,11 @@ class NonFiniteLoss(Callback):
     how it finds its scale; there only the loss counts.
 
     Args:
-        action: ``"stop"`` ends the run with an error; ``"skip"`` leaves the step out: parameters and optimizer stay as
-            they are, schedules and data go on; ``"roll_back"`` also puts parameters and optimizer back to where they
-            were at the last multiple of ``every_n_steps``, for losses that come of a step gone wrong before.
+        action: ``"stop"`` ends the run with an error; ``"skip"`` leaves the step out: parameters, optimizer and the
+            running statistics of batch norms stay as they are; data, schedules and random generators go on, and other
+            buffers that a forward changes stay changed; ``"roll_back"`` also puts what a checkpoint holds, and the
+            optimizer, back to where they were at the last multiple of ``every_n_steps``, for losses that come of a
+            step gone wrong before.
         patience: so many steps in a row end the run with any action, since nothing gets better.
         every_n_steps: optimizer steps between two states that one can roll back to; each is a copy on the CPU.
 
@@ -62,13 +65,20 @@ class NonFiniteLoss(Callback):
         self.skipped = 0
         self._in_row = 0
         self._bad: Tensor | None = None
+        self._statistics: KeptStatistics | None = None
         self._good: tuple[int, dict[str, Tensor], list[dict[str, Any]]] | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.skipped = self._in_row = 0
         self._bad = None
+        self._statistics = KeptStatistics(pl_module)
+        self._statistics.keep()
         self._remember(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._statistics = None
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -79,9 +89,12 @@ class NonFiniteLoss(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         of_loss, self._bad = self._bad is not None and bool(self._bad), None
         bad = of_loss or not (_scales(trainer) or _finite(optimizer))
+        assert self._statistics is not None  # since the training began
         if not trainer.strategy.reduce_boolean_decision(bad, all=False):
             self._in_row = 0
+            self._statistics.keep()
             return
+        self._statistics.put_back()
         self._in_row += 1
         self.skipped += 1
         what = "loss" if of_loss else "gradient" if bad else "loss or gradient on another device"
@@ -94,7 +107,8 @@ class NonFiniteLoss(Callback):
             )
         if self.action == "roll_back":
             seen += f"; parameters and optimizer are put back to those of step {self._roll_back(trainer, pl_module)}"
-        for parameter in pl_module.parameters():  # an optimizer leaves alone what has no gradient
+        held = (p for group in optimizer.param_groups for p in group["params"])  # some may belong to no module
+        for parameter in (*pl_module.parameters(), *held):  # an optimizer leaves alone what has no gradient
             parameter.grad = None
         rank_zero_warn(f"{seen}; the step is left out. {_REMEDY}.")
 
@@ -141,10 +155,13 @@ def _scales(trainer: Trainer) -> bool:
 
 def _finite(optimizer: Optimizer) -> bool:
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # of what is sharded each process looks at its own; a largest number over processes may lose a NaN
+    grads = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+    grads = [g for g in grads if g.numel()]
     if not grads:
         return True
-    norm = get_total_norm(grads)
-    return bool(torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+    # the largest magnitude: squares of finite numbers may be beyond their dtype
+    return bool(torch.isfinite(get_total_norm(grads, norm_type=float("inf"))))
 
 
 def _on_cpu(state: Any) -> Any:

@@ -22,7 +22,7 @@ from lightning_peft.callbacks.adaptation import (
 )
 from lightning_peft.callbacks.advice import Advice
 from lightning_peft.callbacks.checkpoint_files import keep_files_whole, refuse_unwritable_folders
-from lightning_peft.callbacks.learning import check_optimizers, warn_of_missing_gradients
+from lightning_peft.callbacks.learning import check_optimizers, refuse_unsaved, warn_of_missing_gradients
 from lightning_peft.callbacks.optimizer_names import match_resumed
 from lightning_peft.callbacks.rebuilding import adapted_parts, carry_over, refuse_rebuilt_parts
 from lightning_peft.callbacks.record_training import RecordTraining
@@ -126,6 +126,7 @@ class PeftCallback(RecordTraining):
         self.print_plan = print_plan
         self.check_base = check_base
         self._checked = False
+        self._saved: set[int] = set()
         self._printed = False
         self._steps = 0
         self._advice = Advice()
@@ -183,10 +184,13 @@ class PeftCallback(RecordTraining):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sees that the optimizers hold what trains."""
+        """Sees that the optimizers hold what trains, and checkpoints what the optimizers hold."""
         super().on_train_start(trainer, pl_module)
         self._steps = trainer.global_step
         check_optimizers(trainer.optimizers, pl_module, self.adapter(pl_module))
+        self._saved = set()
+        for optimizer in trainer.optimizers:
+            refuse_unsaved(optimizer, pl_module, self._saved)
         check_schedule(trainer, self.adapter(pl_module))
         resume_within_epoch(pl_module)
 
@@ -196,6 +200,7 @@ class PeftCallback(RecordTraining):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        refuse_unsaved(optimizer, pl_module, self._saved)
         before_step(trainer, self.adapter(pl_module))
 
     @override

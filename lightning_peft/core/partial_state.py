@@ -13,8 +13,8 @@ from lightning_peft.core.adapters import adapters_of
 class PartialState:
     """Hooks on a module whose submodule is adapted; strict loading stays strict for everything that was saved.
 
-    What is kept is fixed when the adapter is injected and never read from ``requires_grad``: every adapter, every
-    base parameter that trains, all buffers, and all that lies outside the adapted submodule.
+    What is kept is never read from ``requires_grad``: every adapter, every base parameter that the method trains, all
+    buffers that are there when it is saved, and all that lies outside the adapted submodule.
 
     Args:
         module: the module that gets saved, such as a LightningModule.
@@ -24,10 +24,6 @@ class PartialState:
     def __init__(self, module: Module, path: str) -> None:
         self.path = path
         self.base = f"{path}." if path else ""
-        root = module.get_submodule(path)
-        adapters = adapters_of(root)
-        assert adapters is not None
-        self.kept = {f"{self.base}{n}" for n, _ in root.named_buffers()}
         self._prefix = ""
         # torch marks this hook with an attribute, which a bound method does not take
         module.register_state_dict_post_hook(self)  # type: ignore[no-untyped-call]
@@ -41,10 +37,11 @@ class PartialState:
             module: the module that is saved or loaded.
             keys: the keys, without what stands before the module's own names.
         """
-        adapters = adapters_of(module.get_submodule(self.path))
+        root = module.get_submodule(self.path)
+        adapters = adapters_of(root)
         if adapters is None:  # removed, or merged for good: nothing else holds what the base has become
             return set()
-        kept = self.kept | {f"{self.base}{n}" for n in adapters.in_place}
+        kept = {f"{self.base}{n}" for n in (*adapters.in_place, *(n for n, _ in root.named_buffers()))}
         inside = (k for k in keys if k.startswith(self.base) and not k.startswith(f"{self.base}adapters."))
         return {k for k in inside if k not in kept}
 

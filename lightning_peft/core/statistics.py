@@ -1,7 +1,9 @@
-"""Running statistics of batch norms: those of the base stay, those that train are kept."""
+"""Running statistics of batch norms: those of the base stay, those that train are kept, or put back after a step."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -25,6 +27,29 @@ def moving_statistics(model: Module, in_place: list[str]) -> list[str]:
         if name in owners and _has_statistics(module)
         for buffer in module._buffers
     ]
+
+
+class KeptStatistics:
+    """Copies of the running statistics that a training step moves, to be put back where the step is left out.
+
+    Args:
+        model: any module; its batch norms are looked for once.
+    """
+
+    def __init__(self, model: Module) -> None:
+        self._norms = [m for m in model.modules() if _has_statistics(m)]
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self) -> None:
+        """Copies what the batch norms in training mode hold now."""
+        moving = [b for norm in self._norms if norm.training for b in norm.buffers(recurse=False)]
+        self._copies = [(buffer, buffer.detach().clone()) for buffer in moving]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Lets them hold again what was copied last."""
+        for buffer, copied in self._copies:
+            buffer.copy_(copied)
 
 
 def _has_statistics(module: Module) -> bool:

@@ -102,7 +102,8 @@ def test_a_folder_of_shards_is_found_when_it_is_whole_and_other_strategies_say_w
         torch.save({"global_step": step, "loops": {}}, tmp_path / name / "meta.pt")
     (tmp_path / "c.ckpt" / "meta.pt").write_bytes(b"cut short")
     (tmp_path / "d.ckpt").mkdir()  # of which nothing but shards was written yet
-    assert last_checkpoint(tmp_path) == tmp_path / "b.ckpt"
+    with pytest.warns(UserWarning, match=r"c.ckpt is a folder, and no whole .*d.ckpt .*b.ckpt is the last"):
+        assert last_checkpoint(tmp_path) == tmp_path / "b.ckpt"
     with pytest.raises(ValueError, match=r"b.ckpt is a checkpoint of shards, which ModelParallelStrategy"):
         _fit(trainer, Net(), data, ckpt_path=tmp_path / "b.ckpt")
 
@@ -200,12 +201,59 @@ def test_the_last_checkpoint_is_that_of_the_most_steps_whatever_dates_and_damage
     whole = (folder / "step=6.ckpt").read_bytes()
     (folder / "step=6.ckpt").write_bytes(whole[: len(whole) // 2])
     (folder / "last.ckpt").symlink_to("step=7.ckpt")  # a link whose file is gone
-    assert last_checkpoint(folder) == folder / "step=5.ckpt"
+    with pytest.warns(UserWarning, match=r"last.ckpt is no file.*step=6.ckpt \(.* cut short.*step=5.ckpt is the"):
+        assert last_checkpoint(folder) == folder / "step=5.ckpt"
+    (folder / "last.ckpt").unlink()
+    (folder / "step=6.ckpt").unlink()
     light = torch.load(folder / "step=4.ckpt", weights_only=True) | {"global_step": 9}
     del light["loops"]
     torch.save(light, folder / "light.ckpt")  # weights alone, as save_weights_only leaves them
     assert last_checkpoint(folder) == folder / "step=5.ckpt"
     assert last_checkpoint(str(tmp_path / "none")) is None
+
+
+class WithPath(Net):
+    """Keeps among its hyperparameters what a reader of plain values does not open."""
+
+    def __init__(self, where: Path) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_checkpoints_that_cannot_be_opened_for_their_objects_are_an_error_and_no_new_beginning(trainer, data, tmp_path):
+    _fit(trainer, Net(), data, _last(tmp_path / "c"))
+    _fit(trainer, WithPath(Path("/data")), data, ModelCheckpoint(tmp_path / "c", filename="a"))
+    said = r"a.ckpt holds an object of pathlib\S*Path, but .*safe_globals .* nobody can tell whether it is the last"
+    with pytest.raises(ValueError, match=said):
+        last_checkpoint(tmp_path / "c")
+    with torch.serialization.safe_globals([type(Path())]):
+        assert last_checkpoint(tmp_path / "c") is not None
+    shards = tmp_path / "d" / "a.ckpt"
+    shards.mkdir(parents=True)
+    torch.save({"global_step": 3, "loops": {}, "hyper_parameters": {"where": Path("/data")}}, shards / "meta.pt")
+    with pytest.raises(ValueError, match="nobody can tell whether it is the last"):
+        last_checkpoint(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"state_dict": {}, "loops": {}}, "its global_step is None"),
+        ({"state_dict": {}, "loops": {}, "global_step": "7"}, "its global_step is '7'"),
+        ({"state_dict": {}, "loops": {}, "global_step": True}, "its global_step is True"),
+        ({"state_dict": {}, "global_step": 7}, "holds weights alone"),
+        ([1], "it has no state_dict"),
+    ],
+    ids=["none", "text", "truth", "weights", "list"],
+)
+def test_a_folder_of_which_no_checkpoint_can_be_resumed_says_why_the_run_begins_anew(tmp_path, content, said):
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match=rf"a.ckpt .*{said}.*: none is left, so the run begins anew"):
+        assert last_checkpoint(tmp_path) is None
+    (tmp_path / "b.ckpt").mkdir()
+    torch.save([1], tmp_path / "b.ckpt" / "meta.pt")
+    with pytest.warns(UserWarning, match=r"b.ckpt is a folder, .* its meta.pt holds no dictionary.*: none is left"):
+        assert last_checkpoint(tmp_path) is None
 
 
 def test_a_run_resumes_from_the_last_checkpoint_though_its_link_was_lost(trainer, data, tmp_path):

@@ -62,6 +62,19 @@ def test_the_command_to_go_on_is_one_line_below_the_stopped_bar(narrow_terminal,
     assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_a_folder_that_could_take_no_checkpoint_is_named_before_the_first_step(trainer, tmp_path):
+    (tmp_path / "file").write_text("")
+    folder, heard = tmp_path / "file" / "checkpoints", signal.getsignal(signal.SIGINT)
+    run = trainer(SaveOnInterrupt(str(folder)))
+    with pytest.raises(
+        NotADirectoryError, match=f"no checkpoint can be written into {folder}: Not a directory; choose"
+    ):
+        run.fit(Interrupted(), DataLoader(TensorDataset(torch.ones(8, 2))))
+    assert run.global_step == 0
+    assert signal.getsignal(signal.SIGINT) is heard
+
+
 SCRIPT = """
 import os, signal, sys, time, warnings
 warnings.filterwarnings("ignore")

@@ -133,6 +133,89 @@ def test_a_gradient_counts_as_well_as_the_loss(trainer):
         )
 
 
+class Normed(Net):
+    """Batch norms before and behind what is adapted: statistics that every forward moves."""
+
+    def __init__(self, optimizer=torch.optim.AdamW) -> None:
+        super().__init__(optimizer)
+        self.before, self.behind = nn.BatchNorm1d(4), nn.BatchNorm1d(4, momentum=None)
+
+    def training_step(self, batch, batch_idx):
+        return self.behind(self.layer(self.before(batch))).square().mul(torch.arange(4.0)).mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*loss is NaN")
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_statistics_of_batch_norms_are_put_back_where_a_step_is_skipped(trainer, tmp_path, accumulated):
+    """Of accumulated batches those of all, the good ones too; and checkpoints go on being written."""
+    whole, rows = Normed(), _rows(3)
+    every = ModelCheckpoint(tmp_path / "c", filename="last", every_n_train_steps=1, enable_version_counter=False)
+    options = {"max_epochs": 1, "accumulate_grad_batches": accumulated}
+    guard = NonFiniteLoss("skip")
+    t = trainer(PeftCallback(LoRA(r=2), model="layer"), guard, every, enable_checkpointing=True, **options)
+    t.fit(whole, DataLoader(rows, batch_size=None))
+    left = torch.cat([rows[: 4 - accumulated], rows[4:]])
+    without = Normed()
+    trainer(PeftCallback(LoRA(r=2), model="layer"), **options).fit(without, DataLoader(left, batch_size=None))
+    assert guard.skipped == 1
+    assert whole.before.num_batches_tracked == 8 - accumulated
+    assert _same(whole, without)
+    assert torch.load(last_checkpoint(tmp_path / "c"), weights_only=True)["global_step"] == 8 // accumulated
+
+
+def test_statistics_are_those_before_the_step_where_the_run_stops(trainer):
+    net = Normed()
+    with pytest.raises(RuntimeError, match="step 4"):
+        trainer(PeftCallback(LoRA(r=2), model="layer"), NonFiniteLoss()).fit(net, DataLoader(_rows(3), batch_size=None))
+    good = Normed()
+    trainer(PeftCallback(LoRA(r=2), model="layer"), max_epochs=1).fit(good, DataLoader(_rows()[:3], batch_size=None))
+    assert _same(net, good)
+
+
+@pytest.mark.filterwarnings("ignore:.*loss is NaN", "ignore:1 of the parameters that an optimizer trains belong to no")
+def test_a_parameter_of_no_module_takes_no_value_from_a_skipped_step_either(trainer):
+    class Loose(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * self.loose[0].square()
+
+        def configure_optimizers(self):
+            self.loose = [nn.Parameter(torch.ones(()))]
+            return torch.optim.SGD([*(p for p in self.parameters() if p.requires_grad), *self.loose], lr=0.1)
+
+    net = Loose()
+    trainer(PeftCallback(LoRA(r=2), model="layer"), NonFiniteLoss("skip"), max_epochs=1).fit(
+        net, DataLoader(_rows(3), batch_size=None)
+    )
+    assert torch.isfinite(net.loose[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*the gradient is NaN")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("spoilt", [None, float("nan"), float("inf"), -float("inf")])
+def test_large_gradients_are_finite_and_no_other_ones(trainer, dtype, spoilt):
+    """Finite numbers the squares of which are not, as float16's 60,000 and float32's 1e25."""
+
+    class Steep(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda parameters, lr: torch.optim.SGD(parameters, lr=0.0))
+            self.large = nn.Parameter(torch.zeros(3, 5, dtype=dtype))
+
+        def training_step(self, batch, batch_idx):
+            self.large.register_hook(self.steepen)
+            return self.layer(batch).square().mean() + self.large.sum().float()
+
+        def steepen(self, gradient):
+            gradient = torch.full_like(gradient, 0.9 * torch.finfo(dtype).max)
+            if spoilt is not None:
+                gradient[1, 2] = spoilt
+            return gradient
+
+    guard = NonFiniteLoss("skip")
+    t = trainer(PeftCallback(LoRA(r=2), model="layer"), guard, max_steps=1)
+    t.fit(Steep(), DataLoader(_rows(), batch_size=None))
+    assert guard.skipped == (spoilt is not None)
+
+
 def test_broken_parameters_are_never_written_over_good_ones(trainer, tmp_path):
     class Breaks(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):

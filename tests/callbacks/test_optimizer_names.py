@@ -16,19 +16,19 @@ STEPS = 4
 class Net(L.LightningModule):
     """Two layers of one shape, so that a state on the wrong one would fit; the optimizer is the test's."""
 
-    def __init__(self, arrange):
+    def __init__(self, arrange, optimizer=torch.optim.AdamW):
         super().__init__()
         torch.manual_seed(0)
         self.backbone = Sequential(Linear(6, 6), Linear(6, 6))
         self.head = Linear(6, 2)
-        self.arrange = arrange
+        self.arrange, self.optimizer = arrange, optimizer
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         return torch.nn.functional.cross_entropy(self.head(self.backbone(x)), y)
 
     def configure_optimizers(self):
-        return torch.optim.AdamW(self.arrange([p for p in self.parameters() if p.requires_grad]), lr=0.05)
+        return self.optimizer(self.arrange([p for p in self.parameters() if p.requires_grad]), lr=0.05)
 
 
 def _callback():
@@ -41,9 +41,9 @@ def _loader():
     return DataLoader(TensorDataset(x, torch.randint(2, (8,), generator=generator)), 4)  # two steps are an epoch
 
 
-def _fit(arrange, steps, trainer, resume=None):
+def _fit(arrange, steps, trainer, resume=None, optimizer=torch.optim.AdamW):
     torch.manual_seed(1)
-    module = Net(arrange)
+    module = Net(arrange, optimizer)
     run = trainer(_callback(), max_steps=steps)
     run.fit(module, _loader(), ckpt_path=resume, weights_only=True)
     return module, run
@@ -108,3 +108,93 @@ def test_a_second_fit_without_a_checkpoint_compares_nothing(saved, trainer):
     module, _ = _fit(_as_they_are, STEPS, trainer, resume=saved[0])
     module.arrange = _two_groups
     trainer(_callback(), max_steps=1).fit(module, _loader())
+
+
+class Wrapped(torch.optim.Adam):
+    """Lays its state out in a way of its own."""
+
+    def state_dict(self):
+        return {"fast": super().state_dict(), "slow": [p.detach().clone() for p in self.param_groups[0]["params"]]}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict["fast"])
+
+
+class Counting(torch.optim.Adam):
+    """Keeps for all parameters together how many steps there were, and learns less with each."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        own = self.state["all"]
+        own["steps"] = own.get("steps", 0) + 1
+        self.param_groups[0]["lr"] = 0.05 / own["steps"]
+        return loss
+
+
+def _moments(run):
+    held = run.optimizers[0].param_groups[0]["params"]
+    return [run.optimizers[0].state[p]["exp_avg"].tolist() for p in held]
+
+
+@pytest.mark.parametrize("optimizer", [Wrapped, Counting])
+def test_what_an_optimizer_keeps_in_a_way_of_its_own_is_saved_and_comes_back(trainer, tmp_path, optimizer):
+    _, run = _fit(_as_they_are, STEPS // 2, trainer, optimizer=optimizer)
+    run.save_checkpoint(tmp_path / "middle.ckpt")
+    _, again = _fit(_as_they_are, STEPS // 2, trainer, tmp_path / "middle.ckpt", optimizer)
+    assert _moments(again) == _moments(run)
+    assert any(any(row) for row in _moments(run))
+    assert (again.optimizers[0].state["all"] == {"steps": STEPS // 2}) == (optimizer is Counting)
+
+
+class WithLoose(Net):
+    """Two parameters that only its own list holds train before and after the module's."""
+
+    def __init__(self, arrange, optimizer=torch.optim.AdamW):
+        super().__init__(arrange, optimizer)
+        self.loose = [torch.nn.Parameter(torch.tensor([value])) for value in (1.0, 2.0)]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.loose[0].square() + self.loose[1].pow(3)
+
+    def configure_optimizers(self):
+        self.arrange = lambda own: [self.loose[0], *own, self.loose[1]]
+        return super().configure_optimizers()
+
+
+@pytest.mark.filterwarnings("ignore:2 of the parameters that an optimizer trains belong to no module")
+def test_the_states_of_parameters_that_belong_to_no_module_come_back_too(trainer, tmp_path):
+    run, again = (trainer(_callback(), max_steps=STEPS // 2) for _ in range(2))
+    run.fit(WithLoose(_as_they_are), _loader())
+    run.save_checkpoint(tmp_path / "middle.ckpt")
+    again.fit(WithLoose(_as_they_are), _loader(), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
+    assert _moments(again) == _moments(run)
+    assert len(_moments(run)) == 8
+
+
+def _edited(path, change):
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint, checkpoint["lightning_peft"])
+    torch.save(checkpoint, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda whole, record: record.update(optimizers=None), "does not name the parameters of each of its optimizer"),
+        (
+            lambda whole, record: whole.update(optimizer_states=[]),
+            "does not name the parameters of each of its optimiz",
+        ),
+        (lambda whole, record: record.update(optimizers=[None]), "of AdamW in the checkpoint does not fit the paramet"),
+        (lambda whole, record: whole.update(optimizer_states=[{"a": 1}]), "of AdamW in the checkpoint does not fit"),
+        (
+            lambda whole, record: whole["optimizer_states"][0]["param_groups"][0]["params"].pop(),
+            "of AdamW in the checkpoint does not fit the parameters that are named beside it",
+        ),
+    ],
+    ids=["no names", "no states", "no names for one", "another layout", "one less"],
+)
+def test_states_whose_parameters_are_not_named_are_refused(saved, trainer, change, said):
+    with pytest.raises(ValueError, match=said):
+        _fit(_as_they_are, STEPS, trainer, resume=_edited(saved[0], change))
