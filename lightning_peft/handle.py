@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,7 +32,6 @@ from lightning_peft.formats.folder import load_into, read_folder, save_folder
 from lightning_peft.formats.merged import save_merged, unload_merged
 from lightning_peft.formats.reading import naming
 from lightning_peft.formats.serving import DEFAULT_MAX_LORA_RANK, save_for
-from lightning_peft.tasks.row_attention import leave_rows
 
 
 class Adapter:
@@ -195,7 +195,9 @@ class Adapter:
         self._require_whole("remove()")
         unmerge(self.model, self.name)
         eject(self.model, self.name)
-        leave_rows(self.model)
+        # importing it takes seconds, and no model's attention takes rows before it was imported
+        if rows := sys.modules.get("lightning_peft.tasks.row_attention"):
+            rows.leave_rows(self.model)
         return self.model
 
     def merge(self, *, keep_originals: bool = True) -> None:
