@@ -43,6 +43,7 @@ PEFT_CONFIG = "adapter_config.json"
 MANIFEST = "lightning_peft.json"
 TOKENIZER = "tokenizer_config.json"
 
+_NAMES_A_FILE = r"_files?$|_spm$"
 _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
 _IN_MANIFEST: dict[str, Any] = {
     "format": int,
@@ -206,7 +207,8 @@ def read_folder(path: Path) -> SavedAdapter:
     """
     if any(os.path.lexists(path / file) for file in (MANIFEST, PEFT_CONFIG)):  # else it may be any folder
         refuse_links(path)
-        _refuse_files_elsewhere(path / TOKENIZER)
+        for file in (TOKENIZER, "special_tokens_map.json"):  # whose entries transformers takes for the same options
+            _refuse_files_elsewhere(path / file)
     if (path / MANIFEST).is_file():
         saved = read_json(path / MANIFEST, _IN_MANIFEST)
         with naming(path / MANIFEST):
@@ -259,7 +261,7 @@ def _refuse_files_elsewhere(path: Path) -> None:
         return
     for key, named in read_json(path).items():
         files = named if isinstance(named, list) else [named]
-        if re.search(r"_files?$", key) and any(isinstance(f, str) and re.search(r"[/\\\\]|^\.\.$", f) for f in files):
+        if re.search(_NAMES_A_FILE, key) and any(isinstance(f, str) and re.search(r"[/\\\\]|^\.\.$", f) for f in files):
             raise ValueError(f"{path} names {key}={named!r}, but a tokenizer's files lie beside it")
 
 
