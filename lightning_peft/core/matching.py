@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 from torch.nn import Linear, Module, MultiheadAttention
 
 from lightning_peft.core.adapted import site_of
 from lightning_peft.core.adapters import Adapters
-from lightning_peft.core.problems import an, nearest
+from lightning_peft.core.problems import an, and_more, nearest
 
 ALL_LINEAR = "all-linear"
+_SHOWN = 8  # patterns that match nothing, of which an error tells
 
 
 def class_of(module: Module) -> type[Module]:
@@ -121,6 +122,38 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
+def endings(name: str) -> list[str]:
+    """All patterns of a list that name a module: its name, and what follows each dot in it.
+
+    Args:
+        name: the module's dotted name.
+    """
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def unmatched(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The patterns of a list that name none of the modules; a file may have many of them.
+
+    Args:
+        patterns: exact names or dotted suffixes.
+        names: the modules' names.
+    """
+    known = {ending for name in names for ending in endings(name)}
+    return [p for p in patterns if p not in known]
+
+
+def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The modules that a list names, in their own order.
+
+    Args:
+        patterns: exact names or dotted suffixes.
+        names: the modules' names.
+    """
+    wanted = set(patterns)
+    return [n for n in names if not wanted.isdisjoint(endings(n))]
+
+
 def layer_number(name: str) -> tuple[str, int] | None:
     """The stack and the number of the layer that a module lies in.
 
@@ -174,7 +207,11 @@ def match_modules(
         if isinstance(target, str):
             groups = [(repr(target), named)]
         else:
-            groups = [(repr(p), [n for n in named if matches(n, p)]) for p in target]
+            by_ending: dict[str, list[str]] = {}
+            for name in named if suits is not None else ():
+                for ending in endings(name):
+                    by_ending.setdefault(ending, []).append(name)
+            groups = [(repr(p), by_ending[p]) for p in dict.fromkeys(target)] if suits is not None else []
         for pattern, hits in groups:
             if suits is not None and not any(suits(modules[n]) for n in hits):
                 first = hits[0]
@@ -229,21 +266,21 @@ def _match(modules: dict[str, Module], patterns: str | Sequence[str], option: st
         return found
     if not patterns:
         raise ValueError(f"{option} is empty; name at least one module")
-    lost = [p for p in patterns if not any(matches(n, p) for n in modules)]
+    lost = unmatched(patterns, modules)
     if lost:
         alone = f"; write {option}={ALL_LINEAR!r}, not as a list"
-        hints = [f"{p!r} matches no module{alone if p == ALL_LINEAR else nearest(p, modules)}" for p in lost]
-        raise ValueError(f"{option}: " + "; ".join(hints))
-    return [n for n in modules if any(matches(n, p) for p in patterns)]
+        hints = [f"{p!r} matches no module{alone if p == ALL_LINEAR else nearest(p, modules)}" for p in lost[:_SHOWN]]
+        raise ValueError(f"{option}: " + "; ".join(hints) + and_more(len(lost) - _SHOWN))
+    return matching(patterns, modules)
 
 
 def _in_layers(names: list[str], wanted: list[int]) -> list[str]:
     if not wanted:
         raise ValueError("layers_to_transform is empty; name at least one layer, or leave it out to take all")
     numbers = {n: layer_number(n) for n in names}
-    present = sorted({number[1] for number in numbers.values() if number is not None})
-    lost = [w for w in wanted if w not in present]
+    present, asked = sorted({number[1] for number in numbers.values() if number is not None}), set(wanted)
+    lost = sorted(asked.difference(present))
     if lost:
         there = f"0 to {present[-1]}" if present == list(range(len(present))) and present else present
         raise ValueError(f"layers_to_transform: no module in layer {lost}; the matched modules lie in layers {there}")
-    return [n for n, number in numbers.items() if number is not None and number[1] in wanted]
+    return [n for n, number in numbers.items() if number is not None and number[1] in asked]

@@ -11,6 +11,8 @@ from typing import Any
 _LONG = 45
 _MOST = 1e7  # ways through an expression: those four with some choices beside them, tried in a tenth of a second
 _LONGEST = 2000
+_MANY = 20_000  # expressions, of which each is tried on each module's name: more than models have modules to name so
+_ALTOGETHER = 2**21  # letters in all of them
 
 
 def refuse_slow_patterns(options: Mapping[str, Any]) -> None:
@@ -24,7 +26,10 @@ def refuse_slow_patterns(options: Mapping[str, Any]) -> None:
         ValueError: if one repeats what can match in several ways, such as ``(a+)+`` or ``(a|b)*``, has too many parts
             that can, or is no expression.
     """
-    for option, pattern in _patterns(options):
+    patterns = list(_patterns(options))
+    if len(patterns) > _MANY or sum(len(p) for _, p in patterns) > _ALTOGETHER:
+        raise ValueError(f"its {len(patterns):,} expressions take longer to match than anybody waits")
+    for option, pattern in patterns:
         try:
             ways = _ways(re._parser.parse(pattern)) if len(pattern) <= _LONGEST else math.inf  # type: ignore[attr-defined]
         except (re.error, RecursionError, OverflowError) as error:

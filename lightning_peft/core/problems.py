@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
+_LONGEST_NAME = 200  # beyond which nobody meant a name that is known, and comparing takes its time
+
 
 def nearest(name: str, known: Iterable[str], count: int = 3, *, loosely: bool = True) -> str:
     """The end of an error's sentence about an unknown name.
@@ -30,8 +32,19 @@ def nearest(name: str, known: Iterable[str], count: int = 3, *, loosely: bool = 
     return "; known: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else ""
 
 
+def and_more(count: int) -> str:
+    """The end of a list of which only the first are told.
+
+    Args:
+        count: how many are left; with none there is nothing to say.
+    """
+    return f"; and {count:,} more" if count > 0 else ""
+
+
 def _close(name: str, known: list[str], count: int, cutoff: float) -> list[str]:
     """The nearest names, best first, without those that are clearly further off than the best."""
+    if len(name) > _LONGEST_NAME:
+        return []
     found = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
     ratios = [difflib.SequenceMatcher(None, f, name).ratio() for f in found]
     return [f for f, ratio in zip(found, ratios, strict=True) if ratio > ratios[0] - 0.1]

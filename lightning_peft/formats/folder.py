@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from lightning_peft.core.adapters import tree_of
 from lightning_peft.core.in_place import base_tensors
-from lightning_peft.core.matching import base_modules, matches
+from lightning_peft.core.matching import base_modules, matching, unmatched
 from lightning_peft.core.method import Method, PeftFormat, PeftRepacked, Seeded
 from lightning_peft.core.options import misfits
 from lightning_peft.core.statistics import moving_statistics
@@ -43,6 +43,7 @@ PEFT_CONFIG = "adapter_config.json"
 MANIFEST = "lightning_peft.json"
 TOKENIZER = "tokenizer_config.json"
 
+_NAMES_A_FILE = r"_files?$|_spm$"
 _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
 _IN_MANIFEST: dict[str, Any] = {
     "format": int,
@@ -103,20 +104,25 @@ class SavedAdapter:
             return cast(Method, replace(method, modules_to_save=self.copies or None))
         # peft lists every name that a part of some model may have, whether this one has it or not
         names = list(base_modules(model))
-        copies = [c for c in self.copies if any(matches(n, c) for n in names)]
+        copies = _naming_some(self.copies, names)
         return cast(Method, replace(method, modules_to_save=copies or None, **_there(method, names)))
 
 
 def _there(method: Any, names: list[str]) -> dict[str, list[str]]:
     """The options that list modules, without the patterns that match none; all stay where nothing is left to adapt."""
     listed = {o: p for o in _PATTERNS if isinstance(p := getattr(method, o, None), list)}
-    found = {o: [p for p in patterns if any(matches(n, p) for n in names)] for o, patterns in listed.items()}
+    found = {o: _naming_some(patterns, names) for o, patterns in listed.items()}
     if "target_modules" in listed:
         targets = found["target_modules"] = found["target_modules"] or listed["target_modules"]
-        names = [n for n in names if any(matches(n, p) for p in targets)]
+        names = matching(targets, names)
     if "exclude_modules" in listed:
-        found["exclude_modules"] = [p for p in listed["exclude_modules"] if any(matches(n, p) for n in names)]
+        found["exclude_modules"] = _naming_some(listed["exclude_modules"], names)
     return found
+
+
+def _naming_some(patterns: list[str], names: list[str]) -> list[str]:
+    lost = set(unmatched(patterns, names))
+    return [p for p in patterns if p not in lost]
 
 
 def refuse_occupied(path: Path) -> None:
@@ -201,7 +207,8 @@ def read_folder(path: Path) -> SavedAdapter:
     """
     if any(os.path.lexists(path / file) for file in (MANIFEST, PEFT_CONFIG)):  # else it may be any folder
         refuse_links(path)
-        _refuse_files_elsewhere(path / TOKENIZER)
+        for file in (TOKENIZER, "special_tokens_map.json"):  # whose entries transformers takes for the same options
+            _refuse_files_elsewhere(path / file)
     if (path / MANIFEST).is_file():
         saved = read_json(path / MANIFEST, _IN_MANIFEST)
         with naming(path / MANIFEST):
@@ -254,7 +261,7 @@ def _refuse_files_elsewhere(path: Path) -> None:
         return
     for key, named in read_json(path).items():
         files = named if isinstance(named, list) else [named]
-        if re.search(r"_files?$", key) and any(isinstance(f, str) and re.search(r"[/\\\\]|^\.\.$", f) for f in files):
+        if re.search(_NAMES_A_FILE, key) and any(isinstance(f, str) and re.search(r"[/\\\\]|^\.\.$", f) for f in files):
             raise ValueError(f"{path} names {key}={named!r}, but a tokenizer's files lie beside it")
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import lightning_peft.methods as methods
 from lightning_peft.core.method import Method
 from lightning_peft.core.patterns import refuse_slow_patterns
-from lightning_peft.core.problems import nearest
+from lightning_peft.core.problems import and_more, nearest
 
 _PACKAGE = "lightning_peft"
+_SHOWN = 8  # unknown options, of which an error tells
 
 
 def method_to_config(method: Method) -> dict[str, Any]:
@@ -47,7 +48,8 @@ def method_from_config(config: dict[str, Any]) -> Method:
     known = [f.name for f in fields(cls)]
     unknown = [o for o in options if o not in known]
     if unknown:
-        raise ValueError(f"{name} has no option " + ", ".join(f"{o!r}{nearest(o, known)}" for o in unknown))
+        said = ", ".join(f"{o!r}{nearest(o, known)}" for o in unknown[:_SHOWN]) + and_more(len(unknown) - _SHOWN)
+        raise ValueError(f"{name} has no option {said}")
     refuse_slow_patterns(options)
     made: Method = cls(**options)
     return made

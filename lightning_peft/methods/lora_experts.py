@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from lightning_peft.core.base import Base
 from lightning_peft.core.layer import AdapterLayer
-from lightning_peft.core.matching import base_modules, class_of, is_within, matches
+from lightning_peft.core.matching import base_modules, class_of, is_within, matching, unmatched
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.methods.lora_layers import EmbeddingLayer
 from lightning_peft.methods.lora_low_rank import LowRank, refuse_rank
@@ -135,11 +135,10 @@ def parameter_names(model: Module, patterns: Sequence[str] | None, targets: Sequ
         for k, p in m._parameters.items()
         if p is not None
     }
-    lost = [p for p in patterns if not any(matches(n, p) for n in owned)]
+    lost = unmatched(patterns, owned)
     if lost:
-        hints = [f"{p!r} matches no parameter{nearest(p, owned)}" for p in lost]
-        raise ValueError("target_parameters: " + "; ".join(hints))
-    names = [n for n in owned if any(matches(n, p) for p in patterns)]
+        raise ValueError(f"target_parameters: {lost[0]!r} matches no parameter{nearest(lost[0], owned)}")
+    names = matching(patterns, owned)
     for name in names:
         if not owned[name]:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,12 @@ from lightning_peft.core.problems import an, nearest
 
 def names(pattern: str, name: str) -> bool:
     """Whether a pattern of ranks or strengths means a module: its whole name, or what follows a dot in it."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+@functools.lru_cache(maxsize=2**15)  # re itself keeps 512, and a model may have a pattern for each of its modules
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})")
 
 
 def own_value(patterns: dict[str, Any], name: str, default: float) -> float:

@@ -414,9 +414,11 @@ def test_a_file_cannot_choose_what_runs_in_a_task(exported, change, info, error)
         PeftModule.from_adapter(exported)
 
 
+@pytest.mark.parametrize("key", ["vocab_file", "fast_tokenizer_files", "source_spm"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("named", ["../../secret", "/etc/passwd", ["../tokenizer.1.json"]])
-def test_a_tokenizer_cannot_name_files_elsewhere(build, saved, named):
-    (saved / "tokenizer_config.json").write_text(json.dumps({"vocab_file": named, "fast_tokenizer_files": named}))
+def test_a_tokenizer_cannot_name_files_elsewhere(build, saved, named, file, key):
+    (saved / file).write_text(json.dumps({"pad_token": "</pad>", key: named}))
     with pytest.raises(ValueError, match="but a tokenizer's files lie beside it"):
         load_adapter(build("bert"), saved)
 
