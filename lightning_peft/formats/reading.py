@@ -153,6 +153,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no checkpoint of Lightning: it has no state_dict")
     if not isinstance(found.get("hyper_parameters", {}), dict):
         raise ValueError(f"{path} is no checkpoint of Lightning: its hyper_parameters are no dictionary")
+    # by which Lightning would rewrite what its first versions wrote
+    version = found.get("pytorch-lightning_version", "2")
+    if not isinstance(version, str) or not re.match(r"[2-9]\d*(\.\d+)*([a-z0-9.+]*)$", version):
+        raise ValueError(f"{path} must be of Lightning 2 or later, but names the version {version!r}")
     return found
 
 
