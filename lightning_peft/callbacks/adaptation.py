@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
 from torch.nn import ModuleList
 
 from lightning_peft.callbacks.averages import renew_averages
@@ -176,7 +177,7 @@ def check_record(checkpoint: dict[str, Any], module: LightningModule, path: str,
 
     Raises:
         ValueError: if the checkpoint holds no adapter, belongs to another base or another method, or lacks
-            tensors that it lists or that the module needs.
+            tensors that it lists or that the module needs, or has numbers that they cannot be.
     """
     record = record_of(checkpoint)
     root = module.get_submodule(path)
@@ -191,6 +192,7 @@ def check_record(checkpoint: dict[str, Any], module: LightningModule, path: str,
     if check_base:
         refuse_another_base(root, record["base"], "the checkpoint was made")
     _refuse_lost(record["tensors"], checkpoint, module)
+    _refuse_odd_numbers(checkpoint.get("state_dict") or {}, module, f"{path}.adapters." if path else "adapters.")
     note_resumed(checkpoint, record["optimizers"], module)
     for name, tree in adapters.trees.items():
         tree.record.prepared = record["prepared"][name]
@@ -209,6 +211,23 @@ def _refuse_lost(listed: list[str], checkpoint: dict[str, Any], module: Lightnin
     lost = sorted(set(listed) - set(state))
     if lost:
         raise ValueError(f"the checkpoint lacks {len(lost)} of the tensors that it lists, such as {lost[0]}")
+
+
+def _refuse_odd_numbers(state: dict[str, Any], module: LightningModule, adapters: str) -> None:
+    """Refuses what a copy would turn into other numbers in silence, and values that an adapter's folder has not either.
+
+    A base's buffers may be infinite, such as masks.
+    """
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in state.items():
+        mine = own.get(name)
+        if mine is None or not isinstance(tensor, Tensor):
+            continue
+        kinds = [(t.is_floating_point(), t.is_complex()) for t in (tensor, mine)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"the checkpoint's {name} is of {tensor.dtype}, but must be of {mine.dtype}")
+        if name.startswith(adapters) and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"the checkpoint's {name} holds values that are not finite; take an earlier checkpoint")
 
 
 def _differences(saved: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any]]) -> list[str]:

@@ -54,6 +54,8 @@ class WholeFiles(TorchCheckpointIO):
                 f"{path} is a checkpoint of shards, which ModelParallelStrategy (trainer=fsdp) alone reads; resume "
                 f"under it, or make one file: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
             )
+        if options.get("weights_only") and Path(path).is_file():
+            read_checkpoint(Path(path))  # which refuses what takes more memory than it has bytes, before it does
         return super().load_checkpoint(path, *args, **options)
 
 

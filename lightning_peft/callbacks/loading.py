@@ -9,13 +9,13 @@ from typing import Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from lightning_peft.callbacks.adaptation import record_of
 from lightning_peft.callbacks.peft_callback import Pending, await_modules
 from lightning_peft.core.generated import original_class
 from lightning_peft.formats.allocation import made_for
 from lightning_peft.formats.reading import naming, read_checkpoint
+from lightning_peft.formats.vouched import stored_numbers
 from lightning_peft.methods.config import method_from_config
 
 T = TypeVar("T", bound=LightningModule)
@@ -85,7 +85,7 @@ def load_from_checkpoint(
     build.__signature__ = inspect.signature(cls.__init__)  # type: ignore[attr-defined]  # which Lightning reads
     maker = cast(type[T], type(cls.__name__, (cls,), {"__init__": build}))
     try:
-        with made_for(_numbers(checkpoint)):
+        with made_for(stored_numbers(checkpoint["state_dict"])):
             options = {**kwargs, **BUILT_PLAINLY}
             module = maker.load_from_checkpoint(path, map_location=map_location, weights_only=True, **options)
     except Exception as error:
@@ -99,11 +99,6 @@ def load_from_checkpoint(
             "place; what else setup sets is missing until a Trainer calls it."
         )
     return module
-
-
-def _numbers(checkpoint: dict[str, Any]) -> int:
-    """How many numbers the tensors of a checkpoint hold."""
-    return sum(t.numel() for t in checkpoint["state_dict"].values() if isinstance(t, Tensor))
 
 
 def refuse_named_classes(path: str | Path, checkpoint: dict[str, Any], given: Mapping[str, Any]) -> None:
@@ -172,4 +167,4 @@ def require_peft_module(path: Path, given: Mapping[str, Any]) -> tuple[dict[str,
     # the name of an argument that is to get all options together
     if checkpoint.get("hparams_name") in {*options, "check_base"}:
         raise ValueError(f"{path} gives all its options to {checkpoint['hparams_name']!r}, which is one of them")
-    return options, _numbers(checkpoint)
+    return options, stored_numbers(checkpoint["state_dict"])

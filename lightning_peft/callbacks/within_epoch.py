@@ -7,9 +7,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_peft.callbacks.adaptation import KEY
 from lightning_peft.callbacks.randomness import RESUMED, restore_random_state
+from lightning_peft.core.problems import an
 from lightning_peft.data.streaming import StreamedBatches
 
 _GRADIENTS = "_peft_gradients"
@@ -61,8 +63,17 @@ def keep_gradients(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     Args:
         module: the module that loads.
         checkpoint: the checkpoint.
+
+    Raises:
+        ValueError: if they are no gradients of the module's parameters.
     """
     gradients = checkpoint[KEY].get("gradients")
+    shapes = {n: p.shape for n, p in module.named_parameters()}
+    if gradients is not None and not isinstance(gradients, dict):
+        raise ValueError(f"the checkpoint's gradients must be a dictionary, but are {an(type(gradients).__name__)}")
+    for name, gradient in (gradients or {}).items():
+        if not isinstance(gradient, Tensor) or gradient.shape != shapes.get(name):
+            raise ValueError(f"the checkpoint's gradient of {name!r} is none of a parameter of this module")
     if gradients and module._trainer is not None and module._trainer.state.fn == "fit":
         module.__dict__[_GRADIENTS] = gradients
 

@@ -17,6 +17,8 @@ import torch
 
 from lightning_peft.core.options import misfits
 from lightning_peft.core.problems import an, shortened
+from lightning_peft.formats.instructions import refuse_instructions
+from lightning_peft.formats.vouched import refuse_unvouched
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 FORMAT = 1
@@ -157,7 +159,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no checkpoint, or holds more than tensors and plain values.
+        ValueError: if it is no checkpoint, or holds more than dense tensors and plain values, or asks for more memory
+            than its bytes account for.
     """
     if not path.is_file():
         what = "is a folder, but a checkpoint is a file" if path.is_dir() else "is no file"
@@ -168,6 +171,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} ({size} bytes) is no checkpoint, or one that is cut short; copy or save it again")
     _refuse_compressed(path)
     try:
+        refuse_instructions(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
@@ -177,11 +181,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "callbacks' states, or allow it by torch.serialization.safe_globals if you trust the file"
         ) from error
     except Exception as error:  # whatever a damaged stream of instructions does to the reader of it
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
         raise ValueError(f"{path} cannot be read as a checkpoint, it may be damaged: {error}") from error
+    with naming(path):
+        refuse_unvouched(path, found)
     if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
         raise ValueError(f"{path} is no checkpoint of Lightning: it has no state_dict")
     if not isinstance(found.get("hyper_parameters", {}), dict):
         raise ValueError(f"{path} is no checkpoint of Lightning: its hyper_parameters are no dictionary")
+    # by which Lightning would rewrite what its first versions wrote
+    version = found.get("pytorch-lightning_version", "2")
+    if not isinstance(version, str) or not re.match(r"[2-9]\d*(\.\d+)*([a-z0-9.+]*)$", version):
+        raise ValueError(f"{path} must be of Lightning 2 or later, but names the version {version!r}")
     return found
 
 

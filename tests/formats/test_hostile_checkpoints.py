@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import zipfile
+from collections import Counter, OrderedDict
 
 import lightning as L
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_peft import LoRA, PeftCallback, PeftModule, load_from_checkpoint
+from lightning_peft.formats.reading import read_checkpoint
 
 PARSER = "lightning.pytorch.cli.instantiate_module"
 TASK = {"name": "text_classification", "labels": ["a", "b"]}
@@ -161,3 +164,118 @@ def test_a_checkpoint_of_lightnings_command_line_loads_with_what_it_built_given_
         again = load_from_checkpoint(Net, tmp_path / "c.ckpt", **given)
         x = torch.ones(2, 4)
         assert torch.equal(again.layer(x), cli.model.layer(x))
+
+
+def test_a_rank_of_a_billion_is_not_vouched_for_by_tensors_that_repeat_a_number(changed):
+    def expanded(content):
+        rank = 200_000_000
+        content["lightning_peft"]["methods"]["default"]["r"] = rank
+        for key, tensor in content["state_dict"].items():
+            shape = (rank, tensor.shape[1]) if key.endswith("lora_A") else (tensor.shape[0], rank)
+            content["state_dict"][key] = torch.zeros(1).expand(shape)
+
+    with pytest.raises(ValueError, match=r"a.ckpt has [\d,]+ bytes, but its tensors ask for .*: they repeat a few"):
+        load_from_checkpoint(Net, changed(expanded))
+
+
+def test_a_rank_of_a_million_is_not_vouched_for_by_tensors_that_share_their_numbers(changed):
+    """Each of them is small enough."""
+
+    def shared(content):
+        content["lightning_peft"]["methods"]["default"]["r"] = 2_000_000
+        one = torch.zeros(1).expand(4_000_000)
+        content["state_dict"] = {**content["state_dict"], **{f"more.{i}": one for i in range(1000)}}
+
+    with pytest.raises(ValueError, match=r"options ask for [\d,]+ numbers and more"):
+        load_from_checkpoint(Net, changed(shared))
+
+
+REPEATED = torch.arange(2).tolist()
+for _ in range(60):
+    REPEATED = [REPEATED, REPEATED]
+ITSELF: list[object] = []
+ITSELF.append(ITSELF)
+KEY: tuple[object, ...] = (1,)
+for _ in range(20):  # small enough to be written
+    KEY = (KEY, KEY)
+ASKING = {
+    "bytearray": (lambda: bytearray(100), "holds an object of bytearray"),
+    "sparse": (lambda: torch.eye(2).to_sparse(), "holds an object of torch._utils._rebuild_sparse_tensor"),
+    "meta": (lambda: torch.ones(2, device="meta"), "holds an object of torch._utils._rebuild_meta_tensor_no_storage"),
+    "repeated": (lambda: REPEATED, "repeats its values so often that"),
+    "itself": (lambda: ITSELF, "a value in it contains itself"),
+    "key": (lambda: {KEY: 1}, "repeats its values so often that"),
+}
+
+
+@pytest.mark.parametrize(("make", "said"), ASKING.values(), ids=ASKING)
+def test_values_that_take_more_than_their_bytes_are_refused(changed, make, said):
+    path = changed(lambda c: c.update(more=make()))
+    with pytest.raises(ValueError, match=f"a.ckpt.*{said}"):
+        load_from_checkpoint(Net, path)
+
+
+def test_a_run_that_goes_on_asks_the_same_of_its_checkpoint(changed, trainer):
+    path = changed(lambda c: c.update(more=bytearray(100)))
+    going_on = trainer(PeftCallback(LoRA(r=2), "layer", print_plan=False), max_epochs=2)
+    with pytest.raises(ValueError, match=r"a.ckpt holds an object of bytearray"):
+        going_on.fit(Net(), ckpt_path=path, weights_only=True)
+
+
+def _written(path, content, instructions):
+    """Writes instructions in the place of those that torch wrote for ``content``."""
+    torch.save(content, path)
+    with zipfile.ZipFile(path) as file:
+        parts = {info.filename: file.read(info) for info in file.infolist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, part in parts.items():
+            file.writestr(name, instructions if name.endswith("data.pkl") else part)
+
+
+NAMED_AGAIN = b"]q\x00(" + b"K\x01" * 1000 + b"e"  # a list of a thousand ones, kept under 0
+INSTRUCTIONS = {
+    # bytearray(2 GiB), and sets, keys and strings that are made of one value a thousand times
+    "bytearray": (b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R", "holds an object of bytearray"),
+    "storage": (b"ctorch.storage\nUntypedStorage\nJ\xff\xff\xff\x7f\x85R", "has torch.storage.UntypedStorage called"),
+    "sets": (NAMED_AGAIN + b"c__builtin__\nset\nq\x01h\x00\x85R" + b"h\x01h\x00\x85R" * 100, "repeats its values"),
+    "strings": (
+        b"X\xe8\x03\x00\x00" + b"a" * 1000 + b"q\x00X\x05\x00\x00\x00utf-8q\x01c_codecs\nencode\nq\x02"
+        + b"h\x02h\x00h\x01\x86R" * 100,
+        "repeats its values",
+    ),
+    "unknown": (b"\x8c\x01a", "has an instruction that torch.save does not write: SHORT_BINUNICODE"),
+    "nothing": (b"h\x05", "cannot be read as a checkpoint, it may be damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("instructions", "said"), INSTRUCTIONS.values(), ids=INSTRUCTIONS)
+def test_instructions_that_take_more_than_their_bytes_are_not_carried_out(tmp_path, instructions, said, monkeypatch):
+    _written(tmp_path / "a.ckpt", {"state_dict": {}}, b"\x80\x02" + instructions + b".")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("they were carried out"))
+    with pytest.raises(ValueError, match=f"a.ckpt {said}"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_all_that_torch_writes_for_tensors_and_plain_values_is_read(tmp_path):
+    kept = {
+        "numbers": [1, -1, 2**40, 2**70, 1.5, 1j, True, None],
+        "containers": ({"a", 1}, OrderedDict(a=1), Counter("aab"), (), [[[]]], {(1, (2, 3)): 4}),
+        "words": ["é", b"bytes", b"bytes" * 100, "x" * 1000],
+        "torch": [torch.float16, torch.device("cpu"), torch.Size([1, 2]), torch.strided],
+        "tensors": [torch.ones(2, dtype=t) for t in (torch.bool, torch.uint16, torch.bfloat16, torch.float8_e4m3fn)],
+        "mask": torch.ones(1).expand(100, 100),
+        "layer": nn.BatchNorm1d(3).state_dict(),
+        "parameter": nn.Parameter(torch.ones(2)),
+    }
+    same = torch.ones(1000, 1000)
+    torch.save({"state_dict": {"a": same, "b": same}, **kept}, tmp_path / "a.ckpt")
+    found = read_checkpoint(tmp_path / "a.ckpt")
+    assert torch.equal(found["state_dict"]["b"], same)
+    assert all(found[k] == kept[k] for k in ("numbers", "containers", "words", "torch"))
+    assert all(torch.equal(a, b) for a, b in zip(found["tensors"], kept["tensors"], strict=True))
+
+
+def test_what_the_user_allows_is_opened(tmp_path):
+    torch.save({"state_dict": {}, "more": bytearray(10)}, tmp_path / "a.ckpt")
+    with torch.serialization.safe_globals([bytearray]):
+        assert read_checkpoint(tmp_path / "a.ckpt")["more"] == bytearray(10)
