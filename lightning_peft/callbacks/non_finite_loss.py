@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -100,10 +101,11 @@ class NonFiniteLoss(Callback):
         what = "loss" if of_loss else "gradient" if bad else "loss or gradient on another device"
         seen = f"step {trainer.global_step + 1} (epoch {trainer.current_epoch}): the {what} is NaN or infinite"
         if self.action == "stop" or self._in_row >= self.patience:
-            row = f", for the {self._in_row}th step in a row" if self._in_row > 1 else ""
+            row = f", as in {self._in_row - 1} steps before it" if self._in_row > 1 else ""
+            instead = "; or have such steps left out: NonFiniteLoss('skip') or NonFiniteLoss('roll_back')"
             raise RuntimeError(
-                f"{seen}{row}. The step was not made, and no checkpoint holds it. {_REMEDY}; or have such steps left "
-                "out: NonFiniteLoss('skip') or NonFiniteLoss('roll_back')"
+                f"{seen}{row}. The step was not made, and no checkpoint holds it. {_REMEDY}"
+                + (instead if self.action == "stop" else "")
             )
         if self.action == "roll_back":
             seen += f"; parameters and optimizer are put back to those of step {self._roll_back(trainer, pl_module)}"
@@ -119,6 +121,20 @@ class NonFiniteLoss(Callback):
         step = trainer.global_step
         if self._good is not None and step > self._good[0] and step % self.every_n_steps == 0 and not self._in_row:
             self._remember(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the run where a step of finite loss has spoilt the weights, before a checkpoint takes them."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        for name in ("val/loss", "val_loss"):
+            loss = trainer.callback_metrics.get(name)
+            if loss is not None and not bool(torch.isfinite(loss)):
+                raise RuntimeError(
+                    f"step {trainer.global_step} (epoch {trainer.current_epoch}): {name} is {float(loss)} in the "
+                    "validation, so a step before it has spoilt the weights, or its rows give no loss. No checkpoint "
+                    f"is written of it, and those before stay. {_REMEDY}"
+                )
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

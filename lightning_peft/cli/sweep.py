@@ -59,6 +59,11 @@ class Sweep(Callback, metaclass=Singleton):  # type: ignore[misc, metaclass]  # 
         """Names a folder for this sweep alone, as other sweeps may write into the same ``hydra.sweep.dir``."""
         self.folder = Path(config.hydra.sweep.dir).absolute() / ".runs" / uuid4().hex
 
+    @override
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """A run by itself is none of a sweep's that this process made before."""
+        self.folder = None
+
     def note(self, outcome: Outcome) -> None:
         """Keeps what a run came to.
 

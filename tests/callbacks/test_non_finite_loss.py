@@ -118,8 +118,30 @@ def test_rolling_back_puts_parameters_and_optimizer_to_where_they_were(trainer):
 def test_a_run_in_which_nothing_gets_better_ends(trainer):
     rows = _rows()
     rows[2:] = float("nan")
-    with pytest.raises(RuntimeError, match=r"step 5 .*, for the 3th step in a row"):
+    with pytest.raises(RuntimeError, match=r"step 5 .*, as in 2 steps before it\. ") as stop:
         _fit(trainer, rows, NonFiniteLoss("skip", patience=3))
+    assert "NonFiniteLoss('skip')" not in str(stop.value), "which it does"
+
+
+@pytest.mark.filterwarnings("ignore:.*loss is NaN")
+@pytest.mark.parametrize("action", ["stop", "skip", "roll_back"])
+def test_weights_that_a_step_has_spoilt_are_no_checkpoint_where_a_validation_shows_it(trainer, tmp_path, action):
+    class Spoils(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", self.layer(batch).square().mean())
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.trainer.global_step == 6:  # the last one before the second validation
+                with torch.no_grad():
+                    self.get_parameter("layer.adapters.default.lora_B").fill_(1e30)
+
+    best = ModelCheckpoint(tmp_path / "c", monitor="val/loss", filename="{step}", save_top_k=-1)
+    peft = PeftCallback(LoRA(r=2), model="layer")
+    t = trainer(peft, NonFiniteLoss(action), best, max_epochs=2, limit_val_batches=2, enable_checkpointing=True)
+    rows = DataLoader(_rows()[:3], batch_size=None)
+    with pytest.raises(RuntimeError, match=r"step 6 \(epoch 1\): val/loss is inf in the validation"):
+        t.fit(Spoils(), rows, rows)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step=3.ckpt"]
 
 
 def test_a_gradient_counts_as_well_as_the_loss(trainer):
