@@ -82,7 +82,7 @@ def inject(
             "the model is sharded already, and what is added now would not be; call adapt(model, method) first and "
             "fully_shard(model) then"
         )
-    keep_codes(model)
+    keep_codes(base_modules(model).values())
     before = {n: p.requires_grad for n, p in base_parameters(model).items()}
     new = new_parameters(model)
     placement = method.place(model)

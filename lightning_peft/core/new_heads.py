@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.nn import Module
 
-from lightning_peft.core.adapters import Adapters
+from lightning_peft.core.in_place import own_parameters
 from lightning_peft.core.matching import base_modules
 from lightning_peft.core.quantized import is_quantized
 
@@ -20,16 +20,16 @@ def new_parameters(model: Module) -> list[str]:
     """
     new: list[str] = []
     roots = {n: m for n, m in base_modules(model).items() if hasattr(type(m), "base_model_prefix")}
-    adapters = {id(p) for m in model.modules() if isinstance(m, Adapters) for p in m.parameters()} if roots else set()
     for prefix, module in roots.items():
         if any(prefix.startswith(n) for n in new):
             continue
-        named = dict(module.named_parameters(prefix=prefix))
+        # of the base alone: what adapters hold is not new, and a walk through many of them takes long
+        own = own_parameters(base_modules(module))
+        named = {f"{prefix}.{n}" if prefix else n: p for n, p in own.items()}
         loaded = {n for n, p in named.items() if getattr(p, "_is_hf_initialized", False)}
         if loaded:
             # a cast takes the mark off torchao's weights; what is quantized was loaded
-            rest = [n for n, p in named.items() if n not in loaded and not is_quantized(p)]
-            new += [n for n in rest if id(named[n]) not in adapters]
+            new += [n for n, p in named.items() if n not in loaded and not is_quantized(p)]
     return sorted(set(new))
 
 

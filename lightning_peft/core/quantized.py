@@ -7,7 +7,7 @@ weight exists, so they are there.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -163,16 +163,16 @@ def move(weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
         known.SCB = known.SCB.to(device)
 
 
-def keep_codes(model: Module) -> None:
+def keep_codes(modules: Iterable[Module]) -> None:
     """Keeps bitsandbytes' 4-bit weights in the order in which they can be trained through and read.
 
     On CPUs with AVX512-BF16 a layer puts its codes into another order at the first evaluation, for good, and gives no
     gradient to its input any more.
 
     Args:
-        model: the root.
+        modules: the base's.
     """
-    for module in model.modules():
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             cast(Any, module).support_avx512bf16_for_cpu = False
             weight = cast(Any, module.weight)

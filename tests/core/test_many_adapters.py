@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import sys
 import weakref
 
 import pytest
@@ -69,3 +70,20 @@ def test_a_removed_adapter_and_a_dropped_model_are_freed(build, call, method):
     gc.collect()
     assert twin() is None
     assert whole() is None
+
+
+def test_adding_an_adapter_takes_no_more_work_where_there_are_many(build):
+    model, calls = build("llama"), []
+
+    def count(frame, event, argument):
+        calls[-1] += event == "call"
+
+    for number in range(40):
+        calls.append(0)
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            adapt(model, LoRA(r=2), f"adapter-{number}")
+        finally:
+            sys.setprofile(before)
+    assert calls[39] < 1.2 * calls[2]
