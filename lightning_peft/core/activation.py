@@ -70,7 +70,10 @@ def adapter_names(model: Module, names: Sequence[str | None], repeats: int = 1) 
     Raises:
         ValueError: if the model is not adapted, has no such adapter, one is merged or trains the base in place,
             which all examples share, or a number is out of its range.
+        TypeError: if the names are one text.
     """
+    if isinstance(names, str):
+        raise TypeError(f"names must be a list with an adapter for each example, but got {names!r}")
     given = [n for n in dict.fromkeys(names) if n is not None]
     adapters = require_adapters(model)
     if not names or repeats < 1:

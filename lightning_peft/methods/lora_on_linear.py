@@ -47,8 +47,8 @@ class LinearLayer(LowRank):
         reads = "use_dora=True" if method.use_dora else f"init_lora_weights={method.init_lora_weights!r}"
         if (method.use_dora or method.starts_apart) and not is_readable(module):
             raise ValueError(
-                f"LoRA: {reads} reads the weight of {name!r}, which is offloaded or quantized; leave that option out, "
-                "or load the model as it is"
+                f"LoRA: {reads} reads the weight of {name!r}, which is offloaded, quantized or not read yet "
+                "(load_in_shards); leave that option out, or load the model as it is"
             )
         if method.starts_apart:
             refuse_rank(name, len(self.lora_A), self.limit)

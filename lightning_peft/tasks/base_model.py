@@ -29,6 +29,7 @@ from lightning_peft.tasks.quantization import (
     quantization_config,
     quantization_problem,
 )
+from lightning_peft.tasks.row_attention import text_config
 from lightning_peft.tasks.sharded_base import empty
 from lightning_peft.tasks.task import processing_auto_class
 from lightning_peft.tasks.weight_files import note_stored
@@ -253,6 +254,12 @@ class BaseModel:
         if not model.supports_gradient_checkpointing:
             raise ValueError(
                 f"{type(model).__name__} supports no activation checkpointing; leave model.activation_checkpointing out"
+            )
+        layers = getattr(text_config(model), "num_hidden_layers", None)
+        if layers is not None and self.activation_checkpointing > layers:
+            raise ValueError(
+                f"model.activation_checkpointing={self.activation_checkpointing} runs every so many-th layer again, "
+                f"but {type(model).__name__} has {layers}; 1 takes all of them"
             )
         import torch
 

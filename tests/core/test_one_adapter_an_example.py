@@ -82,7 +82,10 @@ def test_each_example_gets_what_it_gets_alone(row, name, build, perturb):
     model = build(name)
     perturb(shown_data(adapt(model, row.make(), "a")), 0.1)
     if Adapter(model, "a").tree.record.in_place:
-        with pytest.raises(ValueError, match="of the base in place, for all examples alike"), adapter_names(model, "a"):
+        with (
+            pytest.raises(ValueError, match="of the base in place, for all examples alike"),
+            adapter_names(model, ["a"]),
+        ):
             pass
         return
     torch.manual_seed(5)
@@ -402,3 +405,13 @@ def test_a_compiled_model_leaves_its_graph_for_the_block_or_refuses(perturb):
                 torch.testing.assert_close(compiled(x), expected)
         torch.testing.assert_close(compiled(x), model(x))
         torch.compiler.reset()
+
+
+def test_one_text_is_no_list_of_names(build):
+    model = build("llama")
+    adapt(model, LoRA(r=2), "lo")
+    with (
+        pytest.raises(TypeError, match=r"a list with an adapter for each example, but got 'lo'"),
+        adapter_names(model, "lo"),
+    ):
+        pass

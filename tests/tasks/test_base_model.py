@@ -106,6 +106,8 @@ def test_checkpointing_that_cannot_be_is_said_at_once(llama_folder, tmp_path):
     for value in ("1", 1.5):
         with pytest.raises(ValueError, match=r"activation_checkpointing must be 0, or every .* but got"):
             BaseModel("x", activation_checkpointing=value)
+    with pytest.raises(ValueError, match=r"activation_checkpointing=9 .* but LlamaForCausalLM has 2; 1 takes all"):
+        BaseModel(str(llama_folder), activation_checkpointing=9).load(task_from_config("sft"))
     with pytest.raises(ValueError, match=r"offload_activations=true moves what activation_checkpointing keeps"):
         BaseModel("x", offload_activations=True)
     if not torch.accelerator.is_available():
