@@ -124,7 +124,11 @@ class SaveOnInterrupt(Callback):
             connector._slurm_sigusr_handler_fn(heard, None)
             return
         path = self.dirpath / NAME
-        trainer.save_checkpoint(path)
+        try:
+            trainer.save_checkpoint(path)
+        except KeyboardInterrupt:  # once more, while it is being written
+            self._say("\nStopped at once; what was saved before is whole")
+            return
         bar = trainer.progress_bar_callback
         if bar is not None:  # while it is drawn, what is printed is wrapped and lies between its pieces
             bar.on_exception(trainer, pl_module, exception)
@@ -133,10 +137,18 @@ class SaveOnInterrupt(Callback):
     def _say_how_to_go_on(self, path: Path) -> None:
         words = sys.argv[1:] if self.words is None else self.words
         kept = [w for w in words if not w.startswith(("ckpt_path=", "hydra."))]
-        command = f"{program()} {shlex.join([*kept, f'ckpt_path={path}'])}"
-        self._say(f"\nInterrupted; the state of the run is saved in {path}\nGo on with:  {command}")
+        way = f"{program()} {shlex.join([*kept, f'ckpt_path={path}'])}"
+        if self.words is None and _is_a_script_of_ones_own():
+            way = f"trainer.fit(..., ckpt_path={str(path)!r}, weights_only=True)"
+        self._say(f"\nInterrupted; the state of the run is saved in {path}\nGo on with:  {way}")
 
     @staticmethod
     @rank_zero_only
     def _say(words: str) -> None:
         print(words, flush=True)
+
+
+def _is_a_script_of_ones_own() -> bool:
+    """Whether what runs is no command of this package, which alone knows the word ``ckpt_path=``."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    return sys.argv[0].endswith(".py") and (main is None or not main.name.startswith("lightning_peft"))

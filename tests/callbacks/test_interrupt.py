@@ -170,7 +170,7 @@ def test_a_run_that_is_asked_to_end_finishes_its_batch_saves_and_goes_on_exactly
     step = "-1" if where == "validating" else "5"
     done = _run(tmp_path, sent, step, where)
     assert done.returncode == status, done.stderr
-    assert "Go on with: " in done.stdout
+    assert "Go on with:  trainer.fit(..., ckpt_path='" in done.stdout
     assert ("Ctrl-C: this step is finished" in done.stdout) == (sent == "sigint")
     resumed = _run(tmp_path, "none", "-1", where, "interrupted.ckpt")
     assert "steps 12" in resumed.stdout, resumed.stderr
@@ -247,3 +247,18 @@ def test_all_ranks_stop_after_the_same_batch_though_one_alone_was_asked(tmp_path
     assert done.returncode == status, done.stderr
     assert [(tmp_path / f"rank {rank}").read_text() for rank in (0, 1)] == ["3", "3"]
     assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_one_more_while_the_state_is_written_ends_without_a_traceback(narrow_terminal, capsys, tmp_path):
+    class Again(L.Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            raise KeyboardInterrupt
+
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    callbacks = [SaveOnInterrupt(str(tmp_path)), Again()]
+    trainer = L.Trainer(max_epochs=1, callbacks=callbacks, enable_progress_bar=False, **options)
+    with pytest.raises(SystemExit):
+        trainer.fit(Interrupted(), DataLoader(TensorDataset(torch.ones(8, 2))))
+    assert "Stopped at once; what was saved before is whole" in capsys.readouterr().out
+    assert not (tmp_path / "interrupted.ckpt").exists()
