@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+_SHOWN = 8  # names that nobody knows, of which an error tells
 _LONGEST_NAME = 200  # beyond which nobody meant a name that is known, and comparing takes its time
 
 
@@ -48,6 +49,18 @@ def _close(name: str, known: list[str], count: int, cutoff: float) -> list[str]:
     found = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
     ratios = [difflib.SequenceMatcher(None, f, name).ratio() for f in found]
     return [f for f, ratio in zip(found, ratios, strict=True) if ratio > ratios[0] - 0.1]
+
+
+def unknown_names(unknown: Sequence[str], known: Iterable[str]) -> str:
+    """Names that nobody knows, each with the nearest that is known; of many the first few.
+
+    Args:
+        unknown: the names as given.
+        known: all that there are.
+    """
+    known = list(known)
+    shown = ", ".join(f"{name!r}{nearest(name, known)}" for name in unknown[:_SHOWN])
+    return shown + and_more(len(unknown) - _SHOWN)
 
 
 def shortened(text: str, most: int = 1000) -> str:

@@ -74,7 +74,8 @@ class _Machine:
 
     def __init__(self, path: Path, trusted: set[str]) -> None:
         self.path = path
-        self.trusted = trusted
+        self.called = _CALLED | trusted
+        self.named = self.called | _DTYPES
         self.stack: list[_Size] = []
         self.below: list[list[_Size]] = []
         self.kept: dict[Any, _Size] = {}
@@ -129,7 +130,7 @@ class _Machine:
     def _named(self, module: str, name: str) -> _Size:
         full = f"{module.replace('__builtin__', 'builtins')}.{name}"
         is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
-        if not (full in _CALLED | _DTYPES | self.trusted or is_storage):
+        if full not in self.named and not is_storage:
             raise ValueError(
                 f"{self.path} holds an object of {full.removeprefix('builtins.')}, but only tensors and plain values "
                 "are opened, of tensors the dense ones; keep it out of hyperparameters and callbacks' states, or allow "
@@ -158,7 +159,7 @@ class _Machine:
 
     def _call(self, _: Any) -> None:
         given, called = self.stack.pop(), self.stack.pop()
-        if called.name not in _CALLED | self.trusted:
+        if called.name not in self.called:
             raise ValueError(f"{self.path} has {called.name or 'a value'} called, which torch.save never does")
         self.copied += sum(part.length for part in given.parts)
         self.stack.append(_Size())

@@ -8,10 +8,9 @@ from typing import Any
 import lightning_peft.methods as methods
 from lightning_peft.core.method import Method
 from lightning_peft.core.patterns import refuse_slow_patterns
-from lightning_peft.core.problems import and_more, nearest
+from lightning_peft.core.problems import nearest, unknown_names
 
 _PACKAGE = "lightning_peft"
-_SHOWN = 8  # unknown options, of which an error tells
 
 
 def method_to_config(method: Method) -> dict[str, Any]:
@@ -48,8 +47,7 @@ def method_from_config(config: dict[str, Any]) -> Method:
     known = [f.name for f in fields(cls)]
     unknown = [o for o in options if o not in known]
     if unknown:
-        said = ", ".join(f"{o!r}{nearest(o, known)}" for o in unknown[:_SHOWN]) + and_more(len(unknown) - _SHOWN)
-        raise ValueError(f"{name} has no option {said}")
+        raise ValueError(f"{name} has no option {unknown_names(unknown, known)}")
     refuse_slow_patterns(options)
     made: Method = cls(**options)
     return made

@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_peft.core.problems import and_more, nearest
+from lightning_peft.core.problems import nearest, unknown_names
 
 # what says where an adapter comes from and how it is run, not what it is
 _NOT_OPTIONS = (
@@ -21,7 +21,6 @@ _NOT_OPTIONS = (
     "runtime_config",
 )
 
-_SHOWN = 8  # unknown options, of which an error tells
 _NO_NETWORK = "peft's file keeps what its network gives and not the network, so a run could not go on from it"
 
 _KINDS_THAT_CANNOT_RUN = {
@@ -159,8 +158,7 @@ def _made(options: dict[str, Any]) -> Any:
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
     unknown = [o for o in options if o not in (*fields, *_NOT_OPTIONS)]
     if unknown:
-        said = ", ".join(f"{o!r}{nearest(o, fields)}" for o in unknown[:_SHOWN]) + and_more(len(unknown) - _SHOWN)
-        raise ValueError(f"HFPeft: {kind} has no option {said}")
+        raise ValueError(f"HFPeft: {kind} has no option {unknown_names(unknown, fields)}")
     left_out = [n for n in _NOT_OPTIONS if n != "modules_to_save"]
     return cls(**{k: v for k, v in options.items() if k in fields and k not in left_out})
 

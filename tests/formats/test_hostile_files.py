@@ -16,19 +16,10 @@ from lightning_peft import HFPeft, LoRA, PeftModule, PromptTuning, SparseTuning,
 from lightning_peft.cli.commands import load
 from lightning_peft.formats.reading import read_checkpoint
 from lightning_peft.methods.config import method_from_config
+from tests.formats.marks import Marks
 
 TASK = {"name": "text_classification", "labels": ["a", "b"]}
 TENSORS, MANIFEST, PEFT = "adapter_model.safetensors", "lightning_peft.json", "adapter_config.json"
-
-
-class Marks:
-    """What a pickle that is opened leaves behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.fixture

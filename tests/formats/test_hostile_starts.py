@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_peft import HFPeft, PeftModule, PromptTuning, adapt, load_adapter
+from tests.formats.marks import Marks
 
 MANIFEST, PEFT = "lightning_peft.json", "adapter_config.json"
 TEXT = {
@@ -18,16 +19,6 @@ TEXT = {
 }
 TASK = {"name": "text_classification", "labels": ["a", "b"]}
 MULTITASK = {"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 4, "num_tasks": 1}
-
-
-class Marks:
-    """What a pickle that is opened leaves behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.fixture
