@@ -12,6 +12,7 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def refuse_instructions(path: Path) -> None:
         path: the file, a zip archive in which nothing is packed.
 
     Raises:
-        ValueError: if it does.
+        ValueError: if it does; caused by an ``UnpicklingError`` if it is whole and calls more.
         RuntimeError: if the archive is damaged.
     """
     content = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")  # where torch.load looks
@@ -135,7 +136,7 @@ class _Machine:
                 f"{self.path} holds an object of {full.removeprefix('builtins.')}, but only tensors and plain values "
                 "are opened, of tensors the dense ones; keep it out of hyperparameters and callbacks' states, or allow "
                 "it by torch.serialization.safe_globals if you trust the file"
-            )
+            ) from UnpicklingError(f"{full} is not called")
         return _Size(name=full)
 
     def _taken(self, count: int) -> list[_Size]:

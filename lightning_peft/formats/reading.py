@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from types import MappingProxyType
 from typing import Any
 
@@ -159,8 +158,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no checkpoint, or holds more than dense tensors and plain values, or asks for more memory
-            than its bytes account for.
+        ValueError: if it is no checkpoint, or holds more than dense tensors and plain values (caused by an
+            ``UnpicklingError`` then), or asks for more memory than its bytes account for.
     """
     if not path.is_file():
         what = "is a folder, but a checkpoint is a file" if path.is_dir() else "is no file"
@@ -173,13 +172,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         refuse_instructions(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        what = f"an object of {foreign.group(1)}" if foreign else "more"
-        raise ValueError(
-            f"{path} holds {what}, but only tensors and plain values are opened; keep it out of hyperparameters and "
-            "callbacks' states, or allow it by torch.serialization.safe_globals if you trust the file"
-        ) from error
     except Exception as error:  # whatever a damaged stream of instructions does to the reader of it
         if isinstance(error, ValueError) and str(path) in str(error):
             raise

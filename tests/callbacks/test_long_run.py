@@ -37,11 +37,12 @@ class Held(L.Callback):
 
 
 def test_what_a_run_holds_does_not_grow_with_its_steps_and_checkpoints(way, trainer, tmp_path):
-    held, keep = Held(40, 140), ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=10)
+    held, keep = Held(20, 80, 140), ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=10)
     options = {"max_steps": 140, "max_epochs": 24, "enable_checkpointing": True, "limit_val_batches": 0}
     trainer(*way.callbacks(), keep, held, **options).fit(way.make(), way.data())
-    early, late = held.seen
-    grown = {kind: late[kind] - early[kind] for kind in late}
+    early, middle, late = held.seen
+    # what is left behind grows all the time, a cache of Python's or torch's once
+    grown = {kind: min(middle[kind] - early[kind], late[kind] - middle[kind]) for kind in late}
     assert grown["open files"] == 0
-    assert {kind: more for kind, more in grown.items() if more > 90} == {}  # of 100 steps none leaves a thing behind
+    assert {kind: more for kind, more in grown.items() if more > 54} == {}  # of 60 steps none leaves a thing behind
     assert len(list((tmp_path / "kept").iterdir())) == 2

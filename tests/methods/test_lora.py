@@ -151,7 +151,10 @@ class Packed(nn.Linear):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (LoRA(r=2, use_dora=True), "use_dora=True reads the weight of '0', which is offloaded or quantized"),
+        (
+            LoRA(r=2, use_dora=True),
+            "use_dora=True reads the weight of '0', which is offloaded, quantized or not read yet",
+        ),
         (LoRA(r=2, init_lora_weights="pissa"), "init_lora_weights='pissa' reads the weight of '0'"),
         (MiSS(r=4, init_weights="bat"), "init_weights='bat' changes the weight by what it is"),
     ],
