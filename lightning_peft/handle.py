@@ -240,6 +240,7 @@ class Adapter:
         unload_merged(self.model, self.name)
         return self.model
 
+    @paused_collector()
     def save(self, path: str | Path, tokenizer: Any = None, **info: Any) -> Path:
         """Writes the adapter and its model card into a folder, in Hugging Face PEFT's format where that has the method.
 

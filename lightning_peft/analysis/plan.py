@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_peft.analysis.sizes import size
 from lightning_peft.core.adapters import adapters_of, tree_of
-from lightning_peft.core.in_place import base_parameters
+from lightning_peft.core.in_place import own_parameters
 from lightning_peft.core.matching import base_modules, class_of, is_conv1d, is_within, output_heads
 from lightning_peft.core.quantized import is_quantized, memory, number_of
 from lightning_peft.core.tree import AdapterTree
@@ -107,14 +107,15 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
         what = "new, in full" if fresh else "a copy, in full" if place in copies else method
         trained = [p for p in _parameters(layer) if p.requires_grad]
         entries += [(_join(path, place), what, place, p.numel(), p.numel() * p.element_size()) for p in trained]
-    base, new = base_parameters(model), set(record.new)
+    modules = base_modules(model)
+    base, new = own_parameters(modules), set(record.new)
     for key in record.in_place:
         tensor, owner = base[key], key.rpartition(".")[0]
         what = "new, in place" if key in new else "in place"
         entries.append((_join(path, owner), what, owner, tensor.numel(), tensor.numel() * tensor.element_size()))
     rows = _grouped(entries)
-    names, covered = _coverage(model, tree)
-    merge_bytes = _merge_bytes(model, name, tree)
+    names, covered = _coverage(model, modules, tree)
+    merge_bytes = _merge_bytes(model, modules, name, tree)
     return Plan(
         method=method,
         rows=rows,
@@ -126,7 +127,7 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
         linears=len(names),
         covered=len(covered),
         notes=(
-            *(_reach(names, covered, _unreached_stacks(model, tree)) if _changes_weights(tree) else ()),
+            *(_reach(names, covered, _unreached_stacks(modules, tree)) if _changes_weights(tree) else ()),
             *_notes([_join(path, n) for n in record.new], record.originals is None, method),
             *_costs(merge_bytes),
         ),
@@ -169,7 +170,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _merge_bytes(model: Module, name: str, tree: AdapterTree) -> int:
+def _merge_bytes(model: Module, modules: dict[str, Module], name: str, tree: AdapterTree) -> int:
     adapters = adapters_of(model)
     merged = None if adapters is None else adapters.merged.get(name)
     if merged is False or not tree.record.method.mergeable:
@@ -178,7 +179,6 @@ def _merge_bytes(model: Module, name: str, tree: AdapterTree) -> int:
     if adapters is not None and merged:
         parameters = [p for key, p in adapters.originals.items() if is_within(key, places)]
     else:
-        modules = base_modules(model)
         parameters = [p for place in places for p in _parameters(modules[place])]
     distinct = {id(p): p for p in parameters}.values()
     return sum(memory(p) for p in distinct if p.is_floating_point() or is_quantized(p))
@@ -212,10 +212,9 @@ def _grouped(entries: list[tuple[str, str, str, int, int]]) -> tuple[PlanRow, ..
     )
 
 
-def _coverage(model: Module, tree: AdapterTree) -> tuple[list[str], list[str]]:
+def _coverage(model: Module, modules: dict[str, Module], tree: AdapterTree) -> tuple[list[str], list[str]]:
     """The linear layers that are no output heads, and those of them that are adapted or train."""
     heads = output_heads(model)
-    modules = base_modules(model)
     names = [
         n for n, m in modules.items() if (issubclass(class_of(m), Linear) or is_conv1d(m)) and not is_within(n, heads)
     ]
@@ -224,11 +223,11 @@ def _coverage(model: Module, tree: AdapterTree) -> tuple[list[str], list[str]]:
     return names, [n for n in names if is_within(n, places) or n in trained]
 
 
-def _unreached_stacks(model: Module, tree: AdapterTree) -> dict[str, int]:
+def _unreached_stacks(modules: dict[str, Module], tree: AdapterTree) -> dict[str, int]:
     """Sizes of the stacks of matrices, as mixtures of experts have them, in modules without a layer of the adapter."""
     places, in_place = {n for n in tree.layers_by_module if n}, set(tree.record.in_place)
     found: dict[str, int] = {}
-    for name, module in base_modules(model).items():
+    for name, module in modules.items():
         if isinstance(module, _ConvNd) or is_within(name, places):
             continue
         for child, parameter in module._parameters.items():

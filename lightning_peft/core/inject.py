@@ -76,22 +76,22 @@ def inject(
         ValueError: if the name is taken or unusable, if something in the model is already called ``adapters`` or was
             wrapped by ``torch.compile``, or if the method does not fit the model.
     """
-    adapters = _checked_adapters(model, name)
+    modules = base_modules(model)
+    adapters = _checked_adapters(model, modules, name)
     if sharded_modules(model):
         raise ValueError(
             "the model is sharded already, and what is added now would not be; call adapt(model, method) first and "
             "fully_shard(model) then"
         )
-    keep_codes(base_modules(model).values())
-    before = {n: p.requires_grad for n, p in base_parameters(model).items()}
-    new = new_parameters(model)
+    keep_codes(modules.values())
+    parameters = own_parameters(modules)
+    before = {n: p.requires_grad for n, p in parameters.items()}
+    new = new_parameters(modules)
     placement = method.place(model)
     if isinstance(method, Bounded) and not saved:
         method.refuse_beyond(model, placement.layers)
     if isinstance(method, Residual) and method.needs_codes and not saved:
         method.make_up(model, placement.layers)
-    modules = base_modules(model)
-    parameters = own_parameters(modules)
     copies, single = _copies(model, modules, method, placement, new)
     in_place = [n for n in dict.fromkeys([*placement.in_place, *single, *also_in_place]) if not is_within(n, copies)]
     _refuse_quantized(parameters, method, in_place, copies)
@@ -171,7 +171,7 @@ def eject(model: Module, name: str) -> None:
             module.training = training[key]
 
 
-def _checked_adapters(model: Module, name: str) -> Adapters | None:
+def _checked_adapters(model: Module, modules: dict[str, Module], name: str) -> Adapters | None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(Adapters, name):
         raise ValueError(f"an adapter's name consists of letters, digits, '_' and '-', but got {name!r}")
     adapters = adapters_of(model)
@@ -181,7 +181,6 @@ def _checked_adapters(model: Module, name: str) -> Adapters | None:
             "rename it, or adapt a submodule"
         )
     if adapters is None:
-        modules = base_modules(model)
         wrapped = [n for n, m in modules.items() if "_orig_mod" in m._modules]
         if wrapped:
             raise ValueError(

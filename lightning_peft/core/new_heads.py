@@ -9,17 +9,17 @@ from lightning_peft.core.matching import base_modules
 from lightning_peft.core.quantized import is_quantized
 
 
-def new_parameters(model: Module) -> list[str]:
+def new_parameters(modules: dict[str, Module]) -> list[str]:
     """Names of the parameters that ``from_pretrained`` did not find in the checkpoint.
 
     transformers marks what it loaded (``_is_hf_initialized`` on the parameter). A model without any mark,
     made from a config or by hand, has no new parameters: then all of it is the base.
 
     Args:
-        model: the root.
+        modules: the model's own, as `base_modules` gives them.
     """
     new: list[str] = []
-    roots = {n: m for n, m in base_modules(model).items() if hasattr(type(m), "base_model_prefix")}
+    roots = {n: m for n, m in modules.items() if hasattr(type(m), "base_model_prefix")}
     for prefix, module in roots.items():
         if any(prefix.startswith(n) for n in new):
             continue

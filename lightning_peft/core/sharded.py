@@ -94,7 +94,7 @@ def is_split(module: Module) -> bool:
     Args:
         module: any module; those below it are not looked at.
     """
-    return any(is_sharded(p) for p in module._parameters.values() if p is not None)
+    return any(p is not None and is_sharded(p) for p in module._parameters.values())
 
 
 def refuse_sharded(model: Module, call: str) -> None:
@@ -107,7 +107,7 @@ def refuse_sharded(model: Module, call: str) -> None:
     Raises:
         RuntimeError: if the model is sharded.
     """
-    if sharded_modules(model) or any(is_split(m) for m in model.modules()):
+    if sharded_modules(model) or any(map(is_split, model.modules())):
         raise RuntimeError(
             f"{call} needs whole tensors, and this model is sharded over processes; save a checkpoint, and load that "
             "in one process"

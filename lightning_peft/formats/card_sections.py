@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -207,10 +208,13 @@ def versions_section(training: TrainingRecord | None) -> str:
 
 def installed_versions() -> dict[str, str]:
     """The versions of what is installed here of the packages that matter to an adapter."""
-    found = {}
-    for name in ("lightning_peft", "torch", "lightning", "transformers", "peft"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: _version(name) for name in ("lightning_peft", "torch", "lightning", "transformers", "peft")}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+@functools.cache  # to find one takes as long as to write a small adapter
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

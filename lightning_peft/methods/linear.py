@@ -160,7 +160,7 @@ def target_names(
         model, target, exclude=method.exclude_modules, layers=method.layers_to_transform, suits=suits, kinds=kinds
     )
     saved = match_modules(model, method.modules_to_save, option="modules_to_save") if method.modules_to_save else []
-    new, _ = new_modules(model, new_parameters(model))
+    new, _ = new_modules(model, new_parameters(base_modules(model)))
     in_full = {*saved, *new}
     return [n for n in names if not is_within(n, in_full)] if in_full else names
 

@@ -83,7 +83,7 @@ class LowRank(AdapterLayer):
     @property
     def limit(self) -> int:
         """The smaller side of the weight, above which no rank adds anything."""
-        return min(self.lora_A.shape[1:].numel(), len(self.lora_B))
+        return min(self.lora_A.shape[1:].numel(), self.lora_B.shape[0])
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input as A sees it."""

@@ -109,7 +109,7 @@ class Selective:
             kinds = _kinds(model)
             wanted = set(self.parameter_types)
             names = [n for n in names if kinds[n] & wanted]
-        new = set(new_parameters(model))
+        new = set(new_parameters(base_modules(model)))
         if not names and not new:
             raise ValueError(
                 f"Selective: no parameter of {class_of(model).__name__} meets {self._conditions()}; "
