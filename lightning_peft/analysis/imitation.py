@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 UnknownShape = DynamicOutputShapeException
 """What is raised in a forward pass where numbers decide shapes, such as which tokens an expert gets."""
@@ -19,21 +26,70 @@ IMAGE = 224
 
 
 class _Guesses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers what asks a tensor for its number with zero: no padding on the left, nothing seen of any data."""
+    """Answers what asks a tensor for its number with zero: no padding on the left, nothing seen of any data.
+
+    What has numbers, such as a batch that was made before, keeps them, and so has all that follows from it alone: masks
+    and positions are compared as they are.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if not any(isinstance(t, FakeTensor) for t in tensors) and (tensors or _counts(func, args, kwargs)):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.0 if args[0].is_floating_point() else 0
-        return func(*args, **(kwargs or {}))
+        if func in _INDEXED:
+            args = (args[0], _places(args[1]), *args[2:])
+        return func(*args, **kwargs)
+
+
+_LONGEST = 2**13  # tokens, of which masks of all pairs still take little
+_COUNTING = torch.ops.aten.arange
+
+
+def _counts(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it makes whole numbers in a row, few enough to have them."""
+    whole = kwargs.get("dtype") in (None, torch.long, torch.int32) and all(isinstance(n, int) for n in args)
+    return func.overloadpacket is _COUNTING and whole and max(args) <= _LONGEST
+
+
+_INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
+
+
+def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Masks that have numbers as the places that they mean: how many those are is what a shape hangs on."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
+            with unset_fake_temporarily():
+                found += index.nonzero(as_tuple=True)
+        else:
+            found.append(index)
+    return found
 
 
 @contextmanager
 def imitated() -> Iterator[None]:
-    """A block in which models are built, adapted and run without numbers: a model of any size, in seconds."""
+    """A block in which models are built, adapted and run without numbers: a model of any size, in seconds.
+
+    What was made in one such block means nothing in another.
+    """
     guesses: Any = _Guesses
-    with FakeTensorMode(allow_non_fake_inputs=True), guesses():
+    with warnings.catch_warnings():
+        # a copy of a module asks its tensors for their address, and makes nothing of it
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        with FakeTensorMode(allow_non_fake_inputs=True), guesses():
+            yield
+
+
+@contextmanager
+def numbers() -> Iterator[None]:
+    """A block within `imitated` in which tensors that are made have numbers, such as a batch's."""
+    with unset_fake_temporarily():
         yield
 
 

@@ -43,7 +43,9 @@ class StepCost:
         return self.below / self.forward
 
 
-def _counting() -> FlopCounterMode:
+def counting() -> FlopCounterMode:
+    """A block in which the operations of matrix products, convolutions and attention are counted."""
+
     def products(into: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
         return 2 * int(a[0] * a[1] * b[1])
 
@@ -58,7 +60,7 @@ def cost_of_forward(model: Module, inputs: dict[str, Any]) -> int:
         model: a Hugging Face model; imitated ones cost no arithmetic.
         inputs: what it is called with.
     """
-    with _counting() as counter:
+    with counting() as counter:
         model(**inputs)
     return int(counter.get_total_flops())
 
@@ -79,7 +81,7 @@ def cost_of_step(model: Module, inputs: dict[str, Any], base: int) -> StepCost:
     """
     begun: dict[str, int] = {}
     found: list[str] = []
-    with _counting() as counter:
+    with counting() as counter:
 
         def begin(name: str) -> None:
             begun.setdefault(name, counter.get_total_flops())

@@ -37,7 +37,7 @@ def show_plan(config: DictConfig) -> None:
             "HFPeft's layers are peft's own, which need a model with weights; train prints its plan before a step"
         )
     options = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    base, task, note = BaseModel.of(options["model"]), *_task(options["task"])
+    base, task, note = BaseModel.of(options["model"]), *task_for(options["task"])
     forward = None
     with imitated():
         model = base.build(task).eval()  # a method that is to look at data first runs as it is
@@ -52,8 +52,15 @@ def show_plan(config: DictConfig) -> None:
         print(f"  {line}")
 
 
-def _task(options: dict[str, Any]) -> tuple[Task, str | None]:
-    """The task; labels that only data would tell are made up."""
+def task_for(options: dict[str, Any]) -> tuple[Task, str | None]:
+    """The task; labels that only data would tell are made up.
+
+    Args:
+        options: the task's plain values.
+
+    Returns:
+        The task, and what was made up in words, None if nothing was.
+    """
     for option, guess in (("labels", ["0", "1"]), ("num_labels", 1)):
         numbers = options.get("problem_type") == "regression"
         if option in options and options[option] is None and (option == "num_labels") == numbers:

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Linear, Module, Parameter
 
 from lightning_peft.core.generated import SITE
 from lightning_peft.core.quantized import is_quantized
 from lightning_peft.core.view import with_tensors
+
+PLAIN = frozenset({Tensor, Parameter, FakeTensor})
+"""Kinds of tensors that are whole and as they look; the last one has no numbers, which no operator minds."""
 
 
 class Base:
@@ -89,9 +93,16 @@ class Base:
         return weight if frozen and weight is not None and weight.device == x.device else None
 
 
+def has_no_numbers(tensor: Any) -> bool:
+    """Whether it stands for a tensor of its shape, to count what a model would take."""
+    return isinstance(tensor, FakeTensor)
+
+
 def is_frozen_here(weight: Tensor | None) -> bool:
     """Whether a weight is a dense one of this process that does not train."""
-    return type(weight) is Parameter and not weight.requires_grad and weight.layout is torch.strided
+    if type(weight) not in PLAIN or not isinstance(weight, Parameter):
+        return False
+    return not weight.requires_grad and weight.layout is torch.strided
 
 
 def is_watched(module: Module) -> bool:

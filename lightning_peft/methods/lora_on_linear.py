@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
-from lightning_peft.core.base import Base, module_of
+from lightning_peft.core.base import PLAIN, Base, module_of
 from lightning_peft.core.matching import class_of
 from lightning_peft.core.problems import an
 from lightning_peft.core.sharded import cut_along, is_sharded, is_split
@@ -117,7 +117,7 @@ class LinearLayer(LowRank):
                 "adapt(model, method), then fully_shard(model)"
             )
         # what shards tensors does so to plain operators
-        if fused and {type(t) for t in (x, y, self.lora_A, self.lora_B)} <= {Tensor, Parameter}:
+        if fused and {type(t) for t in (x, y, self.lora_A, self.lora_B)} <= PLAIN:
             count("beside")
             return lora_beside(y, x, self.lora_A, self.lora_B, self.scale, p)
         count("plain")
@@ -172,7 +172,7 @@ class LinearLayer(LowRank):
     def _is_one_product(self) -> bool:
         """Whether a forward here and now is ``s B A x`` of tensors that no sharding has made its own."""
         as_is = not (self.training and (self.p or self.awaits_data))
-        return as_is and self._is_plain() and {type(self.lora_A), type(self.lora_B)} <= {Tensor, Parameter}
+        return as_is and self._is_plain() and {type(self.lora_A), type(self.lora_B)} <= PLAIN
 
     @staticmethod
     def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

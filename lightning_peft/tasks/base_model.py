@@ -205,13 +205,14 @@ class BaseModel:
         model.train()
         return model
 
-    def build(self, task: Task) -> PreTrainedModel:
+    def build(self, task: Task, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model that `load` gives, made from its configuration alone: its weights are not read, so they are random.
 
         What the files lack, such as a new head, is known as new, as it is in a model that was loaded.
 
         Args:
             task: the task; it names the auto-model class.
+            dtype: of its weights; None is float32.
 
         Raises:
             OSError: if the name is neither a folder nor can be fetched, or has no configuration.
@@ -223,8 +224,10 @@ class BaseModel:
         options = {**task.model_kwargs(), **self.config}
         with helpful(self.name_or_path), quiet():
             auto, source, where = self._chosen(task, options)
-            model: PreTrainedModel = _from_config(auto, source, where, options)
+            model: PreTrainedModel = _from_config(auto, source, where, options, dtype)
         note_stored(model, source, transformers.AutoConfig.from_pretrained(source, **where).architectures)
+        if self.activation_checkpointing:
+            self._checkpoint_activations(model)
         return model
 
     def _chosen(self, task: Task, options: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
@@ -342,14 +345,16 @@ class BaseModel:
             return auto.from_pretrained(source, revision=revision, local_files_only=local, trust_remote_code=False)
 
 
-def _from_config(auto: Any, source: str, where: dict[str, Any], options: dict[str, Any]) -> Any:
+def _from_config(
+    auto: Any, source: str, where: dict[str, Any], options: dict[str, Any], dtype: torch.dtype | None = None
+) -> Any:
     import torch
     import transformers
 
     config, left = transformers.AutoConfig.from_pretrained(source, return_unused_kwargs=True, **where, **options)
     for reading in ("ignore_mismatched_sizes", "use_safetensors"):  # which is of files alone
         left.pop(reading, None)
-    return auto.from_config(config, dtype=torch.float32, **left)
+    return auto.from_config(config, dtype=dtype or torch.float32, **left)
 
 
 def _refuse_kind(name: str, config: Any, auto: Any) -> None:

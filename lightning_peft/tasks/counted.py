@@ -15,7 +15,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.core.base import is_frozen_linear
+from lightning_peft.core.base import has_no_numbers, is_frozen_linear
 from lightning_peft.core.per_forward import this_forward
 from lightning_peft.core.probing import probing, states_of
 from lightning_peft.tasks.packing import packed_rows, takes_other_rows
@@ -29,7 +29,7 @@ _SAID: dict[Way, str] = {
     "all": "The loss is taken from the logits of all tokens",
 }
 _CHUNK = 2**24  # logits that exist at a time while a model is trained, 64 MiB of them in float32
-_PROBED = (2, 8)  # rows and tokens of a batch on which the ways are compared
+_PROBED = (2, 8)  # rows and tokens on which the ways are compared
 _ways: WeakKeyDictionary[Module, dict[tuple[Any, ...], Way]] = WeakKeyDictionary()
 
 
@@ -110,7 +110,7 @@ def counted(model: Any, batch: dict[str, Tensor], *, all_logits: bool = False, p
 
     Rows are packed where the model keeps those in one bin apart. A head that is a plain frozen Linear is left out and
     its weight read; any other head is called with those tokens only. What of this gives the model's own logits is
-    tried on a few tokens of the first batch, with other values in the adapter: at its start it may do nothing.
+    tried on a few tokens before the first batch, with other values in the adapter: at its start it may do nothing.
 
     Args:
         model: a Hugging Face model with a language model's head.
@@ -176,11 +176,39 @@ def _way(model: Any, inputs: dict[str, Tensor]) -> Way:
     key = (type(head), is_frozen_linear(head), states_of(model))
     ways = _ways.setdefault(model, {})
     if key not in ways:
-        with probing(model):
-            few = {name: tensor[: _PROBED[0], : _PROBED[1]] for name, tensor in inputs.items()}
-            ways[key] = _tried(model, head, few)
-        rank_zero_info(_SAID[ways[key]])
+        few = _few(model, inputs)
+        if has_no_numbers(head.weight):
+            ways[key] = _seen(model, head, few)
+        else:
+            with probing(model):
+                ways[key] = _tried(model, head, few)
+            rank_zero_info(_SAID[ways[key]])
     return ways[key]
+
+
+def _few(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of different tokens: of padding, with which a batch may begin, any head may give zeros, changed or not."""
+    ids = torch.arange(_PROBED[0] * _PROBED[1], device=inputs["input_ids"].device).view(_PROBED)
+    return {
+        "input_ids": ids % len(model.get_input_embeddings().weight),
+        "attention_mask": torch.ones_like(ids, dtype=inputs["attention_mask"].dtype),
+    }
+
+
+@torch.no_grad()
+def _seen(model: Any, head: Module, few: dict[str, Tensor]) -> Way:
+    """The way of a model without numbers: logits that are just what the head gives have nothing behind it."""
+    given = list[Tensor]()
+    handle = head.register_forward_hook(lambda _, args, output: given.extend((args[0], output)))
+    try:
+        own = model(**few).logits
+    finally:
+        handle.remove()
+    if len(given) != 2:
+        return "all"
+    if given[1].untyped_storage()._cdata == own.untyped_storage()._cdata and _readable(head, given[0]):
+        return "hidden"
+    return "logits" if given[0].shape[1] == own.shape[1] else "all"
 
 
 def _tried(model: Any, head: Module, few: dict[str, Tensor]) -> Way:

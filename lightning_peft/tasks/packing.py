@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.adapters import routing_of
+from lightning_peft.core.base import has_no_numbers
 from lightning_peft.core.probing import agree, probing, rounding, states_of
 from lightning_peft.tasks.row_attention import has_rows, leave_rows, take_rows, text_config, without_masks
 
@@ -83,7 +84,7 @@ def packed_rows(model: Any, inputs: dict[str, Tensor]) -> Packed | None:
 
 
 def _how_apart(model: Any) -> Apart:
-    if not takes_other_rows(model) or _reads_places(model):
+    if not takes_other_rows(model) or _reads_places(model) or has_no_numbers(model.get_input_embeddings().weight):
         return "no"
     adapters, known = states_of(model), _apart.setdefault(model, {})
     if known.get(adapters) == "by row" and not has_rows(model):  # it got its attention back since

@@ -98,6 +98,16 @@ def test_losses_and_gradients_are_the_models_own(kind):
     assert said.logits.shape == (10, 97)
 
 
+def test_a_batch_that_begins_with_padding_does_not_hide_what_lies_behind_the_head():
+    model, batch = _model("Gemma2"), _batch()
+    adapt(model, LoRA(r=4))
+    _perturb(model)
+    batch["input_ids"][:, :8] = 0  # the embedding of padding is zero
+    batch["labels"][:, :8] = -100
+    total = counted(model, batch).total()
+    torch.testing.assert_close(total, _whole(model, batch), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("method", "tied", "tokens"),
     [

@@ -1,0 +1,77 @@
+"""What GPUs have: their memory, and how fast they multiply at best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_peft.core.problems import nearest
+
+RESERVE = 800_000_000
+"""Bytes of a card that no tensor gets: CUDA's context, the workspaces of its libraries, gaps between tensors."""
+
+REACHED = 0.4
+"""The share of a card's best rate that training reaches; 30 to 50% is usual, small models and batches reach less."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card.
+
+    Attributes:
+        name: as people call it.
+        memory: bytes, as torch gives them, which is less than what the card is sold by.
+        rate_16: operations a second of dense products in 16 bits, added up in 32, by NVIDIA's data sheet.
+        rate_32: the same in 32 bits, as torch takes them by default (no TF32).
+    """
+
+    name: str
+    memory: int
+    rate_16: float
+    rate_32: float
+
+    def seconds(self, operations: int, bits: int) -> float:
+        """How long operations take where `REACHED` of the best rate is reached.
+
+        Args:
+            operations: how many.
+            bits: in how many bits the products are taken, 16 or 32.
+        """
+        return operations / (REACHED * (self.rate_16 if bits == 16 else self.rate_32))
+
+
+def _gpu(name: str, gib: float, rate_16: float, rate_32: float) -> Gpu:
+    return Gpu(name, int(gib * 2**30), rate_16 * 1e12, rate_32 * 1e12)
+
+
+KNOWN = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("T4", 14.6, 65, 8.1),
+        _gpu("V100-32GB", 31.7, 125, 15.7),
+        _gpu("RTX3090", 23.6, 71, 35.6),
+        _gpu("RTX4090", 23.5, 165, 82.6),
+        _gpu("RTX5090", 31.3, 209, 104.8),
+        _gpu("L4", 22.0, 121, 30.3),
+        _gpu("L40S", 44.4, 362, 91.6),
+        _gpu("A100-40GB", 39.4, 312, 19.5),
+        _gpu("A100-80GB", 79.1, 312, 19.5),
+        _gpu("H100-80GB", 79.1, 989, 67),
+        _gpu("H200", 139.8, 989, 67),
+        _gpu("B200", 178.3, 2250, 75),
+    )
+}
+
+
+def gpus_named(names: list[str] | None) -> list[Gpu]:
+    """Cards by name, those with the least memory first.
+
+    Args:
+        names: some of `KNOWN`; None is all.
+
+    Raises:
+        ValueError: if one is unknown.
+    """
+    unknown = [name for name in names or () if name not in KNOWN]
+    if unknown:
+        raise ValueError(f"gpus: {unknown[0]!r} is unknown{nearest(unknown[0], KNOWN)}; known are {', '.join(KNOWN)}")
+    return sorted((KNOWN[name] for name in (KNOWN if names is None else names)), key=lambda gpu: gpu.memory)

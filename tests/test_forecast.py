@@ -1,0 +1,193 @@
+"""What is counted without numbers is what a run of the Trainer takes, for each kind of method and model."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+import transformers
+from torch.utils.data import DataLoader
+
+from lightning_peft import IA3, BottleneckAdapter, LoRA, PeftModule, PrefixTuning, PromptTuning, Selective, VeRA
+from lightning_peft.analysis.gpus import KNOWN, gpus_named
+from lightning_peft.analysis.imitation import inputs_for
+from lightning_peft.analysis.largest_batch import MOST, largest_batches
+from lightning_peft.analysis.live_bytes import LiveBytes
+from lightning_peft.forecast import imitated_step
+from lightning_peft.tasks import task_from_config
+from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.made_up import made_up_batch
+
+ROWS, TOKENS = 4, 64
+SIZES = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "num_attention_heads": 4}
+T5_SIZES = {"d_model": 128, "d_ff": 344, "num_layers": 2, "num_heads": 4, "d_kv": 32, "decoder_start_token_id": 0}
+MODELS = {
+    "llama": (transformers.LlamaConfig(**SIZES, vocab_size=2000, pad_token_id=0), "causal_lm", {}),
+    "bert": (
+        transformers.BertConfig(**SIZES, vocab_size=2000),
+        "text_classification",
+        {"labels": ["a", "b", "c"]},
+    ),
+    "t5": (transformers.T5Config(**T5_SIZES, vocab_size=2000, pad_token_id=0), "seq2seq", {}),
+}
+METHODS = {
+    "lora": lambda: LoRA(r=8, target_modules="all-linear", lora_dropout=0.1),
+    "dora": lambda: LoRA(r=8, use_dora=True),
+    "vera": lambda: VeRA(r=16),
+    "ia3": IA3,
+    "bottleneck": lambda: BottleneckAdapter(reduction_factor=8),
+    "prefix": lambda: PrefixTuning(num_virtual_tokens=6),
+    "prompt": lambda: PromptTuning(num_virtual_tokens=6),
+    "bias": lambda: Selective(parameter_types=["bias", "norm"]),
+    "full": lambda: Selective(keep_originals=False),
+}
+OPTIMIZER = {"name": "AdamW", "weight_decay": 0.0}
+
+
+class Watch(L.Callback):
+    """Counts the tensors of a run's second step."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.live = LiveBytes()
+        self.live.watch([*pl_module.parameters(), *pl_module.model.buffers()])
+        self.live.__enter__()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.live.restart()
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        self.after_forward = self.live.now
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.peak = self.live.peak
+
+    def on_train_end(self, trainer, pl_module):
+        self.live.__exit__(None, None, None)
+
+
+def _spec(tmp_path, name, **options):
+    config, task, task_options = MODELS[name]
+    config.save_pretrained(tmp_path)
+    return BaseModel(str(tmp_path), **options), task_from_config({"name": task, **task_options})
+
+
+def _ran(spec, task, method, precision="32-true"):
+    """What the Trainer takes, on a model with numbers."""
+    model = spec.build(task).train()
+    batch = made_up_batch(task, inputs_for(model, ROWS, TOKENS))
+    module, watch = PeftModule(model, method, task, dict(OPTIMIZER)), Watch()
+    trainer = L.Trainer(
+        max_steps=2,
+        precision=precision,
+        callbacks=[watch],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader([batch, batch], batch_size=None))
+    return watch.after_forward, watch.peak
+
+
+def _counted(spec, task, method, precision="32-true"):
+    with imitated_step(spec, task, method, OPTIMIZER, precision) as step:
+        found = step(ROWS, TOKENS)
+    return found.after_forward, found.peak
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_trainer_takes_what_was_counted(tmp_path, name, method):
+    spec, task = _spec(tmp_path, name)
+    if (name, method) == ("t5", "prefix"):
+        spec, task = _spec(tmp_path, "llama")
+    found, expected = _counted(spec, task, METHODS[method]()), _ran(spec, task, METHODS[method]())
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_the_trainer_takes_what_was_counted_in_fewer_bits(tmp_path, name, precision):
+    spec, task = _spec(tmp_path, name)
+    found, expected = (go(spec, task, LoRA(r=8), precision) for go in (_counted, _ran))
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_layers_that_are_run_again_leave_less(tmp_path):
+    spec, task = _spec(tmp_path, "llama", activation_checkpointing=1)
+    plain, _ = _spec(tmp_path, "llama")
+    found, expected = (go(spec, task, LoRA(r=8)) for go in (_counted, _ran))
+    assert found[0] == pytest.approx(expected[0], rel=0.01)
+    assert found[0] < 0.7 * _counted(plain, task, LoRA(r=8))[0]
+
+
+def test_parts_are_those_of_the_model_and_its_optimizer(tmp_path):
+    spec, task = _spec(tmp_path, "bert")
+    with imitated_step(spec, task, Selective(keep_originals=False), OPTIMIZER) as step:
+        found = step(ROWS, TOKENS)
+    numbers = 4 * sum(p.numel() for p in spec.build(task).parameters())
+    assert (found.trained, found.gradients) == pytest.approx((numbers, numbers), rel=0.01)
+    assert found.optimizer == pytest.approx(2 * numbers, rel=0.02)
+    assert found.peak > found.weights + found.trained + found.gradients + found.optimizer
+
+
+def test_logits_of_all_tokens_are_counted_apart(tmp_path):
+    spec, _ = _spec(tmp_path, "llama")
+    task = task_from_config({"name": "causal_lm", "all_logits": True})
+    with imitated_step(spec, task, LoRA(r=8), OPTIMIZER) as step:
+        assert step(ROWS, TOKENS).logits > ROWS * TOKENS * 2000 * 4
+
+
+def test_the_largest_batch_fits_and_more_than_a_row_more_does_not(tmp_path):
+    spec, task = _spec(tmp_path, "bert")
+    with imitated_step(spec, task, LoRA(r=8), OPTIMIZER) as step:
+
+        def peak(rows):
+            return step(rows, TOKENS).peak
+
+        for rows in (3, 9):  # what a row takes is rounded to blocks
+            (found,) = largest_batches(peak, [peak(rows) + 5000])
+            assert rows - 1 <= found <= rows
+        assert largest_batches(peak, [peak(1) - 1]) == [0]
+
+
+def test_a_step_that_always_fits_has_a_largest_batch_too():
+    assert largest_batches(lambda rows: 100, [99, 100, 10**9]) == [0, MOST, MOST]
+
+
+def test_what_lies_between_two_counted_sizes_is_no_more_than_fits():
+    def peak(rows):
+        return max(50 + rows, 8 * rows)
+
+    for memory in (60, 500, 3001):
+        (rows,) = largest_batches(peak, [memory])
+        assert 0 < peak(rows) <= memory
+
+
+def test_cards_are_known_by_name_and_the_smallest_is_first():
+    assert [card.name for card in gpus_named(["H200", "T4"])] == ["T4", "H200"]
+    assert len(gpus_named(None)) == len(KNOWN)
+    with pytest.raises(ValueError, match="'H20' is unknown; did you mean 'H200'"):
+        gpus_named(["H20"])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "precision", "said"),
+    [
+        (LoRA(r=2), {}, "16", "precision must be one of 32-true, .* but got '16'"),
+        (LoRA(r=2), {"quantization": "int8"}, "32-true", "quantization=int8 takes cannot be counted"),
+        (LoRA(r=2, init_lora_weights="eva"), {}, "32-true", "it looks at data first"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(tmp_path, method, options, precision, said):
+    spec, task = _spec(tmp_path, "llama", **options)
+    with pytest.raises(ValueError, match=said), imitated_step(spec, task, method, OPTIMIZER, precision):
+        pass
+
+
+def test_a_forecast_leaves_random_numbers_alone(tmp_path):
+    spec, task = _spec(tmp_path, "bert")
+    state = torch.get_rng_state()
+    _counted(spec, task, LoRA(r=4, lora_dropout=0.1))
+    assert torch.equal(torch.get_rng_state(), state)
