@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_peft.analysis.imitation import UnknownShape, imitated, inputs_for, numbers
-from lightning_peft.analysis.step_memory import StepMemory, memory_of_step
+from lightning_peft.analysis.step_memory import CountedSteps, StepMemory
 from lightning_peft.core.method import DataDriven, Method
 from lightning_peft.core.per_forward import labels_of_batch
 from lightning_peft.core.problems import nearest
@@ -27,11 +27,78 @@ PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16}
 
 
+class ImitatedStep:
+    """A training step on tensors without numbers; every row is full, and every token is supervised.
+
+    No batch of as many rows and tokens takes more. Images have a size of their own.
+
+    Args:
+        model: an adapted Hugging Face model without numbers.
+        task: the task.
+        optimizer: the optimizer.
+        precision: the Trainer's.
+    """
+
+    def __init__(self, model: Any, task: Task, optimizer: Optimizer, precision: str) -> None:
+        self.model = model
+        self.task = task
+        self.precision = precision
+        self.steps = CountedSteps(model, optimizer, getattr(model.config, "vocab_size", None))
+
+    def memory(self, rows: int, tokens: int) -> StepMemory:
+        """What a step takes that is not the first.
+
+        Args:
+            rows: of the batch.
+            tokens: of each row.
+
+        Raises:
+            ValueError: if that hangs on numbers, such as which expert a token chooses.
+        """
+        with self._without_numbers():
+            return self.steps.memory(self._loss(rows, tokens))
+
+    def operations(self, rows: int, tokens: int) -> int:
+        """What a step computes in products, convolutions and attention, two a multiplication.
+
+        Args:
+            rows: of the batch.
+            tokens: of each row.
+
+        Raises:
+            ValueError: if that hangs on numbers, such as which expert a token chooses.
+        """
+        with self._without_numbers():
+            return self.steps.operations(self._loss(rows, tokens))
+
+    def _loss(self, rows: int, tokens: int) -> Callable[[], Tensor]:
+        with numbers():
+            batch = made_up_batch(self.task, inputs_for(self.model, rows, tokens))
+        mean = TokenMean()
+
+        def loss() -> Tensor:
+            with labels_of_batch.passing(batch.get("labels")), _autocast(self.precision):
+                total, units = self.task.loss(self.task.outputs(self.model, batch), batch)
+                return mean.scaled(total, units)
+
+        return loss
+
+    @contextmanager
+    def _without_numbers(self) -> Iterator[None]:
+        try:
+            yield
+        except UnknownShape as error:
+            raise ValueError(
+                f"what a step of {type(self.model).__name__} takes hangs on numbers, such as which expert a token "
+                "chooses, and cannot be counted without them"
+            ) from error
+
+
 @contextmanager
 def imitated_step(
     base: BaseModel, task: Task, method: Method, optimizer: dict[str, Any], precision: str = "32-true"
-) -> Iterator[Callable[[int, int], StepMemory]]:
-    """A model without numbers, adapted as it would be trained.
+) -> Iterator[ImitatedStep]:
+    """A block with a training step of a model that is adapted as it would be trained, without its numbers.
 
     Args:
         base: the base, of which the configuration alone is read.
@@ -41,12 +108,10 @@ def imitated_step(
         precision: the Trainer's.
 
     Yields:
-        What counts a step of so many rows of so many tokens, with every token supervised: no batch of as many takes
-        more. Images have a size of their own.
+        The step, which means nothing after the block.
 
     Raises:
-        ValueError: if the precision is unknown, the base is quantized, or the step hangs on numbers: of data that the
-            method looks at, of experts that tokens choose.
+        ValueError: if the precision is unknown, the base is quantized, or the method looks at data first.
     """
     if precision not in PRECISIONS:
         near = nearest(precision, PRECISIONS)
@@ -61,33 +126,12 @@ def imitated_step(
         )
     kind, _, way = precision.partition("-")
     with imitated():
-        model: Any = base.build(task, _DTYPES[kind] if way == "true" and kind in _DTYPES else torch.float32)
+        model: Any = base.build(task, _DTYPES.get(kind) if way == "true" else None)
         model.train()
         adapt(model, method)
-        options = partial(make_optimizer, model, optimizer, method.learning_rate)
-        wide = getattr(model.config, "vocab_size", None)
-
-        def count(rows: int, tokens: int) -> StepMemory:
-            with numbers():
-                batch = made_up_batch(task, inputs_for(model, rows, tokens))
-            mean = TokenMean()
-
-            def loss() -> Tensor:
-                with labels_of_batch.passing(batch.get("labels")), _autocast(kind, way):
-                    total, units = task.loss(task.outputs(model, batch), batch)
-                    return mean.scaled(total, units)
-
-            model.zero_grad()
-            try:
-                return memory_of_step(model, options, loss, wide)
-            except UnknownShape as error:
-                raise ValueError(
-                    f"what a step of {type(model).__name__} takes hangs on numbers, such as which expert a token "
-                    "chooses, and cannot be counted without them"
-                ) from error
-
-        yield count
+        yield ImitatedStep(model, task, make_optimizer(model, optimizer, method.learning_rate), precision)
 
 
-def _autocast(kind: str, way: str) -> AbstractContextManager[Any]:
+def _autocast(precision: str) -> AbstractContextManager[Any]:
+    kind, _, way = precision.partition("-")
     return torch.autocast("cpu", _DTYPES[kind]) if way == "mixed" else nullcontext()

@@ -92,7 +92,7 @@ def _ran(spec, task, method, precision="32-true"):
 
 def _counted(spec, task, method, precision="32-true"):
     with imitated_step(spec, task, method, OPTIMIZER, precision) as step:
-        found = step(ROWS, TOKENS)
+        found = step.memory(ROWS, TOKENS)
     return found.after_forward, found.peak
 
 
@@ -125,7 +125,7 @@ def test_layers_that_are_run_again_leave_less(tmp_path):
 def test_parts_are_those_of_the_model_and_its_optimizer(tmp_path):
     spec, task = _spec(tmp_path, "bert")
     with imitated_step(spec, task, Selective(keep_originals=False), OPTIMIZER) as step:
-        found = step(ROWS, TOKENS)
+        found = step.memory(ROWS, TOKENS)
     numbers = 4 * sum(p.numel() for p in spec.build(task).parameters())
     assert (found.trained, found.gradients) == pytest.approx((numbers, numbers), rel=0.01)
     assert found.optimizer == pytest.approx(2 * numbers, rel=0.02)
@@ -136,7 +136,7 @@ def test_logits_of_all_tokens_are_counted_apart(tmp_path):
     spec, _ = _spec(tmp_path, "llama")
     task = task_from_config({"name": "causal_lm", "all_logits": True})
     with imitated_step(spec, task, LoRA(r=8), OPTIMIZER) as step:
-        assert step(ROWS, TOKENS).logits > ROWS * TOKENS * 2000 * 4
+        assert step.memory(ROWS, TOKENS).logits > ROWS * TOKENS * 2000 * 4
 
 
 def test_the_largest_batch_fits_and_more_than_a_row_more_does_not(tmp_path):
@@ -144,7 +144,7 @@ def test_the_largest_batch_fits_and_more_than_a_row_more_does_not(tmp_path):
     with imitated_step(spec, task, LoRA(r=8), OPTIMIZER) as step:
 
         def peak(rows):
-            return step(rows, TOKENS).peak
+            return step.memory(rows, TOKENS).peak
 
         for rows in (3, 9):  # what a row takes is rounded to blocks
             (found,) = largest_batches(peak, [peak(rows) + 5000])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("wheel")  # setuptools builds in the checkout: two at a time disturb each other
 
 
 @pytest.fixture(scope="module")

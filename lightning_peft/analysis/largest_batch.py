@@ -8,7 +8,7 @@ MOST = 4096
 """Rows, beyond which nobody asks."""
 
 
-def largest_batches(peak: Callable[[int], int], memories: Iterable[int]) -> list[int]:
+def largest_batches(peak: Callable[[int], int], memories: Iterable[int], first: int = 2) -> list[int]:
     """How many rows fit into each memory.
 
     A step's peak is the highest of sums that grow evenly with the rows, so between two sizes that were counted it lies
@@ -18,6 +18,7 @@ def largest_batches(peak: Callable[[int], int], memories: Iterable[int]) -> list
     Args:
         peak: counts a step of so many rows, in bytes.
         memories: bytes that a step may take.
+        first: rows of a step that is counted anyway.
 
     Returns:
         For each memory the number of rows, 0 where not even one fits and 4096 where at least so many do.
@@ -26,7 +27,8 @@ def largest_batches(peak: Callable[[int], int], memories: Iterable[int]) -> list
     known = {1: peak(1)}
     most = max(memories, default=0)
     if known[1] <= most:
-        known[2] = peak(2)
+        second = max(2, min(first, MOST))
+        known[second] = peak(second)
     while known[max(known)] <= most and max(known) < MOST:
         rows = max(known)
         before = max(r for r in known if r < rows)

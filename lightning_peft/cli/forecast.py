@@ -36,19 +36,21 @@ def show_forecast(config: DictConfig) -> None:
     base, (task, note) = BaseModel.of(options["model"]), task_for(options["task"])
     rows, length = config.batch_size, min(config.length, base.positions() or config.length)
     with imitated_step(base, task, method, options["optimizer"], config.precision) as step:
-        found = {rows: step(rows, length)}
+        computed = step.operations(rows, length)
+        found = {rows: step.memory(rows, length)}
 
         def peak(count: int) -> int:
             if count not in found:
-                found[count] = step(count, length)
+                found[count] = step.memory(count, length)
             return found[count].peak
 
-        largest = largest_batches(peak, [card.memory - RESERVE for card in cards])
+        largest = largest_batches(peak, [card.memory - RESERVE for card in cards], rows)
     console = Console(highlight=False)
     console.print(f"A step of {rows} x {length} tokens in {config.precision}, {type(method).__name__}:")
-    console.print(_parts(found[rows]))
+    console.print(_parts(found[rows], computed))
     console.print()
-    console.print(_fits(found[rows], cards, largest, 32 if config.precision == "32-true" else 16))
+    seconds = [card.seconds(computed, 32 if config.precision == "32-true" else 16) for card in cards]
+    console.print(_fits(found[rows].peak, cards, largest, seconds))
     console.print(
         f"Beside a step's tensors {size(RESERVE)} are kept for CUDA; times are of {REACHED:.0%} of a card's best rate."
         + (f" Counted with {note}." if note else ""),
@@ -56,7 +58,7 @@ def show_forecast(config: DictConfig) -> None:
     )
 
 
-def _parts(step: StepMemory) -> Table:
+def _parts(step: StepMemory, computed: int) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
     table.add_column("")
     table.add_column("", justify="right")
@@ -71,24 +73,24 @@ def _parts(step: StepMemory) -> Table:
     ):
         if count:
             table.add_row(f"  {name}", size(count), style="bold" if name == "peak" else "")
-    table.add_row("  operations", operations(step.operations))
+    table.add_row("  operations", operations(computed))
     return table
 
 
-def _fits(step: StepMemory, cards: list[Gpu], largest: list[int], bits: int) -> Table:
+def _fits(peak: int, cards: list[Gpu], largest: list[int], seconds: list[float]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("GPU")
     for name in ("memory", "fits", "to spare", "largest batch", "a step"):
         table.add_column(name, justify="right", no_wrap=True)
-    for card, most in zip(cards, largest, strict=True):
-        spare = card.memory - RESERVE - step.peak
+    for card, most, taken in zip(cards, largest, seconds, strict=True):
+        spare = card.memory - RESERVE - peak
         table.add_row(
             card.name,
             size(card.memory),
             "yes" if spare >= 0 else "no",
             size(spare) if spare >= 0 else f"-{size(-spare)}",
             f"{MOST:,} or more" if most == MOST else f"{most:,}",
-            _seconds(card.seconds(step.operations, bits)) if spare >= 0 else "",
+            _seconds(taken) if spare >= 0 else "",
             style="" if spare >= 0 else "dim",
         )
     return table
