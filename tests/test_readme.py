@@ -59,7 +59,7 @@ def _commands():
 def test_the_commands_in_the_readme_compose(words):
     from lightning_peft.cli.overrides import problem_with
 
-    command = words[0] if words and words[0] in ("eval", "predict", "export") else "train"
+    command = words[0] if words and words[0].isalpha() else "train"
     overrides = [w for w in words if "=" in w]
     assert problem_with(command, overrides) is None
 
