@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft.analysis.imitation import UnknownShape, imitated, inputs_for, numbers
 from lightning_peft.analysis.step_memory import CountedSteps, StepMemory
+from lightning_peft.core.imitation import UnknownShape, imitated, inputs_for, numbers
 from lightning_peft.core.method import DataDriven, Method
 from lightning_peft.core.per_forward import labels_of_batch
 from lightning_peft.core.problems import nearest
 from lightning_peft.handle import adapt
 from lightning_peft.methods.hf_peft import HFPeft
 from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.imitated_quantization import takes_4_bits
 from lightning_peft.tasks.made_up import made_up_batch
 from lightning_peft.tasks.optimization import make_optimizer
 from lightning_peft.tasks.task import Task
@@ -111,7 +112,8 @@ def imitated_step(
         The step, which means nothing after the block.
 
     Raises:
-        ValueError: if the precision is unknown, the base is quantized, or the method looks at data first.
+        ValueError: if the precision is unknown, the base is quantized otherwise than in
+            bitsandbytes' 4 bits, or the method looks at data first.
     """
     if precision not in PRECISIONS:
         near = nearest(precision, PRECISIONS)
@@ -119,14 +121,14 @@ def imitated_step(
     if isinstance(method, HFPeft) or (isinstance(method, DataDriven) and method.needs_data):
         why = "its layers are peft's own" if isinstance(method, HFPeft) else "it looks at data first"
         raise ValueError(f"what a step of {type(method).__name__} takes cannot be counted without numbers: {why}")
-    if base.quantization is not None:
+    if base.quantization is not None and not takes_4_bits(base.quantization):
         raise ValueError(
-            f"what a step with quantization={base.quantization} takes cannot be counted; leave it out, and the weights "
-            "that rest are the part that it makes smaller"
+            f"what a step with quantization={base.quantization} takes cannot be counted, only with bitsandbytes' 4 "
+            "bits (quantization=nf4); leave it out, and the weights that rest are what it makes smaller"
         )
     kind, _, way = precision.partition("-")
     with imitated():
-        model: Any = base.build(task, _DTYPES.get(kind) if way == "true" else None)
+        model: Any = base.build(task, _DTYPES.get(kind) if way == "true" else None, _DTYPES.get(kind))
         model.train()
         adapt(model, method)
         yield ImitatedStep(model, task, make_optimizer(model, optimizer, method.learning_rate), precision)

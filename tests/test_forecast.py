@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import IA3, BottleneckAdapter, LoRA, PeftModule, PrefixTuning, PromptTuning, Selective, VeRA
 from lightning_peft.analysis.gpus import KNOWN, gpus_named
-from lightning_peft.analysis.imitation import inputs_for
 from lightning_peft.analysis.largest_batch import MOST, largest_batches
 from lightning_peft.analysis.live_bytes import LiveBytes
+from lightning_peft.core.imitation import inputs_for
+from lightning_peft.core.quantized import scales
 from lightning_peft.forecast import imitated_step
 from lightning_peft.tasks import task_from_config
 from lightning_peft.tasks.base_model import BaseModel
@@ -49,7 +50,8 @@ class Watch(L.Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.live = LiveBytes()
-        self.live.watch([*pl_module.parameters(), *pl_module.model.buffers()])
+        parameters = list(pl_module.parameters())
+        self.live.watch([*parameters, *pl_module.model.buffers(), *(t for p in parameters for t in scales(p))])
         self.live.__enter__()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -71,9 +73,9 @@ def _spec(tmp_path, name, **options):
     return BaseModel(str(tmp_path), **options), task_from_config({"name": task, **task_options})
 
 
-def _ran(spec, task, method, precision="32-true"):
+def _ran(spec, task, method, precision="32-true", model=None):
     """What the Trainer takes, on a model with numbers."""
-    model = spec.build(task).train()
+    model = spec.build(task).train() if model is None else model
     batch = made_up_batch(task, inputs_for(model, ROWS, TOKENS))
     module, watch = PeftModule(model, method, task, dict(OPTIMIZER)), Watch()
     trainer = L.Trainer(
@@ -103,6 +105,18 @@ def test_the_trainer_takes_what_was_counted(tmp_path, name, method):
     if (name, method) == ("t5", "prefix"):
         spec, task = _spec(tmp_path, "llama")
     found, expected = _counted(spec, task, METHODS[method]()), _ran(spec, task, METHODS[method]())
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("quantization", ["nf4", {"load_in_4bit": True, "quant_method": "bitsandbytes"}], ids=str)
+def test_a_base_in_4_bits_takes_what_was_counted(tmp_path, llama_folder, precision, quantization):
+    spec = BaseModel(str(llama_folder), quantization=quantization)
+    task = task_from_config("causal_lm")
+    method = LoRA(r=8, target_modules="all-linear")
+    found = _counted(spec, task, method, precision)
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else None
+    expected = _ran(spec, task, method, precision, spec.load(task, dtype))
     assert found == pytest.approx(expected, rel=0.01)
 
 

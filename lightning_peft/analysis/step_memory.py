@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_peft.analysis.live_bytes import LiveBytes, storage_bytes
 from lightning_peft.analysis.step_cost import counting
 from lightning_peft.core.collector import paused_collector
+from lightning_peft.core.quantized import scales
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class CountedSteps:
         gc.collect()  # what a checkpointed layer leaves refers to itself
         live = LiveBytes(self.wide)
         parameters = list(self.model.parameters())
-        tensors = [*parameters, *self.model.buffers()]
+        tensors = [*parameters, *self.model.buffers(), *(t for p in parameters for t in scales(p))]
         trained = [p for p in parameters if p.requires_grad]
         gradients = [p.grad for p in trained if p.grad is not None]
         states = [t for t in tree_leaves(dict(self.optimizer.state)) if isinstance(t, Tensor)]

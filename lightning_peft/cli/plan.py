@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_peft.analysis.imitation import UnknownShape, imitated, inputs_for
 from lightning_peft.analysis.sizes import size
 from lightning_peft.analysis.step_cost import StepCost, cost_of_forward, cost_of_step, operations
 from lightning_peft.cli.targets import made
+from lightning_peft.core.imitation import UnknownShape, imitated, inputs_for
 from lightning_peft.core.method import DataDriven, Method, require_method
 from lightning_peft.handle import Adapter, adapt
 from lightning_peft.methods.hf_peft import HFPeft

@@ -93,11 +93,6 @@ class Base:
         return weight if frozen and weight is not None and weight.device == x.device else None
 
 
-def has_no_numbers(tensor: Any) -> bool:
-    """Whether it stands for a tensor of its shape, to count what a model would take."""
-    return isinstance(tensor, FakeTensor)
-
-
 def is_frozen_here(weight: Tensor | None) -> bool:
     """Whether a weight is a dense one of this process that does not train."""
     if type(weight) not in PLAIN or not isinstance(weight, Parameter):

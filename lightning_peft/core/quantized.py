@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module, Parameter
 
 
@@ -111,6 +112,20 @@ def memory(weight: Tensor) -> int:
     """
     held = codes(weight)
     return held.numel() * held.element_size()
+
+
+def scales(weight: Tensor) -> list[Tensor]:
+    """The tensors that bitsandbytes' 4-bit weights have beside their codes; of other weights none.
+
+    Args:
+        weight: any tensor.
+    """
+    if _kind(weight) != "4bit":
+        return []
+    state = cast(Any, weight).quant_state
+    found = [state.absmax, state.code, state.offset]
+    found += [state.state2.absmax, state.state2.code] if state.nested else []
+    return [tensor for tensor in found if tensor is not None]
 
 
 def requantized(value: Tensor, like: Tensor) -> Parameter:
@@ -277,7 +292,8 @@ def _kind(weight: Tensor) -> str | None:
             return "8bit" if weight.dtype == torch.int8 else None
         if package == "torchao":
             return "torchao"
-    return None
+    # a parameter without numbers cannot be of a class of its own
+    return "4bit" if isinstance(weight, FakeTensor) and hasattr(weight, "quant_state") else None
 
 
 def _scales(module: Any, weight: Any) -> Tensor:

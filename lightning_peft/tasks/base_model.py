@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.core.imitation import has_no_numbers
 from lightning_peft.core.options import misfits
 from lightning_peft.core.problems import nearest, raise_problems
 from lightning_peft.tasks.base_source import (
@@ -23,6 +24,7 @@ from lightning_peft.tasks.base_source import (
     resolve,
     snapshot,
 )
+from lightning_peft.tasks.imitated_quantization import imitate_4_bits, takes_4_bits
 from lightning_peft.tasks.quantization import (
     note_full_weights,
     plain_where_new,
@@ -205,7 +207,9 @@ class BaseModel:
         model.train()
         return model
 
-    def build(self, task: Task, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def build(
+        self, task: Task, dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
         """The model that `load` gives, made from its configuration alone: its weights are not read, so they are random.
 
         What the files lack, such as a new head, is known as new, as it is in a model that was loaded.
@@ -213,6 +217,8 @@ class BaseModel:
         Args:
             task: the task; it names the auto-model class.
             dtype: of its weights; None is float32.
+            compute_dtype: the dtype in which layers with 4-bit weights multiply, as of `load`. Such weights are made
+                where none have numbers (`imitated`); others stay as they are before they are quantized.
 
         Raises:
             OSError: if the name is neither a folder nor can be fetched, or has no configuration.
@@ -226,6 +232,8 @@ class BaseModel:
             auto, source, where = self._chosen(task, options)
             model: PreTrainedModel = _from_config(auto, source, where, options, dtype)
         note_stored(model, source, transformers.AutoConfig.from_pretrained(source, **where).architectures)
+        if takes_4_bits(self.quantization) and has_no_numbers(next(model.parameters())):
+            imitate_4_bits(model, self.quantization, compute_dtype)
         if self.activation_checkpointing:
             self._checkpoint_activations(model)
         return model

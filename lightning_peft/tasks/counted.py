@@ -15,7 +15,8 @@ from torch.nn import Module
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.core.base import has_no_numbers, is_frozen_linear
+from lightning_peft.core.base import is_frozen_linear
+from lightning_peft.core.imitation import has_no_numbers
 from lightning_peft.core.per_forward import this_forward
 from lightning_peft.core.probing import probing, states_of
 from lightning_peft.tasks.packing import packed_rows, takes_other_rows

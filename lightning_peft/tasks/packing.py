@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lightning_peft.core.adapters import routing_of
-from lightning_peft.core.base import has_no_numbers
+from lightning_peft.core.imitation import has_no_numbers
 from lightning_peft.core.probing import agree, probing, rounding, states_of
 from lightning_peft.tasks.row_attention import has_rows, leave_rows, take_rows, text_config, without_masks
 

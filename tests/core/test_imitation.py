@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from lightning_peft import LoRA, Selective, adapt
-from lightning_peft.analysis.imitation import UnknownShape, imitated, inputs_for
 from lightning_peft.analysis.step_cost import cost_of_forward, cost_of_step
+from lightning_peft.core.imitation import UnknownShape, imitated, inputs_for
 from tests.method_table import TABLE
 
 MODELS = ("bert", "gpt2", "llama", "t5", "phi", "vit", "moe")

@@ -95,6 +95,15 @@ def numbers() -> Iterator[None]:
         yield
 
 
+def has_no_numbers(tensor: Any) -> bool:
+    """Whether it stands for a tensor of its shape, to count what a model would take.
+
+    Args:
+        tensor: any value.
+    """
+    return isinstance(tensor, FakeTensor)
+
+
 def inputs_for(model: Module, batch: int, tokens: int) -> dict[str, torch.Tensor]:
     """What a Hugging Face model takes, of a size; made up.
 
