@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +46,22 @@ class StepCost:
 
 def counting() -> FlopCounterMode:
     """A block in which the operations of matrix products, convolutions and attention are counted."""
+    import torch.nn.modules.linear_cross_entropy
 
-    def products(into: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
-        return 2 * int(a[0] * a[1] * b[1])
+    # operators that torch's list lacks
+    known: dict[Any, Any] = {
+        torch.ops.aten.addmm_: lambda into, a, b, *_, **__: 2 * a[0] * a[1] * b[1],
+        torch.ops.torch_nn._linear_cross_entropy_batch_chunked: _loss_in_chunks,
+    }
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        known[torch.ops.bitsandbytes.gemm_4bit] = lambda a, b, shape, *_, **__: 2 * math.prod(a[:-1]) * math.prod(shape)
+    return FlopCounterMode(display=False, custom_mapping=known)
 
-    # torch's list of operators lacks the one that adds a product to what is there
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: products})
+
+def _loss_in_chunks(hidden: Any, weight: Any, *options: Any, **_: Any) -> int:
+    """A head's product and, with the loss, those of the gradients that it gives at once."""
+    gradients = sum(map(bool, options[-3:-1]))
+    return int(2 * math.prod(hidden) * weight[0] * (1 + gradients))
 
 
 def cost_of_forward(model: Module, inputs: dict[str, Any]) -> int:
