@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from lightning_peft.analysis.step_memory import CountedSteps, StepMemory
 from lightning_peft.core.imitation import UnknownShape, imitated, inputs_for, numbers
@@ -21,6 +23,7 @@ from lightning_peft.tasks.base_model import BaseModel
 from lightning_peft.tasks.imitated_quantization import takes_4_bits
 from lightning_peft.tasks.made_up import made_up_batch
 from lightning_peft.tasks.optimization import make_optimizer
+from lightning_peft.tasks.row_attention import text_config
 from lightning_peft.tasks.task import Task
 from lightning_peft.tasks.token_mean import TokenMean
 
@@ -29,9 +32,10 @@ _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ImitatedStep:
-    """A training step on tensors without numbers; every row is full, and every token is supervised.
+    """A training step on tensors without numbers; rows are full but for one token, and every token is supervised.
 
-    No batch of as many rows and tokens takes more. Images have a size of their own.
+    Rows are padded: a batch that is packed takes less. Images have a size of their own. Attention is taken to keep what
+    flash attention keeps, with dropout or without.
 
     Args:
         model: an adapted Hugging Face model without numbers.
@@ -44,7 +48,7 @@ class ImitatedStep:
         self.model = model
         self.task = task
         self.precision = precision
-        self.steps = CountedSteps(model, optimizer, getattr(model.config, "vocab_size", None))
+        self.steps = CountedSteps(model, optimizer, getattr(text_config(model), "vocab_size", None))
 
     def memory(self, rows: int, tokens: int) -> StepMemory:
         """What a step takes that is not the first.
@@ -78,7 +82,8 @@ class ImitatedStep:
         mean = TokenMean()
 
         def loss() -> Tensor:
-            with labels_of_batch.passing(batch.get("labels")), _autocast(self.precision):
+            labels = labels_of_batch.passing(batch.get("labels"))
+            with labels, _autocast(self.precision), _FlashAttention():
                 total, units = self.task.loss(self.task.outputs(self.model, batch), batch)
                 return mean.scaled(total, units)
 
@@ -92,6 +97,11 @@ class ImitatedStep:
             raise ValueError(
                 f"what a step of {type(self.model).__name__} takes hangs on numbers, such as which expert a token "
                 "chooses, and cannot be counted without them"
+            ) from error
+        except (RuntimeError, TypeError, NotImplementedError) as error:  # an operator that asks for more than shapes
+            said = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"what a step of {type(self.model).__name__} takes cannot be counted without numbers: {said}"
             ) from error
 
 
@@ -126,12 +136,34 @@ def imitated_step(
             f"what a step with quantization={base.quantization} takes cannot be counted, only with bitsandbytes' 4 "
             "bits (quantization=nf4); leave it out, and the weights that rest are what it makes smaller"
         )
+    if base.offload_activations:
+        raise ValueError("what a step with offload_activations=true takes on a GPU cannot be counted; leave that out")
+    if optimizer["name"] == "LBFGS":
+        raise ValueError("a step of LBFGS is several; what it takes cannot be counted, take another optimizer")
     kind, _, way = precision.partition("-")
     with imitated():
         model: Any = base.build(task, _DTYPES.get(kind) if way == "true" else None, _DTYPES.get(kind))
         model.train()
         adapt(model, method)
-        yield ImitatedStep(model, task, make_optimizer(model, optimizer, method.learning_rate), precision)
+        yield ImitatedStep(model, task, _on_a_gpu(make_optimizer(model, optimizer, method.learning_rate)), precision)
+
+
+def _on_a_gpu(optimizer: Optimizer) -> Optimizer:
+    """Has an optimizer take all parameters at once, as PyTorch's do on a GPU where nothing else is asked for."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = True
+    return optimizer
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Leaves dropout out of attention: with it a CPU's keeps matrices of all pairs, and a GPU's does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            kwargs = {**(kwargs or {}), "dropout_p": 0.0}
+            args = args[:4]
+        return func(*args, **(kwargs or {}))
 
 
 def _autocast(precision: str) -> AbstractContextManager[Any]:

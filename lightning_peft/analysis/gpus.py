@@ -22,25 +22,28 @@ class Gpu:
         memory: bytes, as torch gives them, which is less than what the card is sold by.
         rate_16: operations a second of dense products in 16 bits, added up in 32, by NVIDIA's data sheet.
         rate_32: the same in 32 bits, as torch takes them by default (no TF32).
+        has_bf16: whether it multiplies in bfloat16 by itself, which otherwise takes as long as 32 bits or longer.
     """
 
     name: str
     memory: int
     rate_16: float
     rate_32: float
+    has_bf16: bool
 
-    def seconds(self, operations: int, bits: int) -> float:
+    def seconds(self, operations: int, precision: str) -> float:
         """How long operations take where `REACHED` of the best rate is reached.
 
         Args:
             operations: how many.
-            bits: in how many bits the products are taken, 16 or 32.
+            precision: the Trainer's.
         """
-        return operations / (REACHED * (self.rate_16 if bits == 16 else self.rate_32))
+        is_fast = precision.startswith("16") or (precision.startswith("bf16") and self.has_bf16)
+        return operations / (REACHED * (self.rate_16 if is_fast else self.rate_32))
 
 
 def _gpu(name: str, gib: float, rate_16: float, rate_32: float) -> Gpu:
-    return Gpu(name, int(gib * 2**30), rate_16 * 1e12, rate_32 * 1e12)
+    return Gpu(name, int(gib * 2**30), rate_16 * 1e12, rate_32 * 1e12, name not in ("T4", "V100-32GB"))
 
 
 KNOWN = {
@@ -62,16 +65,20 @@ KNOWN = {
 }
 
 
-def gpus_named(names: list[str] | None) -> list[Gpu]:
+def gpus_named(names: str | list[str] | None) -> list[Gpu]:
     """Cards by name, those with the least memory first.
 
     Args:
-        names: some of `KNOWN`; None is all.
+        names: one or some of `KNOWN`; None is all.
 
     Raises:
         ValueError: if one is unknown.
     """
-    unknown = [name for name in names or () if name not in KNOWN]
+    names = [names] if isinstance(names, str) else names
+    if names == []:
+        raise ValueError("gpus is empty; name some, or leave it out to have all that are known")
+    unknown = [str(name) for name in names or () if name not in KNOWN]
     if unknown:
-        raise ValueError(f"gpus: {unknown[0]!r} is unknown{nearest(unknown[0], KNOWN)}; known are {', '.join(KNOWN)}")
+        near = nearest(unknown[0], KNOWN) or f"; known are {', '.join(KNOWN)}"
+        raise ValueError(f"gpus: {unknown[0]!r} is unknown{near}")
     return sorted((KNOWN[name] for name in (KNOWN if names is None else names)), key=lambda gpu: gpu.memory)

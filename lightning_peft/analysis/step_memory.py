@@ -29,7 +29,7 @@ class StepMemory:
         after_forward: all that is held when the loss is known.
         kept: of that, what the forward pass has left for the backward pass.
         peak: the most that is held at a time.
-        logits: of the peak, what is as wide as the vocabulary, or the classes.
+        logits: of the peak, what is as wide as the vocabulary.
     """
 
     weights: int

@@ -18,6 +18,9 @@ from lightning_peft.cli.targets import made
 from lightning_peft.core.method import require_method
 from lightning_peft.forecast import imitated_step
 from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.dpo import DPO
+from lightning_peft.tasks.embedding import Embedding
+from lightning_peft.tasks.task import Processed, Task
 
 
 def show_forecast(config: DictConfig) -> None:
@@ -27,7 +30,7 @@ def show_forecast(config: DictConfig) -> None:
         ValueError: if a number is below 1, a card or the precision is unknown, or the step cannot be counted.
     """
     for option in ("batch_size", "length"):
-        if config[option] < 1:
+        if not isinstance(config[option], int) or config[option] < 1:
             raise ValueError(f"{option} must be 1 or more, but got {config[option]}")
     options = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     cards = gpus_named(options["gpus"])
@@ -46,16 +49,22 @@ def show_forecast(config: DictConfig) -> None:
 
         largest = largest_batches(peak, [card.memory - RESERVE for card in cards], rows)
     console = Console(highlight=False)
-    console.print(f"A step of {rows} x {length} tokens in {config.precision}, {type(method).__name__}:")
+    console.print(f"A step of {_batch(task, rows, length)} in {config.precision}, {type(method).__name__}:")
     console.print(_parts(found[rows], computed))
     console.print()
-    seconds = [card.seconds(computed, 32 if config.precision == "32-true" else 16) for card in cards]
+    seconds = [card.seconds(computed, config.precision) for card in cards]
     console.print(_fits(found[rows].peak, cards, largest, seconds))
     console.print(
         f"Beside a step's tensors {size(RESERVE)} are kept for CUDA; times are of {REACHED:.0%} of a card's best rate."
         + (f" Counted with {note}." if note else ""),
         style="dim",
     )
+
+
+def _batch(task: Task, rows: int, length: int) -> str:
+    if isinstance(task, Processed):
+        return f"{rows} images"
+    return f"{rows} {'pairs of ' if isinstance(task, DPO | Embedding) else 'x '}{length} tokens"
 
 
 def _parts(step: StepMemory, computed: int) -> Table:

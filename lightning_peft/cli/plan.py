@@ -66,6 +66,8 @@ def task_for(options: dict[str, Any]) -> tuple[Task, str | None]:
         if option in options and options[option] is None and (option == "num_labels") == numbers:
             what = "one number" if numbers else "two classes"
             return task_from_config({**options, option: guess}), f"{what}, as task.{option} is not given"
+    if options.get("name") == "embedding" and options.get("loss_type") is None:
+        return task_from_config({**options, "loss_type": "ranking"}), "pairs, as task.loss_type is not given"
     return task_from_config(options), None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ IMAGE = 224
 
 
 class _Guesses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers what asks a tensor for its number with zero: no padding on the left, nothing seen of any data.
+    """Answers a question with no, and what asks for a number with zero: nothing was seen of any data.
 
     What has numbers, such as a batch that was made before, keeps them, and so has all that follows from it alone: masks
     and positions are compared as they are.
@@ -43,7 +44,9 @@ class _Guesses(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0.0 if args[0].is_floating_point() else 0
+            if args[0].is_floating_point() or args[0].dtype == torch.bool:
+                return args[0].is_floating_point() and 0.0
+            raise UnknownShape(func)  # a number of tokens, most often
         if func in _INDEXED:
             args = (args[0], _places(args[1]), *args[2:])
         return func(*args, **kwargs)
@@ -84,8 +87,14 @@ def imitated() -> Iterator[None]:
     with warnings.catch_warnings():
         # a copy of a module asks its tensors for their address, and makes nothing of it
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        with FakeTensorMode(allow_non_fake_inputs=True), guesses():
-            yield
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # what it tells is in the error
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), guesses():
+                yield
+        finally:
+            log.setLevel(level)
 
 
 @contextmanager
@@ -127,6 +136,9 @@ def inputs_for(model: Module, batch: int, tokens: int) -> dict[str, torch.Tensor
     if name != "input_ids":
         raise ValueError(f"{type(model).__name__} takes {name!r}, of which the size of a batch is not known")
     ids = torch.zeros(batch, tokens, dtype=torch.long)
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int):  # by which some find the text's end, wherever it stands
+        ids[:, 0] = end
     inputs = {name: ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids

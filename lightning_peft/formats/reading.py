@@ -169,6 +169,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         raise ValueError(f"{path} ({size} bytes) is no checkpoint, or one that is cut short; copy or save it again")
     _refuse_compressed(path)
+    _refuse_damaged_instructions(path)
     try:
         refuse_instructions(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -194,6 +195,17 @@ def _is_archive(path: Path) -> bool:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:  # a damaged end may say that there are more disks
         return False
+
+
+def _refuse_damaged_instructions(path: Path) -> None:
+    """Refuses a checkpoint whose list of instructions is not what was written: what it would call says nothing then."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            for part in file.namelist():
+                if part.rpartition("/")[2] == "data.pkl":
+                    file.read(part)  # which compares its checksum
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint, it may be damaged: {error}") from error
 
 
 def _refuse_compressed(path: Path) -> None:

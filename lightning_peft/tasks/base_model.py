@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,8 +234,10 @@ class BaseModel:
         note_stored(model, source, transformers.AutoConfig.from_pretrained(source, **where).architectures)
         if takes_4_bits(self.quantization) and has_no_numbers(next(model.parameters())):
             imitate_4_bits(model, self.quantization, compute_dtype)
+        if getattr(model.config, "pad_token_id", -1) is None:
+            model.config.pad_token_id = 0  # `load` takes the tokenizer's
         if self.activation_checkpointing:
-            self._checkpoint_activations(model)
+            replace(self, offload_activations=False)._checkpoint_activations(model)
         return model
 
     def _chosen(self, task: Task, options: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:

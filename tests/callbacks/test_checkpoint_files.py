@@ -212,6 +212,14 @@ def test_the_last_checkpoint_is_that_of_the_most_steps_whatever_dates_and_damage
     assert last_checkpoint(str(tmp_path / "none")) is None
 
 
+def test_a_checkpoint_with_a_bit_that_has_changed_in_its_instructions_is_left_out(trainer, data, tmp_path):
+    _fit(trainer, Net(), data, _last(tmp_path / "c"))
+    whole = (tmp_path / "c" / "last.ckpt").read_bytes()
+    (tmp_path / "c" / "bad.ckpt").write_bytes(whole.replace(b"OrderedDict", b"OrderedDibt", 1))
+    with pytest.warns(UserWarning, match=r"bad.ckpt cannot be read .*damaged.*last.ckpt is the last one"):
+        assert last_checkpoint(tmp_path / "c") == tmp_path / "c" / "last.ckpt"
+
+
 class WithPath(Net):
     """Keeps among its hyperparameters what a reader of plain values does not open."""
 
