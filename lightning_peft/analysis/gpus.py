@@ -42,15 +42,15 @@ class Gpu:
         return operations / (REACHED * (self.rate_16 if is_fast else self.rate_32))
 
 
-def _gpu(name: str, gib: float, rate_16: float, rate_32: float) -> Gpu:
-    return Gpu(name, int(gib * 2**30), rate_16 * 1e12, rate_32 * 1e12, name not in ("T4", "V100-32GB"))
+def _gpu(name: str, gib: float, rate_16: float, rate_32: float, *, has_bf16: bool = True) -> Gpu:
+    return Gpu(name, int(gib * 2**30), rate_16 * 1e12, rate_32 * 1e12, has_bf16)
 
 
 KNOWN = {
     gpu.name: gpu
     for gpu in (
-        _gpu("T4", 14.6, 65, 8.1),
-        _gpu("V100-32GB", 31.7, 125, 15.7),
+        _gpu("T4", 14.6, 65, 8.1, has_bf16=False),
+        _gpu("V100-32GB", 31.7, 125, 15.7, has_bf16=False),
         _gpu("RTX3090", 23.6, 71, 35.6),
         _gpu("RTX4090", 23.5, 165, 82.6),
         _gpu("RTX5090", 31.3, 209, 104.8),

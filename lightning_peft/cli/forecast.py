@@ -13,7 +13,7 @@ from lightning_peft.analysis.largest_batch import MOST, largest_batches
 from lightning_peft.analysis.sizes import size
 from lightning_peft.analysis.step_cost import operations
 from lightning_peft.analysis.step_memory import StepMemory
-from lightning_peft.cli.plan import task_for
+from lightning_peft.cli.plan import require_sizes, task_for
 from lightning_peft.cli.targets import made
 from lightning_peft.core.method import require_method
 from lightning_peft.forecast import imitated_step
@@ -29,9 +29,7 @@ def show_forecast(config: DictConfig) -> None:
     Raises:
         ValueError: if a number is below 1, a card or the precision is unknown, or the step cannot be counted.
     """
-    for option in ("batch_size", "length"):
-        if not isinstance(config[option], int) or config[option] < 1:
-            raise ValueError(f"{option} must be 1 or more, but got {config[option]}")
+    require_sizes(config)
     options = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     cards = gpus_named(options["gpus"])
     method = made(config.method)

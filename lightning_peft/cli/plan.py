@@ -27,9 +27,7 @@ def show_plan(config: DictConfig) -> None:
     Raises:
         ValueError: if the method does not fit the model, or a number is below 1.
     """
-    for option in ("batch_size", "length"):
-        if config[option] < 1:
-            raise ValueError(f"{option} must be 1 or more, but got {config[option]}")
+    require_sizes(config)
     method = made(config.method)
     require_method(method)
     if isinstance(method, HFPeft):
@@ -50,6 +48,20 @@ def show_plan(config: DictConfig) -> None:
     print(adapter.plan)
     for line in [*_said(adapter, cost, config.batch_size, length), *([f"Counted with {note}"] if note else [])]:
         print(f"  {line}")
+
+
+def require_sizes(config: DictConfig) -> None:
+    """Refuses a step without rows or tokens.
+
+    Args:
+        config: the command's, with ``batch_size`` and ``length``.
+
+    Raises:
+        ValueError: if one is no whole number above 0.
+    """
+    for option in ("batch_size", "length"):
+        if not isinstance(config[option], int) or config[option] < 1:
+            raise ValueError(f"{option} must be 1 or more, but got {config[option]}")
 
 
 def task_for(options: dict[str, Any]) -> tuple[Task, str | None]:

@@ -168,8 +168,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not _is_archive(path):
         size = path.stat().st_size
         raise ValueError(f"{path} ({size} bytes) is no checkpoint, or one that is cut short; copy or save it again")
-    _refuse_compressed(path)
-    _refuse_damaged_instructions(path)
+    _refuse_changed(path)
     try:
         refuse_instructions(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -197,22 +196,17 @@ def _is_archive(path: Path) -> bool:
         return False
 
 
-def _refuse_damaged_instructions(path: Path) -> None:
-    """Refuses a checkpoint whose list of instructions is not what was written: what it would call says nothing then."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            for part in file.namelist():
-                if part.rpartition("/")[2] == "data.pkl":
-                    file.read(part)  # which compares its checksum
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint, it may be damaged: {error}") from error
+def _refuse_changed(path: Path) -> None:
+    """Refuses a checkpoint with packed parts, of which nobody knows how much memory they take: torch packs none.
 
-
-def _refuse_compressed(path: Path) -> None:
-    """Refuses a checkpoint with packed parts, of which nobody knows how much memory they take: torch packs none."""
+    So it does one whose list of instructions is not what was written: what that would call says nothing.
+    """
     try:
         with zipfile.ZipFile(path) as file:
             packed = [part.filename for part in file.infolist() if part.compress_type != zipfile.ZIP_STORED]
+            for part in () if packed else file.namelist():
+                if part.rpartition("/")[2] == "data.pkl":
+                    file.read(part)  # which compares its checksum
     except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint, it may be damaged: {error}") from error
     if packed:
