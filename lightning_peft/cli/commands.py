@@ -28,6 +28,7 @@ from lightning_peft.callbacks.checkpoint_files import last_checkpoint, read_resu
 from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.callbacks.progress_bar import ProgressBar
 from lightning_peft.callbacks.validate_at_end import ValidateAtEnd
+from lightning_peft.cli.finished import finished_score, is_finished
 from lightning_peft.cli.report import METRICS, TRAINABLE, print_exported, print_metrics, print_training, short
 from lightning_peft.cli.targets import made
 from lightning_peft.core.method import Method
@@ -46,15 +47,13 @@ if TYPE_CHECKING:
 def train(config: DictConfig) -> float | None:
     """Trains, keeps the best checkpoint, exports the adapter; returns the monitored metric for a sweeper."""
     target = Path(config.run_dir) / "adapter"
-    refuse_occupied(target)
     monitor_as_the_task_says(config)
+    if config.skip_finished and is_finished(config):
+        print(f"finished before: {short(Path(config.run_dir))}")
+        return finished_score(config)
+    refuse_occupied(target)
     _keep_config(config)
-    epochs = config.trainer.get("max_epochs")
-    if epochs is not None and epochs != -1 and epochs < 1:
-        raise ValueError(f"trainer.max_epochs must be 1 or more, or -1 for no end, but got {epochs}")
-    for option in ("max_steps", "limit_train_batches"):
-        if config.trainer.get(option) == 0:
-            raise ValueError(f"trainer.{option}=0 trains nothing; lightning-peft data and eval do without training")
+    _require_steps(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     method = _method(config)
     data: RowDataModule = made(config.data)
@@ -105,6 +104,16 @@ def train(config: DictConfig) -> float | None:
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     print_training(config.monitor, score, best, module, folder, list(words))
     return score
+
+
+def _require_steps(config: DictConfig) -> None:
+    """Refuses a training without a step."""
+    epochs = config.trainer.get("max_epochs")
+    if epochs is not None and epochs != -1 and epochs < 1:
+        raise ValueError(f"trainer.max_epochs must be 1 or more, or -1 for no end, but got {epochs}")
+    for option in ("max_steps", "limit_train_batches"):
+        if config.trainer.get(option) == 0:
+            raise ValueError(f"trainer.{option}=0 trains nothing; lightning-peft data and eval do without training")
 
 
 def _refuse_sweep_over_devices(trainer: L.Trainer) -> None:
@@ -344,7 +353,8 @@ def _require_own_folder() -> None:
     """Refuses to look for checkpoints in a folder that is another one each time."""
     given = HydraConfig.get().overrides if HydraConfig.initialized() else None
     words = [*given.hydra, *given.task] if given is not None else ["run_dir="]
-    if not any(w.lstrip("+").startswith(("hydra.run.dir=", "hydra.sweep.dir=", "run_dir=")) for w in words):
+    names = ("hydra.run.dir=", "hydra.sweep.dir=", "run_dir=", "sweep=")  # a file of the group sweep names a folder
+    if not any(w.lstrip("+").startswith(names) for w in words):
         raise ValueError(
             "ckpt_path=last goes on in the run's own folder, which is a new one each time; name it, as in "
             "hydra.run.dir=outputs/mine, from the first time on, or give the path of a checkpoint"

@@ -25,10 +25,11 @@ _WITH_A_VALUE = (
 
 
 def main() -> None:
-    """Runs ``lightning-peft [train|plan|forecast|data|eval|predict|export] group=choice option=value ...``."""
+    """Runs ``lightning-peft [train|plan|forecast|compare|data|eval|predict|export] group=choice option=value ...``."""
     import hydra
 
     from lightning_peft.cli import commands
+    from lightning_peft.cli.compare import compare
     from lightning_peft.cli.forecast import show_forecast
     from lightning_peft.cli.jobs import Jobs, report, stop
     from lightning_peft.cli.overrides import problem_with, with_entries_added
@@ -38,6 +39,7 @@ def main() -> None:
         "train": commands.train,
         "plan": show_plan,
         "forecast": show_forecast,
+        "compare": compare,
         "data": commands.show_data,
         "eval": commands.evaluate,
         "predict": commands.predict,

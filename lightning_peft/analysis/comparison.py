@@ -1,0 +1,250 @@
+"""Runs side by side: means over seeds, what is worth its cost, which differences are more than chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from lightning_peft.analysis.runs import Run
+from lightning_peft.analysis.sizes import size
+
+ALPHA = 0.05
+"""The chance of calling any difference of a report real where there is none."""
+
+Cost = Callable[["Setting"], float | None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        name: the method's, and the options in which it differs from the others.
+        runs: one a seed.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def scores(self) -> list[float]:
+        """The metric's best value in each run."""
+        return [run.score for run in self.runs]
+
+    @property
+    def score(self) -> float:
+        """The mean of the scores."""
+        return mean(self.scores)
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of the scores; None with one run."""
+        return stdev(self.scores) if len(self.runs) > 1 else None
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return self.runs[0].trained
+
+    def average(self, number: Callable[[Run], float | None]) -> float | None:
+        """The mean of a number over the runs that have it; None where none has.
+
+        Args:
+            number: of a run.
+        """
+        found = [value for run in self.runs if (value := number(run)) is not None]
+        return mean(found) if found else None
+
+    @property
+    def checkpoint_bytes(self) -> float | None:
+        """Bytes of a checkpoint."""
+        return self.average(lambda run: run.checkpoint_bytes)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds of a step."""
+        return self.average(lambda run: run.step_seconds)
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """Bytes at a step's peak."""
+        return self.average(lambda run: run.peak_bytes)
+
+    @property
+    def forgetting(self) -> float | None:
+        """How much of the base's ability was lost."""
+        return self.average(lambda run: run.forgetting)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a report says.
+
+    Attributes:
+        settings: the best first.
+        monitor: the metric by which all were judged.
+        mode: ``"max"`` or ``"min"``.
+        p_values: for each setting the chance of a difference from the best as large as that which was seen, by Welch's
+            test with Holm's correction; None for the best itself, and where one of the two has a single seed.
+        by_memory: names of the settings that no other beats in the metric for as little memory.
+        by_time: the same for the time of a step.
+        recommended: the name of the setting that one would take.
+        reason: why, in a sentence.
+    """
+
+    settings: tuple[Setting, ...]
+    monitor: str
+    mode: str
+    p_values: dict[str, float | None]
+    by_memory: frozenset[str]
+    by_time: frozenset[str]
+    recommended: str
+    reason: str
+
+
+def compared(runs: Sequence[Run]) -> Comparison:
+    """Puts runs side by side.
+
+    Args:
+        runs: finished ones, judged by one metric.
+
+    Raises:
+        ValueError: if there is no run, or they were judged by several metrics.
+    """
+    monitors = sorted({f"{run.monitor} ({run.mode})" for run in runs})
+    if len(monitors) != 1:
+        raise ValueError(f"runs that are compared are judged by one metric, but got {', '.join(monitors) or 'no run'}")
+    sign = 1 if runs[0].mode == "max" else -1
+    settings = tuple(sorted(by_setting(runs), key=lambda s: -sign * s.score))
+    recommended, reason = recommend(settings, sign)
+    return Comparison(
+        settings=settings,
+        monitor=runs[0].monitor,
+        mode=runs[0].mode,
+        p_values=p_values(settings),
+        by_memory=pareto(settings, lambda s: s.peak_bytes, sign),
+        by_time=pareto(settings, lambda s: s.step_seconds, sign),
+        recommended=recommended.name,
+        reason=reason,
+    )
+
+
+def by_setting(runs: Sequence[Run]) -> list[Setting]:
+    """Runs that differ in nothing but their seed, together, under a name that tells them from the others.
+
+    Args:
+        runs: the runs; of two with one seed the later one counts, as the same run twice is no second sample.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(repr((run.method, sorted(run.settings.items(), key=lambda item: item[0]))), []).append(run)
+    shown = _varying(runs)
+    found = []
+    for members in groups.values():
+        first = members[0]
+        own = _varying([run for run in runs if run.method == first.method])
+        keys = [k for k in first.settings if k in (own if k.startswith("method.") else shown)]
+        told = [f"{k.removeprefix('method.')}={first.settings[k]}" for k in keys]
+        seeds = {run.seed: run for run in members}
+        found.append(Setting(", ".join([first.method, *told]), tuple(seeds[seed] for seed in sorted(seeds))))
+    return found
+
+
+def _varying(runs: Sequence[Run]) -> set[str]:
+    """Settings that are not the same in all runs."""
+    names = {name for run in runs for name in run.settings}
+    return {name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1}
+
+
+def pareto(settings: Sequence[Setting], cost: Cost, sign: int) -> frozenset[str]:
+    """The settings for which no other has as good a metric at as little cost, and one of the two better.
+
+    Args:
+        settings: the settings; those without a cost are left out.
+        cost: of a setting, the less the better.
+        sign: 1 where more of the metric is better, -1 where less.
+
+    Returns:
+        Their names.
+    """
+    points = [(s.name, sign * s.score, value) for s in settings if (value := cost(s)) is not None]
+    return frozenset(
+        name
+        for name, good, value in points
+        if not any((g >= good and v <= value) and (g > good or v < value) for _, g, v in points)
+    )
+
+
+def p_values(settings: Sequence[Setting]) -> dict[str, float | None]:
+    """How likely differences from the best are by chance: Welch's t-test on the seeds' scores, two-sided.
+
+    The values are corrected by Holm's step-down procedure (Holm 1979) for the number of tests.
+
+    Args:
+        settings: the best first.
+
+    Returns:
+        Name to value. None for the best, where one of the two has a single seed, and where neither has any spread: then
+        nothing tells how large chance is.
+    """
+    best, *others = settings
+    raw = {s.name: value for s in others if (value := _welch(best.scores, s.scores)) is not None}
+    found: dict[str, float | None] = dict.fromkeys((s.name for s in settings), None)
+    largest = 0.0
+    for place, (name, value) in enumerate(sorted(raw.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, value * (len(raw) - place)))
+        found[name] = largest
+    return found
+
+
+def _welch(first: list[float], second: list[float]) -> float | None:
+    if min(len(first), len(second)) < 2 or stdev(first) + stdev(second) == 0:
+        return None
+    from scipy.stats import ttest_ind
+
+    return float(ttest_ind(first, second, equal_var=False).pvalue)
+
+
+def recommend(settings: Sequence[Setting], sign: int) -> tuple[Setting, str]:
+    """The cheapest setting that is as good as the best, as far as the seeds can tell.
+
+    By the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3): of those
+    whose mean lies within one standard error of the best's, the one with the least memory, or with the fewest trained
+    parameters where memory is not known.
+
+    Args:
+        settings: the best first.
+        sign: 1 where more of the metric is better, -1 where less.
+
+    Returns:
+        The setting, and why.
+    """
+    best = settings[0]
+    name = best.runs[0].monitor
+    if best.spread is None:
+        return (
+            best,
+            f"It has the best {name}, {best.score:.4g}, with one seed; only more can tell how close others come",
+        )
+    error = best.spread / math.sqrt(len(best.runs))
+    close = [s for s in settings if sign * (best.score - s.score) <= error]
+    by_memory = all(s.peak_bytes is not None for s in close)
+    chosen = min(close, key=lambda s: (s.peak_bytes or 0) if by_memory else s.trained)
+    if chosen is best:
+        what = "takes the least memory" if by_memory else "trains the fewest parameters"
+        others = f"no other lies within one standard error ({error:.2g})"
+        alone = len(close) == 1
+        return best, f"It has the best {name}, {best.score:.4g}, and " + (
+            others if alone else f"{what} of those within one standard error ({error:.2g})"
+        )
+    less = (
+        f"takes {size(chosen.peak_bytes or 0)} of memory instead of {size(best.peak_bytes or 0)}"
+        if by_memory
+        else f"trains {chosen.trained:,} parameters instead of {best.trained:,}"
+    )
+    return chosen, (
+        f"It reaches {chosen.score:.4g} in {name}, within one standard error ({error:.2g}) of the best, {best.name} "
+        f"with {best.score:.4g}, and {less}"
+    )

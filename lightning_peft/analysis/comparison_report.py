@@ -1,0 +1,246 @@
+"""What a comparison leaves in a folder: one page that needs nothing beside it, its drawings, and its numbers."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.analysis.comparison import ALPHA, Comparison, Setting
+from lightning_peft.analysis.comparison_plots import figures, group_of
+from lightning_peft.analysis.plots import page_style, page_svg
+from lightning_peft.analysis.sizes import size
+from lightning_peft.formats.writing import written_file
+
+PAGE = "compare.html"
+TITLES = {
+    "metric_against_memory": "Metric against memory",
+    "metric_against_time": "Metric against time",
+    "metric_against_parameters": "Metric against trained parameters",
+    "learning_curves": "Learning curves",
+    "training_loss": "Training loss",
+    "forgetting": "Forgetting",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        title: its heading.
+        note: what it means, in a sentence.
+        values: a number for each setting, by which one sorts; None where it is not known.
+        shown: the same as people read it.
+    """
+
+    title: str
+    note: str
+    values: list[float | None]
+    shown: list[str]
+
+
+def columns(comparison: Comparison) -> list[Column]:
+    """The table's columns, those without any number left out.
+
+    Args:
+        comparison: the report.
+    """
+    settings = comparison.settings
+    measured = all(run.peak_measured for s in settings for run in s.runs if run.peak_bytes is not None)
+    found = [
+        _column(comparison.monitor, "mean over the seeds, and their standard deviation", settings, _score),
+        Column(
+            "p",
+            "chance of such a difference from the best where there is none: Welch's t-test, Holm's correction",
+            [comparison.p_values[s.name] for s in settings],
+            [_p(comparison.p_values[s.name]) for s in settings],
+        ),
+        _column("trained", "trained parameters", settings, lambda s: (s.trained, _counted(s.trained))),
+        _column("saved", "bytes of the best checkpoint", settings, lambda s: _sized(s.checkpoint_bytes)),
+        _column("step", "median time of a step of the optimizer", settings, lambda s: _timed(s.step_seconds)),
+        _column(
+            "memory",
+            "the most that a step takes, " + ("measured on the GPU" if measured else "counted by the forecast"),
+            settings,
+            lambda s: _sized(s.peak_bytes),
+        ),
+        _column(
+            "forgot",
+            "what was lost of the base's own ability: growth of the loss of held-out text, or 1 - CKA of the layers",
+            settings,
+            lambda s: (s.forgetting, "" if s.forgetting is None else f"{s.forgetting:.3g}"),
+        ),
+    ]
+    return [column for column in found if any(value is not None for value in column.values)]
+
+
+def _column(title: str, note: str, settings: Sequence[Setting], cell: Any) -> Column:
+    cells = [cell(setting) for setting in settings]
+    return Column(title, note, [value for value, _ in cells], [shown for _, shown in cells])
+
+
+def _score(setting: Setting) -> tuple[float, str]:
+    shown = f"{setting.score:.3f}"
+    return setting.score, shown if setting.spread is None else f"{shown} ± {setting.spread:.3f}"
+
+
+def _counted(number: int) -> str:
+    for unit, one in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= one:
+            return f"{number / one:.3g} {unit}"
+    return str(number)
+
+
+def _sized(count: float | None) -> tuple[float | None, str]:
+    return count, "" if count is None else size(count)
+
+
+def _timed(seconds: float | None) -> tuple[float | None, str]:
+    if seconds is None:
+        return None, ""
+    return seconds, f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else "<0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader has to know of the numbers.
+
+    Args:
+        comparison: the report.
+    """
+    settings = comparison.settings
+    found = []
+    seeds = {tuple(run.seed for run in s.runs) for s in settings}
+    if len(seeds) > 1:
+        told = ", ".join(f"{s.name} {len(s.runs)}" for s in settings)
+        found.append(f"The settings do not all have the same seeds; how many: {told}.")
+    elif len(settings[0].runs) > 1:
+        found.append(f"Means and standard deviations of {len(settings[0].runs)} seeds each.")
+    if any(len(s.runs) == 1 for s in settings):
+        found.append("Settings with one seed have no spread: their differences may be chance.")
+    unlike = [s.name for s in settings if (p := comparison.p_values[s.name]) is not None and p < ALPHA]
+    tested = [s.name for s in settings if comparison.p_values[s.name] is not None]
+    if tested:
+        alike = len(tested) - len(unlike)
+        found.append(
+            f"Of {len(tested)} settings, {len(unlike)} differ from {settings[0].name} at p < {ALPHA:g}; the seeds do "
+            f"not tell the other {alike} from it."
+            if alike
+            else f"All others differ from {settings[0].name} at p < {ALPHA:g}."
+        )
+    if len({s.runs[0].settings.get("data.train_files") for s in settings}) > 1:
+        found.append("The settings were trained on different data.")
+    return found
+
+
+def write_report(comparison: Comparison, unfinished: Sequence[Path], folder: Path) -> Path:
+    """Writes the page, its drawings as PNG and SVG, and the numbers as CSV, in place of those of an earlier call.
+
+    Args:
+        comparison: the report.
+        unfinished: folders of runs that did not end.
+        folder: where to.
+
+    Returns:
+        The page.
+    """
+    import jinja2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = []
+    names = [(group_of(comparison, s), s.name) for s in comparison.settings]
+    with page_style():
+        for name, figure in figures(comparison).items():
+            for kind in ("png", "svg"):
+                with written_file(folder / f"{name}.{kind}") as scratch:
+                    figure.savefig(scratch, format=kind, dpi=160, facecolor="white", metadata=_UNDATED[kind])
+            plots.append({"title": TITLES[name], "svg": _grouped(page_svg(figure), dict(names))})
+    loader = jinja2.PackageLoader("lightning_peft.analysis", "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template("compare.html.j2").render(
+        comparison=comparison,
+        columns=columns(comparison),
+        notes=notes(comparison),
+        names=names,
+        plots=plots,
+        unfinished=[str(path) for path in unfinished],
+        by_memory=comparison.by_memory if len(comparison.by_memory) > 1 else (),
+    )
+    with written_file(folder / PAGE) as scratch:
+        scratch.write_text(page, encoding="utf-8")
+    _write_csv(folder / "settings.csv", _setting_rows(comparison))
+    _write_csv(folder / "runs.csv", _run_rows(comparison))
+    return folder / PAGE
+
+
+_UNDATED: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}}
+
+
+def _grouped(svg: str, names: dict[str, str]) -> str:
+    """The marks of a setting found by class, as one identifier may stand once in a page, and told by their name."""
+    import html
+
+    def marked(found: re.Match[str]) -> str:
+        return f'<g class="{found[1]}"><title>{html.escape(names[found[1]])}</title>'
+
+    return re.sub(r'<g id="(method-\d+)">', marked, svg)
+
+
+def _setting_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        {
+            "setting": s.name,
+            f"{comparison.monitor} mean": s.score,
+            f"{comparison.monitor} std": s.spread,
+            "seeds": len(s.runs),
+            "p": comparison.p_values[s.name],
+            "trained_parameters": s.trained,
+            "checkpoint_bytes": s.checkpoint_bytes,
+            "step_seconds": s.step_seconds,
+            "peak_bytes": s.peak_bytes,
+            "forgetting": s.forgetting,
+            "front_of_memory": s.name in comparison.by_memory,
+            "front_of_time": s.name in comparison.by_time,
+            "recommended": s.name == comparison.recommended,
+        }
+        for s in comparison.settings
+    ]
+
+
+def _run_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    metrics = sorted({name for s in comparison.settings for run in s.runs for name in run.metrics})
+    return [
+        {
+            "setting": s.name,
+            "seed": run.seed,
+            f"best {comparison.monitor}": run.score,
+            **{name: run.metrics.get(name) for name in metrics},
+            "trained_parameters": run.trained,
+            "checkpoint_bytes": run.checkpoint_bytes,
+            "step_seconds": run.step_seconds,
+            "peak_bytes": run.peak_bytes,
+            "peak_measured": run.peak_measured,
+            "forgetting": run.forgetting,
+            "folder": str(run.folder),
+        }
+        for s in comparison.settings
+        for run in s.runs
+    ]
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with written_file(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(
+            {k: "" if v is None or (isinstance(v, float) and math.isnan(v)) else v for k, v in row.items()}
+            for row in rows
+        )

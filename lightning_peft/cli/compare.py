@@ -1,0 +1,84 @@
+"""The ``compare`` command: what the runs of a sweep, or any runs, say about their methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_peft.analysis.comparison import Comparison, compared
+from lightning_peft.analysis.comparison_report import Column, columns, notes, write_report
+from lightning_peft.analysis.runs import find_runs, read_run
+from lightning_peft.cli.report import short
+
+_NAME = 18  # characters that a setting's name has at least, "gradual_unfreezing" among them
+_LISTED = 8  # unfinished runs that are named in a terminal; the page has all
+
+
+def compare(config: DictConfig) -> Path:
+    """Compares finished runs in a table, and writes a page with plots, pictures and numbers.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist or holds no run.
+        ValueError: if no run has ended, or they were judged by several metrics.
+    """
+    folders = [config.folders] if isinstance(config.folders, str) else list(config.folders)
+    finished, unfinished = find_runs(folders)
+    if not finished:
+        raise ValueError(f"none of the {len(unfinished)} runs in {', '.join(folders)} has ended: none has metrics.json")
+    comparison = compared([read_run(folder) for folder in finished])
+    page = write_report(comparison, unfinished, Path(config.run_dir))
+    _print(comparison, unfinished)
+    print(f"\nwith plots           {short(page)}\nas pictures, CSV     {short(page.parent)}")
+    return page
+
+
+def _print(comparison: Comparison, unfinished: Sequence[Path]) -> None:
+    console = Console(highlight=False, markup=False)  # options such as [q_proj] are no markup
+    told = columns(comparison)
+    shown = _that_fit(told, console.width - _NAME)
+    console.print(_table(comparison, shown))
+    console.print(Text.assemble("\n", (f"Take {comparison.recommended}.", "bold"), f" {comparison.reason}."))
+    for note in notes(comparison):
+        console.print(note)
+    for what, names in {"memory": comparison.by_memory, "time": comparison.by_time}.items():
+        if 1 < len(names) < len(comparison.settings):
+            console.print(
+                f"No other is as good in as little {what}: "
+                + "; ".join(s.name for s in comparison.settings if s.name in names)
+                + "."
+            )
+    if len(shown) < len(told):
+        console.print(f"Not shown for want of room: {', '.join(c.title for c in told[len(shown) :])}.")
+    if unfinished:
+        more = f" and {len(unfinished) - _LISTED} more" if len(unfinished) > _LISTED else ""
+        console.print(f"Runs that did not end: {', '.join(short(p) for p in unfinished[:_LISTED])}{more}")
+
+
+def _that_fit(found: list[Column], room: int) -> list[Column]:
+    """The first columns, as many as a line has room for."""
+    kept = []
+    for column in found:
+        room -= 1 + max(map(len, (column.title, *column.shown)))
+        if room < 0:
+            break
+        kept.append(column)
+    return kept
+
+
+def _table(comparison: Comparison, shown: list[Column]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("setting", overflow="fold")
+    for column in shown:
+        table.add_column(column.title, justify="right", no_wrap=True)
+    for place, setting in enumerate(comparison.settings):
+        style = "bold" if setting.name == comparison.recommended else ""
+        table.add_row(setting.name, *(column.shown[place] for column in shown), style=style)
+    return table

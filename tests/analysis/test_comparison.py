@@ -1,0 +1,140 @@
+"""Runs side by side: groups, fronts, chance and the recommended one, against figures worked out by other means."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from lightning_peft.analysis.comparison import compared, pareto
+from lightning_peft.analysis.comparison_report import PAGE, columns, notes, write_report
+from lightning_peft.analysis.runs import Run
+
+
+def run(method, seed, score, *, settings=None, **more):
+    given = {"monitor": "val/accuracy", "mode": "max", "metrics": {"val/accuracy": score}, "trained": 1000, **more}
+    return Run(Path(f"runs/{method}/{seed}"), method, seed, settings or {"data.batch_size": 8}, score=score, **given)
+
+
+def several(method, scores, **more):
+    return [run(method, seed, score, **more) for seed, score in enumerate(scores)]
+
+
+LORA, IA3, FULL = (0.90, 0.91, 0.92), (0.88, 0.885, 0.882), (0.905, 0.915, 0.91)
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_setting_with_the_better_first():
+    found = compared([*several("ia3", IA3), *several("lora", LORA)])
+    assert [s.name for s in found.settings] == ["lora", "ia3"]
+    assert found.settings[0].score == pytest.approx(0.91)
+    assert found.settings[0].spread == pytest.approx(0.01), "the standard deviation of a sample"
+
+
+def test_less_is_better_where_the_metric_is_a_loss():
+    found = compared(several("lora", (1.2, 1.3), mode="min") + several("ia3", (2.0, 2.1), mode="min"))
+    assert [s.name for s in found.settings] == ["lora", "ia3"]
+    assert found.recommended == "lora"
+
+
+def test_a_setting_is_named_by_the_options_in_which_it_differs():
+    def lora(rank, size):
+        return {"method.r": rank, "method.lora_alpha": 16, "data.batch_size": size}
+
+    runs = [run("lora", 0, 0.9, settings=lora(4, 8)), run("lora", 0, 0.8, settings=lora(8, 8))]
+    other = run("ia3", 0, 0.7, settings={"method.learning_rate": 0.02, "data.batch_size": 8})
+    assert {s.name for s in compared([*runs, other]).settings} == {"lora, r=4", "lora, r=8", "ia3"}
+    larger = run("lora", 0, 0.6, settings=lora(8, 16))
+    assert "lora, r=8, data.batch_size=16" in {s.name for s in compared([*runs, larger]).settings}
+
+
+def test_one_seed_twice_is_no_second_sample():
+    found = compared([run("lora", 0, 0.9), run("lora", 0, 0.8)])
+    assert found.settings[0].scores == [0.8]
+    assert found.settings[0].spread is None
+
+
+def test_runs_judged_by_several_metrics_are_refused():
+    with pytest.raises(ValueError, match=r"by one metric, but got val/accuracy \(max\), val/loss \(min\)"):
+        compared([run("lora", 0, 0.9), run("ia3", 0, 0.5, monitor="val/loss", mode="min")])
+
+
+def test_a_front_has_what_no_other_beats_in_both():
+    costs = {"best": 100.0, "worse_and_dearer": 120.0, "cheap": 10.0, "between": 50.0, "same_as_between": 50.0}
+    scores = {"best": 0.9, "worse_and_dearer": 0.8, "cheap": 0.6, "between": 0.7, "same_as_between": 0.7}
+    settings = compared([run(name, 0, score) for name, score in scores.items()]).settings
+    assert pareto(settings, lambda s: costs[s.name], 1) == {"best", "cheap", "between", "same_as_between"}
+    assert pareto(settings, lambda s: costs[s.name], -1) == {"cheap"}, "where less of the metric is better"
+    assert pareto(settings, lambda s: None, 1) == frozenset()
+
+
+def test_the_chance_of_a_difference_is_welchs_with_holms_correction():
+    found = compared([*several("lora", LORA), *several("ia3", IA3), *several("full", FULL)])
+    against = {
+        name: stats.ttest_ind(LORA, scores, equal_var=False).pvalue for name, scores in (("ia3", IA3), ("full", FULL))
+    }
+    assert found.settings[0].name in ("lora", "full")
+    best = found.settings[0].name
+    raw = {
+        s.name: stats.ttest_ind(found.settings[0].scores, s.scores, equal_var=False).pvalue for s in found.settings[1:]
+    }
+    (least, most) = sorted(raw.items(), key=lambda item: item[1])
+    assert found.p_values[least[0]] == pytest.approx(2 * least[1])
+    assert found.p_values[most[0]] == pytest.approx(max(most[1], 2 * least[1]))
+    assert found.p_values[best] is None
+    assert against["ia3"] < 0.05
+
+
+def test_one_seed_tells_nothing_of_chance():
+    found = compared([run("lora", 0, 0.9), run("ia3", 0, 0.5)])
+    assert found.p_values == {"lora": None, "ia3": None}
+    assert "with one seed" in found.reason
+    assert "Settings with one seed have no spread: their differences may be chance." in notes(found)
+
+
+def test_the_cheapest_of_those_as_good_as_the_best_is_recommended():
+    # the best's standard error is 0.01 / sqrt(3), about 0.006
+    runs = several("full", (0.90, 0.91, 0.92), peak_bytes=900, trained=9000)
+    runs += several("lora", (0.90, 0.91, 0.913), peak_bytes=500, trained=400)
+    runs += several("head", (0.80, 0.80, 0.81), peak_bytes=100, trained=10)
+    found = compared(runs)
+    assert found.recommended == "lora"
+    assert "within one standard error (0.0058) of the best, full with 0.91, and takes 500 B" in found.reason
+    without = [run(r.method, r.seed, r.score, trained=r.trained) for r in runs]
+    assert "trains 400 parameters instead of 9,000" in compared(without).reason
+
+
+@pytest.fixture
+def report(tmp_path):
+    curve = ((10, 0.5), (20, 0.9))
+    runs = several("lora", LORA, step_seconds=0.1, peak_bytes=5_000_000, curve=curve, checkpoint_bytes=4000)
+    runs += several("<b>", IA3, step_seconds=0.05, peak_bytes=4_000_000, curve=curve, checkpoint_bytes=400)
+    found = compared(runs)
+    return found, write_report(found, [Path("runs/cut")], tmp_path / "report")
+
+
+def test_a_report_is_one_page_with_its_pictures_and_numbers_beside_it(report):
+    found, page = report
+    names = {path.name for path in page.parent.iterdir()}
+    drawn = ("metric_against_memory", "metric_against_time", "metric_against_parameters", "learning_curves")
+    assert names == {PAGE, "settings.csv", "runs.csv", *(f"{d}.{kind}" for d in drawn for kind in ("png", "svg"))}
+    text = page.read_text()
+    assert not re.search(r"(src|href)=", text.replace('xlink:href="#', "").replace('href="#', "")), "nothing beside it"
+    assert "<b>" not in text, "names are no markup"
+    assert "runs/cut" in text
+    assert text.count('<g class="method-0"><title>lora</title>') >= 4, "a setting's marks are found by its class"
+    with (page.parent / "settings.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["setting"], row["seeds"], row["recommended"]) for row in rows] == [
+        ("lora", "3", "True"),
+        ("<b>", "3", "False"),
+    ]
+    assert float(rows[0]["val/accuracy mean"]) == found.settings[0].score
+    with (page.parent / "runs.csv").open() as file:
+        assert [float(row["best val/accuracy"]) for row in csv.DictReader(file)] == [*LORA, *IA3]
+
+
+def test_numbers_that_nobody_took_are_no_columns():
+    assert [c.title for c in columns(compared(several("lora", LORA)))] == ["val/accuracy", "trained"]
