@@ -86,8 +86,8 @@ class Comparison:
         settings: the best first.
         monitor: the metric by which all were judged.
         mode: ``"max"`` or ``"min"``.
-        p_values: for each setting the chance of a difference from the best as large as that which was seen, by Welch's
-            test with Holm's correction; None for the best itself, and where one of the two has a single seed.
+        p_values: for each setting the chance of a difference from the best as large as that which was seen, by
+            t-tests with Holm's correction; None for the best itself, and where one of the two has a single seed.
         by_memory: names of the settings that no other beats in the metric for as little memory.
         by_time: the same for the time of a step.
         recommended: the name of the setting that one would take.
@@ -178,19 +178,21 @@ def pareto(settings: Sequence[Setting], cost: Cost, sign: int) -> frozenset[str]
 
 
 def p_values(settings: Sequence[Setting]) -> dict[str, float | None]:
-    """How likely differences from the best are by chance: Welch's t-test on the seeds' scores, two-sided.
+    """How likely differences from the best are by chance, by two-sided t-tests on the seeds' scores.
 
-    The values are corrected by Holm's step-down procedure (Holm 1979) for the number of tests.
+    The test is paired where both have the same seeds: a seed chooses the validation rows too, by which all scores rise
+    and fall together. It is Welch's else. The values are corrected by Holm's step-down procedure (Holm 1979) for the
+    number of tests.
 
     Args:
         settings: the best first.
 
     Returns:
-        Name to value. None for the best, where one of the two has a single seed, and where neither has any spread: then
-        nothing tells how large chance is.
+        Name to value. None for the best, where one of the two has a single seed, and where nothing varies: then nothing
+        tells how large chance is.
     """
     best, *others = settings
-    raw = {s.name: value for s in others if (value := _welch(best.scores, s.scores)) is not None}
+    raw = {s.name: value for s in others if (value := _chance(best, s)) is not None}
     found: dict[str, float | None] = dict.fromkeys((s.name for s in settings), None)
     largest = 0.0
     for place, (name, value) in enumerate(sorted(raw.items(), key=lambda item: item[1])):
@@ -199,12 +201,19 @@ def p_values(settings: Sequence[Setting]) -> dict[str, float | None]:
     return found
 
 
-def _welch(first: list[float], second: list[float]) -> float | None:
-    if min(len(first), len(second)) < 2 or stdev(first) + stdev(second) == 0:
-        return None
-    from scipy.stats import ttest_ind
+def _chance(first: Setting, second: Setting) -> float | None:
+    from scipy.stats import ttest_ind, ttest_rel
 
-    return float(ttest_ind(first, second, equal_var=False).pvalue)
+    one, other = ({run.seed: run.score for run in setting.runs} for setting in (first, second))
+    if min(len(one), len(other)) < 2:
+        return None
+    if one.keys() == other.keys():
+        if stdev(one[seed] - other[seed] for seed in one) == 0:
+            return None
+        return float(ttest_rel(first.scores, second.scores).pvalue)
+    if stdev(first.scores) + stdev(second.scores) == 0:
+        return None
+    return float(ttest_ind(first.scores, second.scores, equal_var=False).pvalue)
 
 
 def recommend(settings: Sequence[Setting], sign: int) -> tuple[Setting, str]:

@@ -56,7 +56,7 @@ def columns(comparison: Comparison) -> list[Column]:
         _column(comparison.monitor, "mean over the seeds, and their standard deviation", settings, _score),
         Column(
             "p",
-            "chance of such a difference from the best where there is none: Welch's t-test, Holm's correction",
+            "chance of such a difference from the best where there is none: t-test over the seeds, Holm's correction",
             [comparison.p_values[s.name] for s in settings],
             [_p(comparison.p_values[s.name]) for s in settings],
         ),

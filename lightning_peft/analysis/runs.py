@@ -130,7 +130,12 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: its resolved configuration.
     """
-    return {name: value for name, value in _flat(config).items() if not _is_place(name)}
+    seed = config.get("seed")
+    return {
+        name: value
+        for name, value in _flat(config).items()
+        if not _is_place(name) and not (name.endswith(".seed") and value == seed)  # such as data.seed, which follows it
+    }
 
 
 def _flat(node: Mapping[str, Any], before: str = "") -> dict[str, Any]:

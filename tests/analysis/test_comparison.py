@@ -70,21 +70,25 @@ def test_a_front_has_what_no_other_beats_in_both():
     assert pareto(settings, lambda s: None, 1) == frozenset()
 
 
-def test_the_chance_of_a_difference_is_welchs_with_holms_correction():
+def test_the_chance_of_a_difference_is_a_paired_tests_with_holms_correction():
     found = compared([*several("lora", LORA), *several("ia3", IA3), *several("full", FULL)])
-    against = {
-        name: stats.ttest_ind(LORA, scores, equal_var=False).pvalue for name, scores in (("ia3", IA3), ("full", FULL))
-    }
-    assert found.settings[0].name in ("lora", "full")
-    best = found.settings[0].name
-    raw = {
-        s.name: stats.ttest_ind(found.settings[0].scores, s.scores, equal_var=False).pvalue for s in found.settings[1:]
-    }
-    (least, most) = sorted(raw.items(), key=lambda item: item[1])
-    assert found.p_values[least[0]] == pytest.approx(2 * least[1])
-    assert found.p_values[most[0]] == pytest.approx(max(most[1], 2 * least[1]))
-    assert found.p_values[best] is None
-    assert against["ia3"] < 0.05
+    best, *others = found.settings
+    raw = {s.name: stats.ttest_rel(best.scores, s.scores).pvalue for s in others}
+    (least, small), (most, large) = sorted(raw.items(), key=lambda item: item[1])
+    assert found.p_values[least] == pytest.approx(2 * small)
+    assert found.p_values[most] == pytest.approx(max(large, 2 * small))
+    assert found.p_values[best.name] is None
+
+
+def test_other_seeds_are_no_pairs():
+    scores = [*several("lora", LORA), *(run("ia3", seed + 5, score) for seed, score in enumerate(IA3))]
+    welch = stats.ttest_ind(LORA, IA3, equal_var=False).pvalue
+    assert compared(scores).p_values["ia3"] == pytest.approx(welch)
+
+
+def test_where_nothing_varies_nothing_is_told_of_chance():
+    assert compared([*several("lora", (1.0, 0.5)), *several("ia3", (0.5, 0.0))]).p_values["ia3"] is None
+    assert compared([*several("lora", (0.9, 0.9)), *several("ia3", (0.5, 0.5))]).p_values["ia3"] is None
 
 
 def test_one_seed_tells_nothing_of_chance():
