@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +22,13 @@ from lightning_peft.core.problems import nearest
 from lightning_peft.handle import adapt
 from lightning_peft.methods.hf_peft import HFPeft
 from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.dpo import DPO
+from lightning_peft.tasks.embedding import Embedding
 from lightning_peft.tasks.imitated_quantization import takes_4_bits
 from lightning_peft.tasks.made_up import made_up_batch
 from lightning_peft.tasks.optimization import make_optimizer
 from lightning_peft.tasks.row_attention import text_config
-from lightning_peft.tasks.task import Task
+from lightning_peft.tasks.task import Processed, Task
 from lightning_peft.tasks.token_mean import TokenMean
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
@@ -34,20 +38,22 @@ _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16}
 class ImitatedStep:
     """A training step on tensors without numbers; rows are full but for one token, and every token is supervised.
 
-    Rows are padded: a batch that is packed takes less. Images have a size of their own. Attention is taken to keep what
-    flash attention keeps, with dropout or without.
+    Rows are padded: a batch that is packed takes less. Images have a size of their own. On a GPU attention is taken to
+    keep what flash attention keeps, with dropout or without.
 
     Args:
         model: an adapted Hugging Face model without numbers.
         task: the task.
         optimizer: the optimizer.
         precision: the Trainer's.
+        on_cpu: whether the step is made on a CPU, whose attention keeps matrices of all pairs where it has dropout.
     """
 
-    def __init__(self, model: Any, task: Task, optimizer: Optimizer, precision: str) -> None:
+    def __init__(self, model: Any, task: Task, optimizer: Optimizer, precision: str, *, on_cpu: bool = False) -> None:
         self.model = model
         self.task = task
         self.precision = precision
+        self.on_cpu = on_cpu
         self.steps = CountedSteps(model, optimizer, getattr(text_config(model), "vocab_size", None))
 
     def memory(self, rows: int, tokens: int) -> StepMemory:
@@ -83,7 +89,7 @@ class ImitatedStep:
 
         def loss() -> Tensor:
             labels = labels_of_batch.passing(batch.get("labels"))
-            with labels, _autocast(self.precision), _FlashAttention():
+            with labels, _autocast(self.precision), nullcontext() if self.on_cpu else _FlashAttention():
                 total, units = self.task.loss(self.task.outputs(self.model, batch), batch)
                 return mean.scaled(total, units)
 
@@ -107,7 +113,13 @@ class ImitatedStep:
 
 @contextmanager
 def imitated_step(
-    base: BaseModel, task: Task, method: Method, optimizer: dict[str, Any], precision: str = "32-true"
+    base: BaseModel,
+    task: Task,
+    method: Method,
+    optimizer: dict[str, Any],
+    precision: str = "32-true",
+    *,
+    on_cpu: bool = False,
 ) -> Iterator[ImitatedStep]:
     """A block with a training step of a model that is adapted as it would be trained, without its numbers.
 
@@ -117,6 +129,8 @@ def imitated_step(
         method: the method.
         optimizer: the optimizer's name and options, as `PeftModule` takes them.
         precision: the Trainer's.
+        on_cpu: count what a step takes on a CPU, not on a GPU: attention with dropout keeps matrices of all pairs, and
+            optimizers take one parameter at a time.
 
     Yields:
         The step, which means nothing after the block.
@@ -134,18 +148,80 @@ def imitated_step(
     if base.quantization is not None and not takes_4_bits(base.quantization):
         raise ValueError(
             f"what a step with quantization={base.quantization} takes cannot be counted, only with bitsandbytes' 4 "
-            "bits (quantization=nf4); leave it out, and the weights that rest are what it makes smaller"
+            "bits (quantization=nf4), or without"
         )
     if base.offload_activations:
-        raise ValueError("what a step with offload_activations=true takes on a GPU cannot be counted; leave that out")
+        raise ValueError("what a step with offload_activations=true takes on a GPU cannot be counted, only without it")
     if optimizer["name"] == "LBFGS":
-        raise ValueError("a step of LBFGS is several; what it takes cannot be counted, take another optimizer")
+        raise ValueError("a step of LBFGS is several; what it takes cannot be counted, only with other optimizers")
     kind, _, way = precision.partition("-")
     with imitated():
         model: Any = base.build(task, _DTYPES.get(kind) if way == "true" else None, _DTYPES.get(kind))
         model.train()
         adapt(model, method)
-        yield ImitatedStep(model, task, _on_a_gpu(make_optimizer(model, optimizer, method.learning_rate)), precision)
+        made = make_optimizer(model, optimizer, method.learning_rate)
+        yield ImitatedStep(model, task, made if on_cpu else _on_a_gpu(made), precision, on_cpu=on_cpu)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step that can be counted, also as it would be with something changed (`dataclasses.replace`).
+
+    Attributes:
+        base: the base.
+        task: the task; it knows its labels.
+        method: the method.
+        optimizer: the optimizer's name and options.
+        precision: the Trainer's.
+        rows: of the batch.
+        tokens: of each row, those of the mean row where they are packed; None for images.
+        packed: whether the rows have no padding.
+        on_cpu: whether the step is made on a CPU.
+    """
+
+    base: BaseModel
+    task: Task
+    method: Method
+    optimizer: dict[str, Any]
+    precision: str
+    rows: int
+    tokens: int | None
+    packed: bool = False
+    on_cpu: bool = False
+
+    @property
+    def spoken(self) -> str:
+        """The size of its batch in words."""
+        if self.packed:
+            return f"{self.rows} rows packed to {self.rows * (self.tokens or 1):,} tokens"
+        return spoken_batch(self.task, self.rows, self.tokens)
+
+    def imitated(self) -> AbstractContextManager[ImitatedStep]:
+        """A block with the step, as of `imitated_step`, which leaves the task and the method as they are."""
+        task, method = copy.deepcopy((self.task, self.method))
+        return imitated_step(self.base, task, method, self.optimizer, self.precision, on_cpu=self.on_cpu)
+
+    def memory(self) -> StepMemory:
+        """What it takes.
+
+        Raises:
+            ValueError: if that cannot be counted.
+        """
+        with self.imitated() as step:
+            return step.memory(self.rows, self.tokens or 1)
+
+
+def spoken_batch(task: Task, rows: int, tokens: int | None) -> str:
+    """The size of a batch in words.
+
+    Args:
+        task: the task.
+        rows: of the batch.
+        tokens: of each row; None for images.
+    """
+    if isinstance(task, Processed):
+        return f"{rows} images"
+    return f"{rows} {'pairs of ' if isinstance(task, DPO | Embedding) else 'x '}{tokens} tokens"
 
 
 def _on_a_gpu(optimizer: Optimizer) -> Optimizer:

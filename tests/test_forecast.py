@@ -212,7 +212,7 @@ def test_cards_are_known_by_name_and_the_smallest_is_first():
         (LoRA(r=2), {}, "16", "precision must be one of 32-true, .* but got '16'"),
         (LoRA(r=2), {"quantization": "int8"}, "32-true", "quantization=int8 takes cannot be counted"),
         (LoRA(r=2, init_lora_weights="eva"), {}, "32-true", "it looks at data first"),
-        (LoRA(r=2), {"activation_checkpointing": 1, "offload_activations": True}, "32-true", "leave that out"),
+        (LoRA(r=2), {"activation_checkpointing": 1, "offload_activations": True}, "32-true", "only without it"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(tmp_path, method, options, precision, said):

@@ -16,11 +16,8 @@ from lightning_peft.analysis.step_memory import StepMemory
 from lightning_peft.cli.plan import require_sizes, task_for
 from lightning_peft.cli.targets import made
 from lightning_peft.core.method import require_method
-from lightning_peft.forecast import imitated_step
+from lightning_peft.forecast import imitated_step, spoken_batch
 from lightning_peft.tasks.base_model import BaseModel
-from lightning_peft.tasks.dpo import DPO
-from lightning_peft.tasks.embedding import Embedding
-from lightning_peft.tasks.task import Processed, Task
 
 
 def show_forecast(config: DictConfig) -> None:
@@ -47,7 +44,7 @@ def show_forecast(config: DictConfig) -> None:
 
         largest = largest_batches(peak, [card.memory - RESERVE for card in cards], rows)
     console = Console(highlight=False)
-    console.print(f"A step of {_batch(task, rows, length)} in {config.precision}, {type(method).__name__}:")
+    console.print(f"A step of {spoken_batch(task, rows, length)} in {config.precision}, {type(method).__name__}:")
     console.print(_parts(found[rows], computed))
     console.print()
     seconds = [card.seconds(computed, config.precision) for card in cards]
@@ -57,12 +54,6 @@ def show_forecast(config: DictConfig) -> None:
         + (f" Counted with {note}." if note else ""),
         style="dim",
     )
-
-
-def _batch(task: Task, rows: int, length: int) -> str:
-    if isinstance(task, Processed):
-        return f"{rows} images"
-    return f"{rows} {'pairs of ' if isinstance(task, DPO | Embedding) else 'x '}{length} tokens"
 
 
 def _parts(step: StepMemory, computed: int) -> Table:

@@ -16,7 +16,7 @@ from lightning_peft.data.docstrings import examples_with
 from lightning_peft.data.encoding import LENGTH, Encoder, default_folder, kept_on_disk
 from lightning_peft.data.files import Example, Files
 from lightning_peft.data.problems import RowProblems
-from lightning_peft.data.rows import RowDataModule, too_few
+from lightning_peft.data.rows import BatchSize, RowDataModule, too_few
 from lightning_peft.data.sources import from_dataset, from_files, named
 from lightning_peft.data.streaming import StreamedBatches
 
@@ -180,6 +180,20 @@ class TextDataModule(RowDataModule):
     def _lengths(self, features: Any) -> Sequence[int]:
         lengths: list[int] = features[LENGTH][:].tolist()
         return lengths
+
+    @override
+    def largest_batch(self, *, packed: bool = False) -> BatchSize:
+        if self.streaming:
+            return BatchSize(self.batch_size, self.max_length, packed=False)
+        lengths = self._lengths(self.features("train"))
+        rows, longest = super().largest_batch().rows, max(lengths)
+        if packed:
+            # rows of all lengths come together: those of the first epoch
+            order = LengthGroupedBatches([1] * len(lengths), self.batch_size, self.seed)
+            mean = -(-max(sum(lengths[i] for i in batch) for batch in order) // rows)
+            if mean < longest:
+                return BatchSize(rows, mean, packed=True)
+        return BatchSize(rows, longest, packed=False)
 
     @override
     def _order(self) -> LengthGroupedBatches:

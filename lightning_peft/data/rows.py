@@ -6,14 +6,14 @@ import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_peft.core.problems import raise_problems
-from lightning_peft.data.batching import LengthGroupedBatches, ResumableLoader
+from lightning_peft.data.batching import LengthGroupedBatches, ResumableLoader, ranks
 from lightning_peft.data.connection import ConnectedDataModule
 from lightning_peft.data.files import Example, Files, Row
 from lightning_peft.data.problems import RowProblems
@@ -228,6 +228,15 @@ class RowDataModule(ConnectedDataModule, ABC):
         """Batches of similar length, in an order that the seed and the epoch fix."""
         return self._shuffled(self._features["train"], self._order())
 
+    def largest_batch(self, *, packed: bool = False) -> BatchSize:
+        """The largest batch that a process trains on, once `setup` has prepared it.
+
+        Args:
+            packed: whether rows of text are put one behind the other, without padding.
+        """
+        count = -(-len(self._features["train"]) // ranks()[1])
+        return BatchSize(min(self.batch_size, count), None, packed=False)
+
     def _order(self) -> LengthGroupedBatches:
         return LengthGroupedBatches(self._lengths(self._features["train"]), self.batch_size, self.seed)
 
@@ -294,6 +303,20 @@ class RowDataModule(ConnectedDataModule, ABC):
     def splits(self) -> list[str]:
         """The splits that `setup` has prepared."""
         return list(self._features)
+
+
+class BatchSize(NamedTuple):
+    """A batch of rows of one length.
+
+    Attributes:
+        rows: how many.
+        tokens: of each; None where rows are no texts.
+        packed: whether that is the mean of rows that are packed, and not the longest to which they are padded.
+    """
+
+    rows: int
+    tokens: int | None
+    packed: bool
 
 
 def _lack_all(examples: Iterable[Example] | None, columns: set[str]) -> bool:

@@ -45,7 +45,7 @@ def test_a_model_that_fits_nowhere_is_told_to(tmp_path, words):
         ("length=0", "length must be 1 or more, but got 0"),
         ("gpus=[A100]", "gpus: 'A100' is unknown"),
         ("batch_size=null", "batch_size must be 1 or more, but got None"),
-        ("optimizer.name=LBFGS", "take another optimizer"),
+        ("optimizer.name=LBFGS", "only with other optimizers"),
         ("precision=bf16", "precision must be one of 32-true"),
         ("method=hf_peft", "its layers are peft's own"),
         ("model.quantization=int8", "quantization=int8 takes cannot be counted"),
