@@ -74,7 +74,11 @@ class Forecast(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says why nothing was said; a run that fails for the same reason has said it itself by now."""
+        """Says why nothing was said; a run that fails for the same reason has said it itself by now.
+
+        Raises:
+            ValueError: if rows are padded, which only the built model tells, and such a step takes more than there is.
+        """
         if self._packed and not getattr(pl_module, "runs_without_padding", False):
             self._say(trainer, pl_module, packed=False)
         if self._reason is not None and trainer.is_global_zero:
@@ -94,7 +98,11 @@ class Forecast(Callback):
             self._reason = str(error).strip().partition("\n")[0] or type(error).__name__
             return
         self._packed = step.packed
-        where = "of this run" if self.memory is not None else f"of this {'GPU' if device.type == 'cuda' else 'machine'}"
+        where = (
+            "that it may take"
+            if self.memory is not None
+            else f"of this {'GPU' if device.type == 'cuda' else 'machine'}"
+        )
         fits = limit is None or found.peak <= limit
         if trainer.is_global_zero:
             if self.folder is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_peft.analysis.largest_batch import largest_batches
 from lightning_peft.analysis.sizes import size
 from lightning_peft.forecast import Step
+from lightning_peft.tasks.base_source import quiet
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ def what_fits(step: Step, limit: int, accumulated: int) -> str:
     Returns:
         Each change that is enough by itself, with what the step then takes; where none is, all of them together.
     """
+    with quiet():  # of what it says once, this run has no use any more
+        return _in_words(step, limit, accumulated)
+
+
+def _in_words(step: Step, limit: int, accumulated: int) -> str:
     rows = _largest_batch(step, limit)
     batches = accumulated * -(-step.rows // max(rows, 1))
     enough = [f"data.batch_size={rows} with trainer.accumulate_grad_batches={batches}"] if rows else []
