@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import textwrap
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -90,33 +92,32 @@ class Forecast(Callback):
         limit = self._limit(trainer)
         self._reason, self._packed = None, False
         try:
-            with warnings.catch_warnings(), isolate_rng(include_cuda=False):
-                warnings.simplefilter("ignore")  # training has the same, and says them itself
+            with _aside():
                 step = _step_of(trainer, module, packed=packed)
                 found = step.memory()
         except Exception as error:  # whatever it is, a training does not hang on it
             self._reason = str(error).strip().partition("\n")[0] or type(error).__name__
             return
         self._packed = step.packed
-        where = (
-            "that it may take"
-            if self.memory is not None
-            else f"of this {'GPU' if device.type == 'cuda' else 'machine'}"
-        )
         fits = limit is None or found.peak <= limit
+        allowed = None if limit is None else f"{size(limit)} {self._whose(device)}"
         if trainer.is_global_zero:
             if self.folder is not None:
                 write_json(Path(self.folder) / FILE, _written(step, found))
             if fits or self.force:
-                print(_said(step, found, None if limit is None else f"{size(limit)} {where}", fits=fits))
+                print(_said(step, found, allowed, fits=fits))
         if limit is not None and not fits and not self.force:
-            with warnings.catch_warnings(), isolate_rng(include_cuda=False):
-                warnings.simplefilter("ignore")
+            with _aside():
                 ways = what_fits(step, limit, trainer.accumulate_grad_batches)
             raise ValueError(
-                f"a step of {step.spoken} takes {size(found.peak)}, more than the {size(limit)} {where}; {ways}; "
-                "force=true trains all the same"
+                f"a step of {step.spoken} takes {size(found.peak)}, more than the {allowed}; {ways}; force=true trains "
+                "all the same"
             )
+
+    def _whose(self, device: torch.device) -> str:
+        if self.memory is not None:
+            return "that it may take"
+        return f"of this {'GPU' if device.type == 'cuda' else 'machine'}"
 
     def _limit(self, trainer: Trainer) -> int | None:
         """Bytes for a step, the same in all processes, so that all of them go on or none."""
@@ -125,6 +126,14 @@ class Forecast(Callback):
         if limit is not None and trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy):
             limit = int(trainer.strategy.reduce(torch.tensor(limit, device=device), reduce_op="min"))
         return limit
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """A block after which random numbers are drawn as if it had not been, and which says nothing that training says."""
+    with warnings.catch_warnings(), isolate_rng(include_cuda=False):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _step_of(trainer: Trainer, module: LightningModule, *, packed: bool) -> Step:

@@ -45,14 +45,14 @@ def _in_words(step: Step, limit: int, accumulated: int) -> str:
     enough = [f"data.batch_size={rows} with trainer.accumulate_grad_batches={batches}"] if rows else []
     together, possible = step, []
     for change in _changes(step):
-        with suppress(ValueError, OSError, ImportError):  # what the model, or this machine, has not
+        with suppress(Exception):  # what the model, or this machine, has not
             peak = change.of(step).memory().peak
             enough += [f"{change.words} ({size(peak)})"] if peak <= limit else []
             together = change.of(together)
             possible.append(change.words)
     if enough:
         return f"what fits: {', or '.join(enough)}"
-    with suppress(ValueError, OSError, ImportError):
+    with suppress(Exception):
         if rows := _largest_batch(together, limit):
             return f"what fits: {' '.join([f'data.batch_size={rows}', *possible])}, all together"
     return "not even one row fits, with all that saves memory; take a smaller model, or train less of it"

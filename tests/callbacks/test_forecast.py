@@ -14,7 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_peft import LoRA, PeftModule, PromptTuning, TextDataModule
-from lightning_peft.analysis.device_memory import machine_memory
+from lightning_peft.analysis.device_memory import machine_memory, memory_for_a_step
+from lightning_peft.analysis.gpus import RESERVE
 from lightning_peft.analysis.live_bytes import LiveBytes
 from lightning_peft.callbacks.forecast import Forecast
 
@@ -170,3 +171,13 @@ def test_a_mistake_is_told_once_by_training_itself(make, trainer, capsys):
     with pytest.raises(ValueError, match="nowhere"):
         trainer(Forecast()).fit(*make(method=LoRA(r=2, target_modules=["nowhere"])))
     assert "no forecast" not in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_what_others_leave():
+    device = torch.device("cuda", 0)
+    total = torch.cuda.get_device_properties(device).total_memory
+    before = memory_for_a_step(device)
+    assert 0 < before <= total - RESERVE
+    kept = torch.zeros(2**28, device=device)
+    assert memory_for_a_step(device) <= total - kept.nbytes
