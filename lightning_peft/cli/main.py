@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.cli.bare_words import BareWords, is_word
 from lightning_peft.core.problems import nearest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIG_PATH = "pkg://lightning_peft.conf"
+_BARE_WORDS = {"doctor": BareWords("run")}
 _WITH_A_VALUE = (
     "-c",
     "--cfg",
@@ -30,6 +32,11 @@ def main() -> None:
 
     from lightning_peft.cli import commands
     from lightning_peft.cli.compare import compare
+    """Runs ``lightning-peft [train|plan|forecast|data|eval|predict|export|doctor] group=choice option=value ...``."""
+    import hydra
+
+    from lightning_peft.cli import commands
+    from lightning_peft.cli.doctor import show_findings
     from lightning_peft.cli.forecast import show_forecast
     from lightning_peft.cli.jobs import Jobs, report, stop
     from lightning_peft.cli.overrides import problem_with, with_entries_added
@@ -44,12 +51,18 @@ def main() -> None:
         "eval": commands.evaluate,
         "predict": commands.predict,
         "export": commands.export,
+        "doctor": show_findings,
     }
     arguments = sys.argv[1:]
-    command = arguments.pop(0) if arguments and _is_word(arguments[0]) else "train"
+    command = arguments.pop(0) if arguments and is_word(arguments[0]) else "train"
     if command not in known:
         stop(f"command {command!r} is unknown{nearest(command, known)}")
     flags, overrides = _split(arguments)
+    if command in _BARE_WORDS:
+        try:
+            overrides = _BARE_WORDS[command].as_overrides(overrides)
+        except ValueError as error:
+            stop(f"{command}: {error}")
     problem = problem_with(command, overrides, asks=_only_asks(arguments))
     if problem is not None:
         stop(problem)
@@ -66,10 +79,6 @@ def main() -> None:
         failed = report()
     if failed:
         sys.exit(2)
-
-
-def _is_word(argument: str) -> bool:
-    return "=" not in argument and not argument.startswith(("-", "+", "~"))
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -1,0 +1,76 @@
+"""The ``doctor`` command: what is wrong with a run, by its folder, and what to do about it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lightning_peft.analysis.diagnosis import Diagnosis
+from lightning_peft.cli.report import short
+from lightning_peft.doctor import Examination, examine
+
+
+def show_findings(config: DictConfig) -> None:
+    """Says what is wrong with a run; the command's exit code is 1 where something is.
+
+    Raises:
+        ValueError: if several runs are given, of which the exit code could not tell.
+        FileNotFoundError: if the folder is no run's.
+    """
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError("doctor looks at one run at a time, and its exit code is that run's; leave -m out")
+    if not isinstance(config.check_base, bool):
+        raise ValueError(f"check_base must be true or false, but got {config.check_base!r}")
+    found = examine(Path(str(config.run)), check_base=config.check_base)
+    print_examination(found)
+    if found.findings:
+        sys.exit(1)
+
+
+def print_examination(examination: Examination, console: Console | None = None) -> None:
+    """Prints what was found, then what was looked at and what could not be.
+
+    Args:
+        examination: of a run.
+        console: where to; None takes the terminal.
+    """
+    console = console or Console(highlight=False)
+    console.print(Text(f"{short(examination.folder)}: {examination.about}", style="bold"))
+    for place, finding in enumerate(examination.findings, start=1):
+        console.print()
+        console.print(Text(f"{place}. {finding.found}", style="bold red"))
+        console.print(Padding(_rows([("seen", finding.evidence), ("to do", finding.remedy)]), (0, 0, 0, 3)))
+    healthy = [d for d in examination.diagnoses if d.seen and d.found is None]
+    console.print()
+    if not examination.findings:
+        console.print(Text("Nothing found. Looked at:", style="bold green"))
+    elif healthy:
+        console.print(Text("Nothing else found in:"))
+    console.print(_listed(healthy))
+    unseen = [d for d in examination.diagnoses if not d.seen]
+    if unseen or examination.lacking:
+        console.print()
+        console.print(Text("Not looked at:"))
+        missing = [("", sentence) for sentence in examination.lacking]
+        console.print(Padding(_rows([*((d.subject, d.evidence) for d in unseen), *missing]), (0, 0, 0, 2)))
+
+
+def _listed(diagnoses: list[Diagnosis]) -> Padding:
+    return Padding(_rows([(d.subject, d.evidence) for d in diagnoses]), (0, 0, 0, 2))
+
+
+def _rows(rows: list[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, said in rows:
+        table.add_row(name, Text(said))
+    return table
