@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.analysis import data_faults, learning_faults, run_faults
 from lightning_peft.analysis.diagnosis import Diagnosis, LossCurve
 from lightning_peft.analysis.learning_faults import Rate
-from lightning_peft.analysis.run_files import RunFiles
+from lightning_peft.analysis.run_files import RunFiles, read_config
 from lightning_peft.core.method import Method, Scheduled
-from lightning_peft.methods.config import method_from_config
+from lightning_peft.methods.config import method_from_config, method_to_config
 from lightning_peft.saved_run import Base, SavedRun
 
 
@@ -57,12 +58,14 @@ def examine(folder: str | Path, *, check_base: bool = True) -> Examination:
     saved = SavedRun.read(run.folder)
     method = _method(run, saved)
     base = saved.base(run.option("model")) if check_base else Base(why="check_base=false leaves the base unread")
+    guessing = data_faults.no_better_than_guessing(_reached(run, saved), run.labels, run.option("monitor"))
+    guesses = guessing.found is not None
     diagnoses = [
         _unended(run, saved),
-        *(_learning(run, saved, base, method) if method is not None else ()),
+        *(_learning(run, saved, base, method, guesses=guesses) if method is not None else ()),
         _overfitting(run, saved),
         data_faults.truncation(run.cuts, run.option("data", "max_length")),
-        data_faults.no_better_than_guessing(_reached(run, saved), run.labels, run.option("monitor")),
+        guessing,
         run_faults.another_base(saved.fingerprints, base.mismatch, base.why),
         *_forgetting(run),
     ]
@@ -97,24 +100,43 @@ def _limit(given: Any) -> int | None:
     return given if isinstance(given, int) and given > 0 else None
 
 
-def _learning(run: RunFiles, saved: SavedRun, base: Base, method: Method) -> Iterable[Diagnosis]:
+def _learning(run: RunFiles, saved: SavedRun, base: Base, method: Method, *, guesses: bool) -> Iterable[Diagnosis]:
     rate, curve = _rate(run, saved, method), _curve(run, saved)
     moved = saved.movement(base)
     without, still = saved.without_gradient(base, adam=rate.adam)
     waiting = isinstance(method, Scheduled) and method.scheduled
-    yield learning_faults.rate_too_high(curve, rate, saved.not_finite, run.not_finite)
+    yield learning_faults.rate_too_high(
+        curve, rate, moved, broken=saved.not_finite, not_finite=run.not_finite, guesses=guesses
+    )
+    yield learning_faults.rate_too_low(curve, rate, moved)
     yield learning_faults.gradients(len(saved.trained), without, still, waiting)
     yield learning_faults.movement(moved, curve, rate)
-    yield learning_faults.rate_too_low(curve, rate, moved)
 
 
 def _rate(run: RunFiles, saved: SavedRun, method: Method) -> Rate:
     optimizer = saved.optimizer or run.option("optimizer") or {}
     given = optimizer.get("lr")
-    (own,) = [f.default for f in fields(type(method)) if f.name == "learning_rate"]  # type: ignore[arg-type]
     used = float(given) if isinstance(given, int | float) else method.learning_rate
     adam = "adam" in str(optimizer.get("name", "AdamW")).lower()
-    return Rate(used, float(own), type(method).__name__, adam)  # type: ignore[arg-type]
+    return Rate(used, *_own_rate(method), adam)
+
+
+def _own_rate(method: Method) -> tuple[float, str]:
+    """The rate that suits a method, and whose it is.
+
+    That is the class's; what a class makes of its options may be several methods, such as BitFit and full fine-tuning,
+    whose presets say it then: the one that agrees in most options.
+    """
+    own = method_to_config(method)
+    presets = (
+        (p.stem, read_config(p)) for p in sorted(Path(str(files("lightning_peft.conf") / "method")).glob("*.yaml"))
+    )
+    alike = [(name, said) for name, said in presets if said["_target_"] == own["_target_"]]
+    (rate,) = [f.default for f in fields(type(method)) if f.name == "learning_rate"]  # type: ignore[arg-type]
+    if len({float(said["learning_rate"]) for _, said in alike}) < 2:
+        return float(rate), type(method).__name__  # type: ignore[arg-type]
+    name, said = max(alike, key=lambda pair: sum(own.get(k, v) == v for k, v in pair[1].items()))
+    return float(said["learning_rate"]), name
 
 
 def _curve(run: RunFiles, saved: SavedRun) -> LossCurve | None:

@@ -58,10 +58,11 @@ def no_better_than_guessing(
     rows, most = sum(labels.values()), max(labels.values())
     share = most / rows
     # what saying one label alone gives, and by how much rows that are drawn anew would change it
+    error = (share * (1 - share) / rows) ** 0.5
     guesses = {
-        "accuracy": (share, (share * (1 - share) / rows) ** 0.5),
+        "accuracy": (share, error),
         "mcc": (0.0, rows**-0.5),
-        "f1_macro": (2 * share / (1 + share) / len(labels), 0.0),
+        "f1_macro": (2 * share / (1 + share) / len(labels), error / len(labels)),
     }
     known = [n for n in metrics if n.rpartition("/")[2] in guesses and n.startswith("val/")]
     chosen = next((n for n in known if n == monitor), known[0] if known else None)
@@ -69,13 +70,13 @@ def no_better_than_guessing(
         return Diagnosis.unseen(subject, "no metric is known of which a guess's value is")
     if len(labels) < 2:
         return Diagnosis.unseen(subject, f"the rows that validate have one label, {next(iter(labels))!r}")
-    guess, error = guesses[chosen.rpartition("/")[2]]
+    guess, by_chance = guesses[chosen.rpartition("/")[2]]
     label = max(labels, key=lambda name: labels[name])
     evidence = (
         f"{chosen} {number(metrics[chosen])}, and always saying {label!r} ({percent(most, rows)} of {rows:,} rows) "
         f"gives {number(guess)}"
     )
-    if metrics[chosen] > guess + error:
+    if metrics[chosen] > guess + by_chance:
         return Diagnosis(subject, evidence)
     return Diagnosis(
         subject,

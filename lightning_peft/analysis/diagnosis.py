@@ -10,6 +10,12 @@ from typing import Self
 BEYOND_NOISE = 2.0
 """Standard errors by which two means must differ: by chance alone they do in one case of twenty."""
 
+ROSE = 1.1
+"""Times the first quarter's loss from which the last one's has risen, if it is beyond `CLEARLY` as well."""
+
+CLEARLY = 3.0
+"""Standard errors for what ought never to be, such as a loss that rises: by chance alone one case in a thousand."""
+
 _FEWEST = 8
 """Losses below which nobody can tell a fall from noise: two in each quarter."""
 
@@ -87,17 +93,23 @@ class LossCurve:
             last: the later one.
 
         Returns:
-            The difference of the means, and `BEYOND_NOISE` of its standard errors.
+            The difference of the means, and its standard error.
         """
         before, after = self.quarter(first), self.quarter(last)
         error = (_variance(before) / len(before) + _variance(after) / len(after)) ** 0.5
-        return fmean(before) - fmean(after), BEYOND_NOISE * error
+        return fmean(before) - fmean(after), error
 
     @property
     def fell(self) -> bool:
         """Whether it fell by more than noise."""
-        fall, noise = self.fall()
-        return fall > noise
+        fall, error = self.fall()
+        return fall > BEYOND_NOISE * error
+
+    @property
+    def rose(self) -> bool:
+        """Whether it rose, clearly."""
+        fall, error = self.fall()
+        return -fall > CLEARLY * error and self.end > ROSE * fmean(self.quarter(0))
 
     def __str__(self) -> str:
         return f"training loss {number(self.start)} at first, {number(self.end)} in the last quarter"

@@ -22,11 +22,11 @@ A loss on a straight line has a third there, one that learns at a linearly falli
 at its own rate a twentieth.
 """
 
-ROSE = 1.1
-"""Times the first loss from which one at the end has risen: the loss of single batches varies by less, averaged."""
-
 LEAP = 2.0
-"""Times the first loss that a training which goes well never meets again: it is that of a guess."""
+"""Times the first loss, about that of a guess, that single batches of a training which goes well hardly ever meet."""
+
+LEAPS = 0.2
+"""Share of the losses in the second half that leap from which it is no single batch that is hard."""
 
 OVERFIT = 1.1
 """Times the least validation loss from which the last one is clearly above it: between epochs it varies by less."""
@@ -89,7 +89,7 @@ class Movement:
 
 
 def movement(moved: Movement | None, curve: LossCurve | None, rate: Rate) -> Diagnosis:
-    """Whether the method hardly moved.
+    """Whether the method hardly moved, or moved to no effect.
 
     Args:
         moved: how far; None where no start is known.
@@ -97,62 +97,78 @@ def movement(moved: Movement | None, curve: LossCurve | None, rate: Rate) -> Dia
         rate: the learning rate.
     """
     subject = "movement"
-    told = curve is not None and curve.tells
-    if moved is None or moved.steps == 0:
-        if curve is None or not told:
-            return Diagnosis.unseen(subject, "neither where the adapter started nor eight training losses are known")
-        evidence = str(curve)
-        still = not curve.fell and curve.end < ROSE * curve.start
-    else:
-        evidence = (
-            f"{moved.numbers:,} trained numbers moved by {number(moved.moved)} on average in {moved.steps:,} steps, "
-            f"{moved.share(rate.own):.1%} of what is usual at {rate.method}'s own rate"
+    curve = curve if curve is not None and curve.tells else None
+    seen, stands = list[str](), False
+    if moved is not None and moved.steps:
+        share = moved.share(rate.own)
+        seen.append(
+            f"{moved.numbers:,} trained numbers moved by {number(moved.moved)} in {moved.steps:,} steps, "
+            f"{share:.2g} times what is usual at {rate.method}'s own rate"
         )
-        evidence += f"; {curve}" if told else ""
-        still = moved.share(rate.own) < HARDLY and not (told and curve is not None and curve.fell)
-    if not still:
-        return Diagnosis(subject, evidence)
-    return Diagnosis(
-        subject,
-        f"{evidence}; {rate}",
-        "The method hardly moved: the model is still about what it was before the training.",
-        f"optimizer.lr={rate.own:g}" if rate.used < rate.own else "trainer.max_epochs: train longer; see the gradients",
-    )
+        stands = share < HARDLY
+    if curve is None and not seen:
+        return Diagnosis.unseen(subject, "neither where the adapter started nor eight training losses are known")
+    if curve is not None and (curve.fell or curve.rose or not seen):
+        seen.append(f"the training loss {'fell' if curve.fell else 'rose' if curve.rose else 'stayed within noise'}")
+    fell_or_rose = curve is not None and (curve.fell or curve.rose)
+    # a loss that seems to fall proves nothing where the numbers stand, unless another optimizer's steps are that small
+    stands = stands and (rate.adam or not fell_or_rose)
+    if not stands and (curve is None or fell_or_rose):
+        return Diagnosis(subject, "; ".join(seen))
+    evidence = "; ".join([*seen, *([str(curve)] if curve else []), str(rate)])
+    remedy = f"optimizer.lr={rate.own:g}" if rate.times < 1 else "more epochs (trainer.max_epochs), or another rate"
+    if stands:
+        said = "The method hardly moved: the model is still about what it was before the training."
+        return Diagnosis(subject, evidence, said, remedy)
+    said = "Nothing was learnt: the training loss did not fall by more than its noise."
+    return Diagnosis(subject, evidence, said, f"{remedy}; a larger method.r, or the labels: lightning-peft data")
 
 
-def rate_too_high(curve: LossCurve | None, rate: Rate, broken: Sequence[str], not_finite: int) -> Diagnosis:
+def rate_too_high(
+    curve: LossCurve | None,
+    rate: Rate,
+    moved: Movement | None = None,
+    *,
+    broken: Sequence[str] = (),
+    not_finite: int = 0,
+    guesses: bool = False,
+) -> Diagnosis:
     """Whether the learning rate is too high: the loss rises, leaps or is no number, or far from the method's own.
 
     Args:
         curve: the training losses that are finite; None where there are none.
         rate: the learning rate.
+        moved: how far the method moved; None where that is not known.
         broken: names of tensors with NaN or infinite values.
         not_finite: how many losses that were logged are NaN or infinite.
+        guesses: whether the model came to be no better than a guess.
     """
     subject = "rate too high"
     remedy = f"optimizer.lr={_lower(rate):g}; trainer.gradient_clip_val=1.0 against single leaps"
     if broken or not_finite:
-        what = [f"NaN or infinite values in {listed(broken, 3)}"] if broken else []
-        what += [f"{not_finite:,} of the logged losses are NaN or infinite"] if not_finite else []
+        odd = [f"NaN or infinite values in {listed(broken, 3)}"] if broken else []
+        odd += [f"{not_finite:,} of the logged losses are NaN or infinite"] if not_finite else []
         return Diagnosis(
-            subject, f"{'; '.join(what)}; {rate}", "The training broke: its numbers are no numbers.", remedy
+            subject, f"{'; '.join(odd)}; {rate}", "The training broke: its numbers are no numbers.", remedy
         )
     if curve is None or not curve.tells:
         return Diagnosis.unseen(subject, f"fewer than eight training losses are known; {rate}")
-    fall, noise = curve.fall()
     late = curve.losses[len(curve.losses) // 2 :]
     leaps = sum(loss > LEAP * curve.start for loss in late)
     evidence = f"{curve}, {number(max(late))} at most in the second half; {rate}"
-    if -fall > noise and curve.end > ROSE * curve.start:
+    if rate.adam and moved is not None and moved.share(rate.own) < HARDLY:
+        return Diagnosis(subject, f"the method hardly moved; {rate}")
+    if curve.rose:
         return Diagnosis(subject, evidence, "The training loss rises: the learning rate is too high.", remedy)
-    if leaps > 1:
+    if leaps >= LEAPS * len(late):
         said = f"The training loss leaps: {leaps} late ones are above {LEAP:g} times the first; the rate is too high."
         return Diagnosis(subject, evidence, said, remedy)
-    if rate.times >= FAR and not curve.fell:
-        said = f"The loss does not fall, and the learning rate is {rate.times:.0f} times {rate.method}'s own: too high."
+    if rate.times >= FAR and (guesses or not curve.fell):
+        what = "The model only guesses" if curve.fell else "The loss does not fall"
+        said = f"{what}, and the learning rate is {rate.times:,.0f} times {rate.method}'s own: too high."
         return Diagnosis(subject, evidence, said, remedy)
     if rate.times >= FAR:
-        evidence += f", {rate.times:.0f} times that, which the loss shows no harm of"
+        evidence += f", {rate.times:,.0f} times that, which the loss shows no harm of"
     return Diagnosis(subject, evidence)
 
 
@@ -171,17 +187,19 @@ def rate_too_low(curve: LossCurve | None, rate: Rate, moved: Movement | None) ->
     subject = "rate too low"
     if curve is None or not curve.tells:
         return Diagnosis.unseen(subject, f"fewer than eight training losses are known; {rate}")
-    whole, late = curve.fall()[0], curve.fall(2, 3)
-    share = late[0] / whole if whole > 0 else 0.0
-    steady = curve.fell and share >= STEADY and late[0] > 0
-    evidence = f"{rate}; {curve}"
-    evidence += f", {share:.0%} of its fall in the last quarter" if curve.fell else ", no fall beyond noise"
-    small = rate.times <= 1 / FAR or (moved is not None and moved.share(rate.own) < 1 / FAR and rate.used < rate.own)
-    if small and (steady or (not curve.fell and curve.end < ROSE * curve.start)):
+    whole, late = curve.fall()[0], curve.fall(2, 3)[0]
+    share = late / whole if whole > 0 else 0.0
+    steady = curve.fell and share >= STEADY
+    evidence = f"{rate}; "
+    evidence += f"{share:.0%} of the loss's fall is in the last quarter" if curve.fell else "no fall of the loss"
+    share_moved = 1.0 if moved is None else moved.share(rate.own)
+    small = rate.times <= 1 / FAR or (share_moved < 1 / FAR and rate.times < 1)
+    stands = rate.adam and share_moved < HARDLY
+    if small and (steady or stands or not (curve.fell or curve.rose)):
         far = f"{1 / rate.times:,.0f} times below" if rate.times <= 1 / FAR else "below"
         how = "falls steadily and has not flattened" if steady else "does not fall"
         said = f"The loss {how}, and the learning rate is {far} {rate.method}'s own: too low."
-        return Diagnosis(subject, evidence, said, f"optimizer.lr={rate.own:g}")
+        return Diagnosis(subject, f"{evidence}; {curve}", said, f"optimizer.lr={rate.own:g}")
     return Diagnosis(subject, evidence)
 
 
@@ -199,9 +217,7 @@ def gradients(trained: int, without: Sequence[str], still: Sequence[str], waitin
     if not trained:
         return Diagnosis.unseen(subject, "the checkpoint does not name what its optimizer trained")
     if not names:
-        return Diagnosis(
-            subject, f"all {trained:,} trained tensors have gradients in the optimizer's moments, and moved"
-        )
+        return Diagnosis(subject, f"all {trained:,} trained tensors had gradients, as the optimizer's moments tell")
     evidence = f"{len(names):,} of {trained:,} trained tensors: {listed(names, 3)}"
     evidence += f"; {len(without):,} without a gradient in the optimizer's moments" if without else ""
     evidence += f"; {len(still):,} exactly as they started" if still else ""
@@ -240,16 +256,16 @@ def overfitting(
     )
     evidence += f"; the best checkpoint is of step {best:,.0f}" if best is not None else ""
     early = place + 1 <= LATE * len(losses) and (best is None or best <= LATE * last)
-    falls = curve is None or _falls_after(curve, step)
-    if not (early and end > OVERFIT * least and falls):
+    # what is learnt by heart has a lower loss than anything that was not seen
+    by_heart = curve is None or (_falls_after(curve, step) and curve.end < least)
+    if not (early and end > OVERFIT * least and by_heart):
         return Diagnosis(subject, evidence)
     evidence += f"; {curve}" if curve is not None else ""
-    epochs = f"trainer.max_epochs={place + 1}" if place + 1 < len(losses) else "fewer epochs"
     return Diagnosis(
         subject,
         evidence,
         "The run overfits: the validation loss rises while the training loss falls.",
-        f"callbacks=early_stopping, or {epochs}; more data, a dropout of the method, or a smaller one (method.r)",
+        f"callbacks=early_stopping, or trainer.max_steps={step:.0f}; more data, the method's dropout, a smaller method.r",
     )
 
 

@@ -13,7 +13,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lightning_peft.analysis.diagnosis import Diagnosis
 from lightning_peft.cli.report import short
 from lightning_peft.doctor import Examination, examine
 
@@ -47,30 +46,30 @@ def print_examination(examination: Examination, console: Console | None = None) 
     for place, finding in enumerate(examination.findings, start=1):
         console.print()
         console.print(Text(f"{place}. {finding.found}", style="bold red"))
-        console.print(Padding(_rows([("seen", finding.evidence), ("to do", finding.remedy)]), (0, 0, 0, 3)))
+        console.print(
+            Padding(_rows([("seen", finding.evidence), ("to do", finding.remedy)]), (0, 0, 0, 3), expand=False)
+        )
     healthy = [d for d in examination.diagnoses if d.seen and d.found is None]
     console.print()
     if not examination.findings:
         console.print(Text("Nothing found. Looked at:", style="bold green"))
     elif healthy:
         console.print(Text("Nothing else found in:"))
-    console.print(_listed(healthy))
+    console.print(_rows([(d.subject, d.evidence) for d in healthy]))
     unseen = [d for d in examination.diagnoses if not d.seen]
     if unseen or examination.lacking:
         console.print()
         console.print(Text("Not looked at:"))
         missing = [("", sentence) for sentence in examination.lacking]
-        console.print(Padding(_rows([*((d.subject, d.evidence) for d in unseen), *missing]), (0, 0, 0, 2)))
+        console.print(
+            Padding(_rows([*((d.subject, d.evidence) for d in unseen), *missing]), (0, 0, 0, 2), expand=False)
+        )
 
 
-def _listed(diagnoses: list[Diagnosis]) -> Padding:
-    return Padding(_rows([(d.subject, d.evidence) for d in diagnoses]), (0, 0, 0, 2))
-
-
-def _rows(rows: list[tuple[str, str]]) -> Table:
+def _rows(rows: list[tuple[str, str]], indent: int = 2) -> Padding:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for name, said in rows:
         table.add_row(name, Text(said))
-    return table
+    return Padding(table, (0, 0, 0, indent), expand=False)
