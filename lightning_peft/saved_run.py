@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_peft.analysis.learning_faults import Movement
 from lightning_peft.callbacks.adaptation import record_of
+from lightning_peft.callbacks.interrupt import NAME
 from lightning_peft.core.method import DataDriven
 from lightning_peft.formats.base_identity import refuse_another_base
 from lightning_peft.formats.folder import SavedAdapter, read_folder
@@ -24,7 +25,8 @@ from lightning_peft.methods.config import method_from_config
 from lightning_peft.tasks import task_from_config
 from lightning_peft.tasks.base_model import BaseModel
 
-BEST, LAST, ADAPTER = "checkpoints/best.ckpt", "checkpoints/last.ckpt", "adapter"
+BEST, LAST, INTERRUPTED = "checkpoints/best.ckpt", "checkpoints/last.ckpt", f"checkpoints/{NAME}"
+ADAPTER = "adapter"
 
 _MOVES_BY = 5
 """Steps after which each trained tensor has moved: warm-up makes none in the first, and of a product that starts at
@@ -79,6 +81,9 @@ class SavedRun:
         saved = cls()
         saved.last = saved._tried(folder / LAST, LAST, read_checkpoint) or {}
         saved.best = saved._tried(folder / BEST, BEST, read_checkpoint) or {}
+        if (folder / INTERRUPTED).exists():
+            stopped = saved._tried(folder / INTERRUPTED, INTERRUPTED, read_checkpoint) or {}
+            saved.last = max(saved.last, stopped, key=lambda found: found.get("global_step", -1))
         saved.last = saved.last or saved.best
         saved.adapter = saved._tried(folder / ADAPTER, ADAPTER, read_folder)
         if saved.adapter is not None:
@@ -167,7 +172,7 @@ class SavedRun:
     @property
     def fingerprints(self) -> dict[str, str | None]:
         """Of the base, by the file that tells it."""
-        found = {LAST if self.last is not self.best else BEST: self.record.get("base", {}).get("fingerprint")}
+        found = {"checkpoint": self.record.get("base", {}).get("fingerprint")}
         if self.adapter is not None and self.adapter.base is not None:
             found[ADAPTER] = self.adapter.base["fingerprint"]
         return found

@@ -57,10 +57,13 @@ def _commands():
 
 @pytest.mark.parametrize("words", _commands(), ids=" ".join)
 def test_the_commands_in_the_readme_compose(words):
+    from lightning_peft.cli.main import BARE_WORDS
     from lightning_peft.cli.overrides import problem_with
 
     command = words[0] if words and words[0].isalpha() else "train"
     overrides = [w for w in words if "=" in w]
+    if command in BARE_WORDS:
+        overrides = BARE_WORDS[command].as_overrides(words[1:])
     assert problem_with(command, overrides) is None
 
 

@@ -77,8 +77,8 @@ class LossCurve:
 
     @property
     def start(self) -> float:
-        """The loss before much was learnt: the mean of the first twentieth, of one value at least."""
-        return fmean(self.losses[: max(1, len(self.losses) // 20)])
+        """The loss before much was learnt: the mean of the first fortieth, of one value at least."""
+        return fmean(self.losses[: max(1, len(self.losses) // 40)])
 
     @property
     def end(self) -> float:

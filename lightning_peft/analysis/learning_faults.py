@@ -154,7 +154,7 @@ def rate_too_high(
     if curve is None or not curve.tells:
         return Diagnosis.unseen(subject, f"fewer than eight training losses are known; {rate}")
     late = curve.losses[len(curve.losses) // 2 :]
-    leaps = sum(loss > LEAP * curve.start for loss in late)
+    leaps = sum(loss > LEAP * curve.losses[0] for loss in late)
     evidence = f"{curve}, {number(max(late))} at most in the second half; {rate}"
     if rate.adam and moved is not None and moved.share(rate.own) < HARDLY:
         return Diagnosis(subject, f"the method hardly moved; {rate}")
@@ -265,7 +265,7 @@ def overfitting(
         subject,
         evidence,
         "The run overfits: the validation loss rises while the training loss falls.",
-        f"callbacks=early_stopping, or trainer.max_steps={step:.0f}; more data, the method's dropout, a smaller method.r",
+        f"callbacks=early_stopping or trainer.max_steps={step:.0f}; more data, a dropout, a smaller method.r",
     )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from lightning_peft.cli.report import short
@@ -46,30 +45,28 @@ def print_examination(examination: Examination, console: Console | None = None) 
     for place, finding in enumerate(examination.findings, start=1):
         console.print()
         console.print(Text(f"{place}. {finding.found}", style="bold red"))
-        console.print(
-            Padding(_rows([("seen", finding.evidence), ("to do", finding.remedy)]), (0, 0, 0, 3), expand=False)
-        )
+        _print_rows(console, [("seen", finding.evidence), ("to do", finding.remedy)], indent=3)
     healthy = [d for d in examination.diagnoses if d.seen and d.found is None]
     console.print()
     if not examination.findings:
         console.print(Text("Nothing found. Looked at:", style="bold green"))
     elif healthy:
         console.print(Text("Nothing else found in:"))
-    console.print(_rows([(d.subject, d.evidence) for d in healthy]))
+    _print_rows(console, [(d.subject, d.evidence) for d in healthy])
     unseen = [d for d in examination.diagnoses if not d.seen]
     if unseen or examination.lacking:
         console.print()
         console.print(Text("Not looked at:"))
-        missing = [("", sentence) for sentence in examination.lacking]
-        console.print(
-            Padding(_rows([*((d.subject, d.evidence) for d in unseen), *missing]), (0, 0, 0, 2), expand=False)
-        )
+        missing = [("files", sentence) for sentence in examination.lacking]
+        _print_rows(console, [*((d.subject, d.evidence) for d in unseen), *missing])
 
 
-def _rows(rows: list[tuple[str, str]], indent: int = 2) -> Padding:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(overflow="fold")
+def _print_rows(console: Console, rows: list[tuple[str, str]], indent: int = 2) -> None:
+    """Names, and beside them what is said of each; words stay whole, so that they can be copied."""
+    room = max((len(name) for name, _ in rows), default=0) + 2
+    width = max(console.width - indent - room, 20)
     for name, said in rows:
-        table.add_row(name, Text(said))
-    return Padding(table, (0, 0, 0, indent), expand=False)
+        lines = textwrap.wrap(said, width, break_long_words=False, break_on_hyphens=False)
+        for place, line in enumerate(lines):
+            start = Text(" " * indent + (name if place == 0 else "").ljust(room), style="dim")
+            console.print(start.append(line, style="not dim"), soft_wrap=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIG_PATH = "pkg://lightning_peft.conf"
-_BARE_WORDS = {"doctor": BareWords("run")}
+BARE_WORDS = {"doctor": BareWords("run")}
 _WITH_A_VALUE = (
     "-c",
     "--cfg",
@@ -58,9 +58,9 @@ def main() -> None:
     if command not in known:
         stop(f"command {command!r} is unknown{nearest(command, known)}")
     flags, overrides = _split(arguments)
-    if command in _BARE_WORDS:
+    if command in BARE_WORDS:
         try:
-            overrides = _BARE_WORDS[command].as_overrides(overrides)
+            overrides = BARE_WORDS[command].as_overrides(overrides)
         except ValueError as error:
             stop(f"{command}: {error}")
     problem = problem_with(command, overrides, asks=_only_asks(arguments))
