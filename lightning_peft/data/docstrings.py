@@ -59,6 +59,23 @@ def retrieval_examples() -> tuple[list[Example], list[Example]]:
     return train, validation
 
 
+def module_texts() -> Iterator[str]:
+    """Docstrings of whole modules, in an order that is the same every time: no example of the others is made of them.
+
+    Those of the character sets in ``encodings`` are left out, which are one sentence a hundred times.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = _files(root)
+    random.Random(_SEED).shuffle(paths)
+    known: set[str] = set()
+    for path in paths:
+        tree = None if "encodings" in path.relative_to(root).parts else _parsed(path)
+        text = None if tree is None else ast.get_docstring(tree)
+        if text and len(text) > _SHORTEST and text not in known:
+            known.add(text)
+            yield text
+
+
 def examples_with(*columns: str) -> tuple[list[Example], list[Example]]:
     """The embedded data under the columns that a task learns from.
 
@@ -98,20 +115,29 @@ def _docstrings() -> tuple[tuple[str, str, str], ...]:
     """Package or module, docstring, and signature (empty for classes), each text once."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, tuple[str, str]] = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if not _LEFT_OUT.intersection(parts):
-            for text, signature in _of_file(path):
-                found.setdefault(text, (parts[0].removesuffix(".py"), signature))
+    for path in _files(root):
+        package = path.relative_to(root).parts[0].removesuffix(".py")
+        for text, signature in _of_file(path):
+            found.setdefault(text, (package, signature))
     return tuple((package, text, signature) for text, (package, signature) in found.items())
 
 
-def _of_file(path: Path) -> Iterator[tuple[str, str]]:
+def _files(root: Path) -> list[Path]:
+    return [p for p in sorted(root.rglob("*.py")) if not _LEFT_OUT.intersection(p.relative_to(root).parts)]
+
+
+def _parsed(path: Path) -> ast.Module | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old files
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            return ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
+        return None
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, str]]:
+    tree = _parsed(path)
+    if tree is None:
         return
     for node in ast.walk(tree):
         if isinstance(node, Definition):
