@@ -32,6 +32,7 @@ def test_the_benchmark_of_data_loading_writes_its_figures(tmp_path):
         ("one_adapter_an_example", ["--layers", "1", "--tokens", "8", "--repeats", "1"]),
         ("classification", ["--examples", "32", "--repeats", "1", "--threads", "1"]),
         ("cost_against_size", ["--small", "--repeats", "1", "--threads", "1"]),
+        ("forgetting", ["--seeds", "1", "--steps", "1", "--taught", "1"]),
         ("long_run", ["--steps", "100", "--adapters", "12", "--in-use", "4", "--points", "5"]),
     ],
 )
@@ -52,6 +53,12 @@ def _loaded(name):
 def test_the_page_of_figures_holds_what_was_measured():
     tables = _loaded("tables")
     assert tables.page(tables.PAGE.read_text()) == tables.PAGE.read_text()
+
+
+def test_the_page_about_forgetting_holds_what_was_measured():
+    forgetting = _loaded("forgetting")
+    found = json.loads((FOLDER / "results" / "forgetting.json").read_text())
+    assert forgetting.page(forgetting.PAGE.read_text(), found) == forgetting.PAGE.read_text()
 
 
 def test_the_picture_of_costs_has_a_panel_for_each_size_and_a_line_for_each_figure(monkeypatch):

@@ -141,7 +141,9 @@ def test_every_kind_of_method_is_measured_on_the_texts_own_positions(name, fit, 
     fit(METHODS[name](), Forgetting(tmp_path, TEXTS))
     found = _read(tmp_path)
     assert all(-1e-9 < drift <= 1 for drift in found["layers"].values())
-    assert (found["forgetting"] == 0) == (name == "ladder"), "a network beside the layers moves none of them"
+    first, last = found["layers"].values()
+    assert last > 0
+    assert (first == 0) == (name == "ladder"), "a network beside the layers moves none before it joins them"
 
 
 @pytest.mark.parametrize("method", [PromptTuning(4), lp.DeepPrompt(num_virtual_tokens=4), lp.PrefixTuning(4)])
@@ -190,13 +192,13 @@ class Killed(L.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == 1:
             trainer.save_checkpoint(self.path)
-            raise KeyboardInterrupt
+            raise RuntimeError("killed")
 
 
 @pytest.mark.parametrize("method", [LoRA(r=2, learning_rate=1e-2), FULL], ids=["lora", "full"])
 def test_a_resumed_run_writes_what_an_undisturbed_one_writes(method, fit, tmp_path):
     fit(method, Forgetting(tmp_path / "whole", TEXTS), max_epochs=2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="killed"):
         fit(method, Forgetting(tmp_path / "halves", TEXTS), Killed(tmp_path / "half.ckpt"), max_epochs=2)
     assert not (tmp_path / "halves" / RESULT).exists()
     checkpoint = str(tmp_path / "half.ckpt")

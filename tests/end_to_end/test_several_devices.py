@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -19,9 +20,10 @@ def folder(tmp_path_factory, llama_folder, uneven_answers):
     """A run each on one device, and on two under DDP and FSDP2."""
     folder = tmp_path_factory.mktemp("devices")
     for name, devices in (("cpu", 1), ("ddp", 2), ("fsdp", 2)):
+        measured = ["callbacks=forgetting"] if name != "fsdp" else []
         several = [f"trainer.devices={devices}", "trainer.accelerator=cpu"] if devices > 1 else []
         options = [f"trainer={name}", *several, f"data.batch_size={8 // devices}"]
-        said = _run(folder, llama_folder, uneven_answers, *options, name)
+        said = _run(folder, llama_folder, uneven_answers, *options, *measured, name)
         (folder / f"{name}.txt").write_text(said.stdout)
     return folder
 
@@ -43,6 +45,13 @@ def test_two_devices_export_the_adapter_of_one_and_say_so_once(folder, name):
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_two_devices_forget_what_one_does_and_the_first_rank_says_so(folder):
+    one, two = (json.loads((folder / name / "forgetting.json").read_text()) for name in ("cpu", "ddp"))
+    assert two["before"] == one["before"]
+    assert two["after"] == pytest.approx(one["after"], rel=1e-4)
+    assert (folder / "ddp.txt").read_text().count("nats a token of held-out text") == 1
 
 
 def test_a_sweep_over_several_devices_is_refused(folder, llama_folder):
