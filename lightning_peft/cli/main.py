@@ -28,6 +28,7 @@ _WITH_A_VALUE = (
 
 def main() -> None:
     """Runs ``lightning-peft [train|plan|forecast|compare|data|eval|predict|export] group=choice option=value ...``."""
+    """Runs ``lightning-peft [train|plan|forecast|data|eval|predict|export|inspect] group=choice option=value ...``."""
     import hydra
 
     from lightning_peft.cli import commands
@@ -38,6 +39,7 @@ def main() -> None:
     from lightning_peft.cli import commands
     from lightning_peft.cli.doctor import show_findings
     from lightning_peft.cli.forecast import show_forecast
+    from lightning_peft.cli.inspect import show_inspection
     from lightning_peft.cli.jobs import Jobs, report, stop
     from lightning_peft.cli.overrides import problem_with, with_entries_added
     from lightning_peft.cli.plan import show_plan
@@ -52,6 +54,7 @@ def main() -> None:
         "predict": commands.predict,
         "export": commands.export,
         "doctor": show_findings,
+        "inspect": show_inspection,
     }
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and is_word(arguments[0]) else "train"

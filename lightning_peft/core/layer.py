@@ -78,6 +78,15 @@ class AdapterLayer(Module):
         """
         return None
 
+    def products(self) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """The change that `deltas` gives as thin factors, without making it; a kind whose change is none leaves it out.
+
+        Returns:
+            Parameter name to ``A: (..., r, in)`` and ``B: (..., out, r)``, whose product ``B A``, or its transpose, is
+            the whole change of that parameter; or None.
+        """
+        return None
+
     def index_limits(self) -> dict[str, tuple[int, ...]]:
         """Buffers that say where something is: for each of their rows, how many places there are; -1 is nowhere."""
         return {}

@@ -261,6 +261,10 @@ class _SVDLayer(DeltaLayer):
     def delta(self) -> Tensor:
         return self.lora_B @ (self.lora_A * self.lora_E) * self.scale
 
+    def products(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The triplets, their values in the first factor."""
+        return {"weight": (self.lora_A * self.lora_E, self.lora_B * self.scale)}
+
     def score(self, beta1: float, beta2: float) -> None:
         """Moves the scores by the step's sensitivities ``|w dL/dw|`` (eq. 8 to 10)."""
         for key in _FACTORS:

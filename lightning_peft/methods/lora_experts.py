@@ -115,6 +115,11 @@ class ParametersLayer(AdapterLayer):
         pairs = {key: self.factors_of(key) for key in self.keys}
         return {key: torch.matmul(*pair.factors()) * pair.scale for key, pair in pairs.items()}
 
+    def products(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The factors of each parameter."""
+        pairs = {key: (self.factors_of(key).factors(), self.factors_of(key).scale) for key in self.keys}
+        return {key: (right, left * scale) for key, ((left, right), scale) in pairs.items()}
+
 
 def parameter_names(model: Module, patterns: Sequence[str] | None, targets: Sequence[str] = ()) -> list[str]:
     """The parameters that ``target_parameters`` means, in the model's order.

@@ -52,6 +52,10 @@ class EmbeddingLayer(AdapterLayer):
         """The change of the weight."""
         return {"weight": (self.lora_embedding_B @ self.lora_embedding_A).T * self.scale}
 
+    def products(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Its factors."""
+        return {"weight": (self.lora_embedding_A, self.lora_embedding_B * self.scale)}
+
 
 class ConvLayer(LowRank):
     """``base(x) + s B(A(x))`` with A a convolution of the base's geometry into r channels and B a 1x1 one."""
@@ -81,6 +85,10 @@ class ConvLayer(LowRank):
         """The change of the weight."""
         delta = torch.tensordot(self.lora_B.flatten(1), self.lora_A, ([1], [0]))
         return {"weight": delta * self.scale}
+
+    def products(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Its factors, the kernel's places beside the input channels."""
+        return {"weight": (self.lora_A.flatten(1), self.lora_B.flatten(1) * self.scale)}
 
 
 class AttentionLayer(LowRank):
@@ -123,6 +131,13 @@ class AttentionLayer(LowRank):
         return {
             "in_proj_weight": self.lora_B @ self.lora_A * self.scale,
             "out_proj.weight": self.out_proj.lora_B @ self.out_proj.lora_A * self.scale,
+        }
+
+    def products(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Both pairs of factors."""
+        return {
+            "in_proj_weight": (self.lora_A, self.lora_B * self.scale),
+            "out_proj.weight": (self.out_proj.lora_A, self.out_proj.lora_B * self.scale),
         }
 
 

@@ -199,11 +199,22 @@ class LinearLayer(LowRank):
 
     @torch.no_grad()
     def _norm(self, module: Module) -> Tensor:
+        return row_norms(weight_of(module), *self._factors(), self.scale)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A and B, those that are subtracted beside them."""
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
         if "lora_A0" in self._buffers:
             a, b = torch.cat([a, self.get_buffer("lora_A0")]), torch.cat([b, -self.get_buffer("lora_B0")], dim=1)
-        return row_norms(weight_of(module), a, b, self.scale)
+        return a, b
+
+    def products(self) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """Its factors, unless it trains more than a product of two."""
+        if self._parameters.keys() - {"lora_A", "lora_B"}:
+            return None
+        a, b = self._factors()
+        return {"weight": (a, b * self.scale)}
 
     def deltas(self, module: Any) -> dict[str, Tensor]:
         """The change of the weight."""

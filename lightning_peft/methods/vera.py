@@ -104,3 +104,8 @@ class _VeraLayer(DeltaLayer):
     def delta(self) -> Tensor:
         a, b = self.pair(self.vera_lambda_b)
         return (self.vera_lambda_b.unsqueeze(1) * b) @ (self.vera_lambda_d.unsqueeze(1) * a)
+
+    def products(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The scaled pair."""
+        a, b = self.pair(self.vera_lambda_b)
+        return {"weight": (self.vera_lambda_d.unsqueeze(1) * a, self.vera_lambda_b.unsqueeze(1) * b)}
