@@ -153,6 +153,21 @@ def show_data(config: DictConfig) -> Path:
 
 def evaluate(config: DictConfig) -> dict[str, float]:
     """Evaluates a checkpoint or an exported adapter on the validation or test rows."""
+    found = evaluated(config)
+    write_json(Path(config.run_dir) / METRICS, _defined(found))
+    print_metrics(found)
+    return found
+
+
+def evaluated(config: DictConfig) -> dict[str, float]:
+    """The metrics of a checkpoint or an exported adapter on the validation or test rows.
+
+    Args:
+        config: as of ``eval``.
+
+    Raises:
+        ValueError: if the split is unknown.
+    """
     if config.split not in ("validation", "test"):
         raise ValueError(f"split must be validation or test, but got {config.split!r}")
     module, data, trainer = _ready(config)
@@ -161,10 +176,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         (metrics,) = run(module, data, verbose=False)
     finally:
         _end(trainer.loggers)
-    found = _numbers(metrics)
-    write_json(Path(config.run_dir) / METRICS, _defined(found))
-    print_metrics(found)
-    return found
+    return _numbers(metrics)
 
 
 def predict(config: DictConfig) -> Path:

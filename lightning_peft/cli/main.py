@@ -29,6 +29,10 @@ _WITH_A_VALUE = (
 def main() -> None:
     """Runs ``lightning-peft [train|plan|forecast|compare|data|eval|predict|export] group=choice option=value ...``."""
     """Runs ``lightning-peft [train|plan|forecast|data|eval|predict|export|inspect] group=choice option=value ...``."""
+    """Runs ``lightning-peft [command] group=choice option=value ...``; train if no command is named.
+
+    The commands: train, plan, forecast, data, eval, predict, export, inspect, shrink.
+    """
     import hydra
 
     from lightning_peft.cli import commands
@@ -43,6 +47,7 @@ def main() -> None:
     from lightning_peft.cli.jobs import Jobs, report, stop
     from lightning_peft.cli.overrides import problem_with, with_entries_added
     from lightning_peft.cli.plan import show_plan
+    from lightning_peft.cli.shrink import show_shrink
 
     known: dict[str, Callable[[DictConfig], Any]] = {
         "train": commands.train,
@@ -55,6 +60,7 @@ def main() -> None:
         "export": commands.export,
         "doctor": show_findings,
         "inspect": show_inspection,
+        "shrink": show_shrink,
     }
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and is_word(arguments[0]) else "train"
