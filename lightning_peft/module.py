@@ -26,6 +26,7 @@ from lightning_peft.callbacks.advice import Advice
 from lightning_peft.callbacks.checkpoint_files import keep_files_whole, refuse_unwritable_folders
 from lightning_peft.callbacks.hyperparameters import log_hyperparameters
 from lightning_peft.callbacks.learning import check_optimizers, refuse_unsaved, warn_of_missing_gradients
+from lightning_peft.callbacks.learning_rate import FindLearningRate, note_beginning
 from lightning_peft.callbacks.loading import BUILT_PLAINLY, require_peft_module
 from lightning_peft.callbacks.optimizer_names import match_resumed
 from lightning_peft.callbacks.record_training import RecordTraining
@@ -48,6 +49,7 @@ from lightning_peft.tasks.base_model import BaseModel
 from lightning_peft.tasks.evaluation import EvaluatedModule
 from lightning_peft.tasks.generation import check_generation
 from lightning_peft.tasks.optimization import (
+    AUTO,
     OPTIMIZER,
     SCHEDULER,
     check_optimization,
@@ -75,8 +77,9 @@ class PeftModule(EvaluatedModule):
         method: the method, or its plain values.
         task: the task, its name, or its plain values.
         optimizer: ``{"name": "AdamW", "lr": ..., ...}``: a class of ``torch.optim``, or of ``bitsandbytes.optim``
-            such as ``AdamW8bit``, and its options. Without a rate the method's own is taken; ``loraplus_lr_ratio``
-            makes B of LoRA learn so many times as fast.
+            such as ``AdamW8bit``, and its options. Without a rate the method's own is taken; with ``"auto"`` one is
+            searched for before the first step, on one device; ``loraplus_lr_ratio`` makes B of LoRA learn so many
+            times as fast.
         scheduler: ``{"name": "linear", "warmup": 0.06}``: one of transformers' schedules, and the share of the
             steps that warm up.
         generation: options of ``generate`` for prediction.
@@ -168,9 +171,12 @@ class PeftModule(EvaluatedModule):
 
     @property
     def lr(self) -> float:
-        """The optimizer's rate, by the name that Lightning's finder of rates reads and sets."""
-        rate: float | None = self.optimizer.get("lr")
-        return self.method.learning_rate if rate is None else rate
+        """The optimizer's rate, by the name that Lightning's finder of rates reads and sets.
+
+        While one is still to be found it is the method's own.
+        """
+        rate: float | str | None = self.optimizer.get("lr")
+        return self.method.learning_rate if rate is None or isinstance(rate, str) else rate
 
     @lr.setter
     def lr(self, value: float) -> None:
@@ -276,13 +282,19 @@ class PeftModule(EvaluatedModule):
 
     @override
     def configure_optimizers(self) -> Any:
+        if self.optimizer["lr"] == AUTO:
+            note_beginning(self)
         optimizer = make_optimizer(self, self.optimizer, self.method.learning_rate)
         schedule = make_schedule(optimizer, self.scheduler, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        return [] if self._recording in self.trainer.callbacks else [self._recording, Advice()]  # type: ignore[attr-defined]
+        there = self.trainer.callbacks  # type: ignore[attr-defined]
+        added = [] if self._recording in there else [self._recording, Advice()]
+        if self.optimizer["lr"] == AUTO and not any(isinstance(c, FindLearningRate) for c in there):
+            added.append(FindLearningRate())
+        return added
 
     @override
     def on_fit_start(self) -> None:
@@ -324,6 +336,10 @@ class PeftModule(EvaluatedModule):
                 f"the checkpoint's task is {saved.to_config()}, but this run's is {self.task.to_config()}; resume with "
                 "the same data and labels"
             )
+        if self.optimizer["lr"] == AUTO:  # its own may be the method's, which is the same one here
+            rate = checkpoint["hyper_parameters"]["optimizer"]["lr"]
+            if rate != AUTO:
+                self.lr = self.method.learning_rate if rate is None else rate
         keep_gradients(self, checkpoint)
         self._counted = tuple(checkpoint[KEY].get("counted", (None, None)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +16,8 @@ from lightning_peft.callbacks.randomness import random_state, restore_random_sta
 from lightning_peft.core.mode import evaluating
 from lightning_peft.core.sharded import sharded_modules
 from lightning_peft.handle import Adapter
+
+_TOTAL = "_peft_total_steps"
 
 
 def prepare(trainer: Trainer, module: LightningModule, adapter: Adapter) -> None:
@@ -114,6 +117,21 @@ def after_step(trainer: Trainer, adapter: Adapter, step: int) -> None:
         adapter.after_step(step, _total(trainer, adapter))
 
 
+@contextmanager
+def going_by(module: LightningModule, total: float) -> Iterator[None]:
+    """Steps that are tried before a training, and follow its schedule as its first ones will.
+
+    Args:
+        module: the module.
+        total: how many steps the training has.
+    """
+    module.__dict__[_TOTAL] = total
+    try:
+        yield
+    finally:
+        del module.__dict__[_TOTAL]
+
+
 def _left_out(trainer: Trainer, adapter: Adapter) -> bool:
     """Whether a step has no gradients at all, as one that `NonFiniteLoss` takes them from; by hand they may be gone."""
     automatic = trainer.lightning_module.automatic_optimization
@@ -122,7 +140,8 @@ def _left_out(trainer: Trainer, adapter: Adapter) -> bool:
 
 def _total(trainer: Trainer, adapter: Adapter) -> int:
     assert adapter.scheduled is not None
-    total = adapter.scheduled.total_step or trainer.estimated_stepping_batches
+    known = trainer.lightning_module.__dict__.get(_TOTAL) or trainer.estimated_stepping_batches
+    total = adapter.scheduled.total_step or known
     if total == float("inf"):
         raise ValueError(
             f"{type(adapter.method).__name__} follows a schedule over the whole training, but this one has no end; "

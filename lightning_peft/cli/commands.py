@@ -26,6 +26,7 @@ from lightning_peft.analysis.data_report import print_data
 from lightning_peft.callbacks.check_monitor import CheckMonitor
 from lightning_peft.callbacks.checkpoint_files import last_checkpoint, read_resumable
 from lightning_peft.callbacks.epoch_lines import EpochLines
+from lightning_peft.callbacks.learning_rate import FindLearningRate
 from lightning_peft.callbacks.progress_bar import ProgressBar
 from lightning_peft.callbacks.validate_at_end import ValidateAtEnd
 from lightning_peft.cli.finished import finished_score, is_finished
@@ -39,6 +40,7 @@ from lightning_peft.formats.writing import write_json, written_file
 from lightning_peft.module import PeftModule
 from lightning_peft.tasks import task_from_config
 from lightning_peft.tasks.base_model import BaseModel
+from lightning_peft.tasks.optimization import AUTO
 
 if TYPE_CHECKING:
     from lightning_peft.data.rows import RowDataModule
@@ -74,6 +76,7 @@ def train(config: DictConfig) -> float | None:
         trainer.fit(module, data, ckpt_path=_to_go_on_from(config), weights_only=True)
     finally:
         _end(trainer.loggers)
+        _note_found_rate(config, module)
     if trainer.state.status != "finished" or config.trainer.fast_dev_run or not trainer.is_global_zero:
         return None
     for stopper in trainer.early_stopping_callbacks:
@@ -114,6 +117,11 @@ def _require_steps(config: DictConfig) -> None:
     for option in ("max_steps", "limit_train_batches"):
         if config.trainer.get(option) == 0:
             raise ValueError(f"trainer.{option}=0 trains nothing; lightning-peft data and eval do without training")
+def _note_found_rate(config: DictConfig, module: PeftModule) -> None:
+    """Has the run's configuration say the rate that it was made with."""
+    if config.optimizer.lr == AUTO and module.optimizer["lr"] != AUTO:
+        config.optimizer.lr = module.lr
+        _keep_config(config)
 
 
 def _refuse_sweep_over_devices(trainer: L.Trainer) -> None:
@@ -302,6 +310,8 @@ def _trainer(config: DictConfig) -> L.Trainer:
     callbacks = [made(_each_named(c)) for c in chosen]
     if config.get("monitor") is not None:
         callbacks += [CheckMonitor(config.monitor), ValidateAtEnd()]
+    if OmegaConf.select(config, "optimizer.lr") == AUTO:
+        callbacks.append(FindLearningRate(config.run_dir))
     if not watched:
         callbacks.append(EpochLines())
     loggers = [made(c) for c in (config.get("logger") or {}).values()]

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 _NOTHING = object()
 _OPEN = ("method.config",)  # entries by the names of another package, beside those that its file has
-# Lightning takes a number, a list and "auto"; a start of weights is true or has a name
-_WORDS_TOO = ("trainer.devices", "method.init_lora_weights", "method.init_weights")
+# Lightning takes a number, a list and "auto"; what a rate may be is said where it is used; a start of weights is true
+# or has a name
+_WORDS_TOO = ("trainer.devices", "optimizer.lr", "method.init_lora_weights", "method.init_weights")
 
 Options = dict[str, Any]
 Compose = Callable[..., Options]

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from lightning_peft.core.problems import nearest
 from lightning_peft.methods.lora_plus import lora_plus_groups
 
+AUTO = "auto"
+"""For ``lr``: Lightning's learning-rate finder looks for it before the first step."""
 OPTIMIZER = {"name": "AdamW", "lr": None, "weight_decay": 0.0}
 SCHEDULER = {"name": "linear", "warmup": 0.06}
 
@@ -29,8 +31,12 @@ def check_optimization(optimizer: dict[str, Any], scheduler: dict[str, Any]) -> 
         ValueError: if a name is unknown or a number is out of its range.
     """
     _optimizer(optimizer["name"])
-    rate = optimizer.get("lr")
-    if rate is not None and rate <= 0:
+    rate: Any = optimizer.get("lr")
+    if not (rate is None or rate == AUTO or _is_number(rate)):
+        raise ValueError(
+            f"optimizer.lr must be a number, auto (which searches for one) or null (the method's own), but got {rate!r}"
+        )
+    if _is_number(rate) and not 0 < rate < math.inf:
         raise ValueError(f"optimizer.lr must be above 0, but got {rate}")
     ratio = optimizer.get("loraplus_lr_ratio")
     if ratio is not None and ratio < 1:
@@ -51,10 +57,10 @@ def make_optimizer(model: Module, config: dict[str, Any], learning_rate: float) 
         model: what holds the parameters.
         config: the name of a class of ``torch.optim`` or ``bitsandbytes.optim``, and its options;
             ``loraplus_lr_ratio`` makes B of LoRA learn so many times as fast.
-        learning_rate: taken where the options have none.
+        learning_rate: taken where the options have none, or one that is still to be found.
     """
     options = {k: v for k, v in config.items() if k not in ("name", "loraplus_lr_ratio")}
-    if options.get("lr") is None:
+    if options.get("lr") in (None, AUTO):
         options["lr"] = learning_rate
     ratio = config.get("loraplus_lr_ratio")
     trained: Any = [p for p in model.parameters() if p.requires_grad]
@@ -62,6 +68,10 @@ def make_optimizer(model: Module, config: dict[str, Any], learning_rate: float) 
         trained = lora_plus_groups(model, options["lr"], ratio)
     made: Optimizer = _optimizer(config["name"])(trained, **options)
     return made
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _optimizer(name: str) -> Any:
