@@ -59,6 +59,35 @@ def test_the_page_about_forgetting_holds_what_was_measured():
     forgetting = _loaded("forgetting")
     found = json.loads((FOLDER / "results" / "forgetting.json").read_text())
     assert forgetting.page(forgetting.PAGE.read_text(), found) == forgetting.PAGE.read_text()
+def test_the_page_of_learning_rates_holds_what_was_measured():
+    rates, table = _loaded("learning_rates"), _loaded("learning_rate_table")
+    text = table.PAGE.read_text()
+    assert table.page(text, rates.RESULTS.read_text(), rates.METHODS) == text
+
+
+def test_a_table_of_rates_has_the_best_of_a_whole_sweep_and_names_the_methods_without_one():
+    def run(method, factor, accuracy):
+        return {"method": method, "factor": factor, "lr": 0.002 * factor, "accuracy": accuracy, "loss": None}
+
+    rows = [run("lora", 1.0, 0.7), run("lora", 0.5, 0.8), run("lora", 2.0, 0.2), run("ia3", 1.0, 0.9)]
+    said = _loaded("learning_rate_table").table(rows, ["lora", "ia3"])
+    assert "| `lora` | 0.002 | 0.700, none | 0.001 | 0.800, none | 0.001, 0.002, 0.004 | 4e-4" in said
+    assert said.endswith("Not swept: `ia3`.\n")
+
+
+@pytest.mark.slow
+def test_a_sweep_of_rates_makes_the_runs_that_are_missing_and_no_other(tmp_path):
+    file = tmp_path / "found.jsonl"
+    done = [{"method": "head", "factor": factor, "seed": 0} for factor in (1.0, 0.32, 3.2, 0.1)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in done))
+    words = ["head", "--steps", "1", "--output", str(file)]
+    for _ in range(2):
+        command = [sys.executable, FOLDER / "learning_rates.py", *words]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        *before, last = (json.loads(line) for line in file.read_text().splitlines())
+        assert before == done
+        assert (last["factor"], last["lr"], last["steps"]) == (10.0, pytest.approx(10 * last["default"]), 1)
+    assert {"accuracy", "loss"} <= last.keys()
 
 
 def test_the_picture_of_costs_has_a_panel_for_each_size_and_a_line_for_each_figure(monkeypatch):

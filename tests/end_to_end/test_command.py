@@ -516,6 +516,11 @@ def test_entries_of_dictionaries_and_options_of_swept_methods_are_given_like_any
         (["trainer.limit_train_batches=0"], "trainer.limit_train_batches=0 trains nothing"),
         (["trainer.precision=16"], "trainer.precision=16 could be 16-mixed"),
         (["optimizer.lr=-1"], "optimizer.lr must be above 0, but got -1"),
+        (["optimizer.lr=fast"], "optimizer.lr must be a number, auto (which searches for one) or null"),
+        (
+            ["optimizer=sgd", "optimizer.lr=fast"],
+            "optimizer.lr must be a number, auto (which searches for one) or null",
+        ),
         (["data=files", "data.train_files=empty.jsonl"], "empty.jsonl, line 2 has nothing in the column 'label'"),
         (["ckpt_path=texts.jsonl"], "texts.jsonl (27 bytes) is no checkpoint, or one that is cut short"),
         (["method.target_modules=all_linear"], "did you mean 'all-linear'"),
