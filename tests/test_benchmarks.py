@@ -59,6 +59,8 @@ def test_the_page_about_forgetting_holds_what_was_measured():
     forgetting = _loaded("forgetting")
     found = json.loads((FOLDER / "results" / "forgetting.json").read_text())
     assert forgetting.page(forgetting.PAGE.read_text(), found) == forgetting.PAGE.read_text()
+
+
 def test_the_page_of_learning_rates_holds_what_was_measured():
     rates, table = _loaded("learning_rates"), _loaded("learning_rate_table")
     text = table.PAGE.read_text()

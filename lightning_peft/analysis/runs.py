@@ -17,6 +17,9 @@ _PLACES = (
 )
 """Settings that do not tell what a run is: where it lies, its seed, how it was started and watched."""
 
+_FOUND_RATE = "lr_find.json"
+"""It stands in the folder of a run whose rate was searched for: another one with each seed, under one setting."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -107,7 +110,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         method=_preset(folder) or str(config["method"].get("_target_", "method")).rpartition(".")[2],
         seed=int(config.get("seed") or 0),
-        settings=settings_of(config),
+        settings={**settings_of(config), **({"optimizer.lr": "auto"} if (folder / _FOUND_RATE).is_file() else {})},
         monitor=str(monitor),
         mode=str(config.get("mode")),
         score=score,

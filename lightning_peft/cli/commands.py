@@ -117,6 +117,8 @@ def _require_steps(config: DictConfig) -> None:
     for option in ("max_steps", "limit_train_batches"):
         if config.trainer.get(option) == 0:
             raise ValueError(f"trainer.{option}=0 trains nothing; lightning-peft data and eval do without training")
+
+
 def _note_found_rate(config: DictConfig, module: PeftModule) -> None:
     """Has the run's configuration say the rate that it was made with."""
     if config.optimizer.lr == AUTO and module.optimizer["lr"] != AUTO:

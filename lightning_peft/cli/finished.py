@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft.analysis.runs import settings_of
 from lightning_peft.cli.report import METRICS
+from lightning_peft.tasks.optimization import AUTO
 
 _SHOWN = 5
 
@@ -27,6 +28,8 @@ def is_finished(config: DictConfig) -> bool:
     if not (folder / METRICS).is_file() or not (folder / "config.yaml").is_file():
         return False
     then, now = _settings(OmegaConf.load(folder / "config.yaml")), _settings(config)
+    if now.get("optimizer.lr") == AUTO:  # which the run replaced by what it found
+        then["optimizer.lr"] = AUTO
     told = [
         f"{key} was {then.get(key, 'not there')}, now {now.get(key, 'not there')}"
         for key in {**then, **now}

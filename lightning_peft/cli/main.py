@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIG_PATH = "pkg://lightning_peft.conf"
-BARE_WORDS = {"doctor": BareWords("run")}
+BARE_WORDS = {"compare": BareWords("folders", several=True), "doctor": BareWords("run")}
 _WITH_A_VALUE = (
     "-c",
     "--cfg",
@@ -27,20 +27,14 @@ _WITH_A_VALUE = (
 
 
 def main() -> None:
-    """Runs ``lightning-peft [train|plan|forecast|compare|data|eval|predict|export] group=choice option=value ...``."""
-    """Runs ``lightning-peft [train|plan|forecast|data|eval|predict|export|inspect] group=choice option=value ...``."""
     """Runs ``lightning-peft [command] group=choice option=value ...``; train if no command is named.
 
-    The commands: train, plan, forecast, data, eval, predict, export, inspect, shrink.
+    The commands: train, plan, forecast, compare, data, eval, predict, export, doctor, inspect, shrink.
     """
     import hydra
 
     from lightning_peft.cli import commands
     from lightning_peft.cli.compare import compare
-    """Runs ``lightning-peft [train|plan|forecast|data|eval|predict|export|doctor] group=choice option=value ...``."""
-    import hydra
-
-    from lightning_peft.cli import commands
     from lightning_peft.cli.doctor import show_findings
     from lightning_peft.cli.forecast import show_forecast
     from lightning_peft.cli.inspect import show_inspection

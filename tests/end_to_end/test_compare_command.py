@@ -65,7 +65,7 @@ def test_the_same_words_make_what_is_missing_and_nothing_twice(swept, words):
 @pytest.mark.slow
 def test_a_sweep_is_compared_in_the_terminal_and_on_a_page(swept):
     folder, _ = swept
-    said = run("compare", "folders=multirun/methods", "hydra.run.dir=report", cwd=folder).stdout
+    said = run("compare", "multirun/methods", "hydra.run.dir=report", cwd=folder).stdout
     for expected in (
         "setting",
         "val/accuracy",
@@ -89,7 +89,7 @@ def test_a_sweep_is_compared_in_the_terminal_and_on_a_page(swept):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("folders=nowhere", "nowhere: there is no such folder"),
+        ("nowhere", "nowhere: there is no such folder"),
         ("folders=.", "holds no run"),
         ("seed=1", "there is no 'seed'"),
     ],
@@ -105,7 +105,7 @@ def test_runs_that_did_not_end_are_no_comparison(tmp_path):
     (tmp_path / "cut").mkdir()
     config = {"method": {"_target_": "lightning_peft.LoRA"}, "optimizer": {}, "trainer": {}}
     (tmp_path / "cut" / "config.yaml").write_text(yaml.safe_dump(config))
-    failed = run("compare", "folders=cut", cwd=tmp_path, check=False)
+    failed = run("compare", "cut", cwd=tmp_path, check=False)
     assert "none of the 1 runs in cut has ended" in failed.stderr
 
 
