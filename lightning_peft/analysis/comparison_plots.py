@@ -48,6 +48,12 @@ def figures(comparison: Comparison) -> dict[str, Figure]:
         "learning_curves": _curves(comparison, metric, [[run.curve for run in s.runs] for s in comparison.settings]),
         "training_loss": _curves(comparison, "train/loss", [[r.losses for r in s.runs] for s in comparison.settings]),
         "forgetting": _forgetting(comparison),
+        "drift": _curves(
+            comparison,
+            "drift from the base (1 - CKA)",
+            [[tuple(enumerate(run.layers.values())) for run in s.runs] for s in comparison.settings],
+            across="layer",
+        ),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -163,11 +169,13 @@ def _meet(first: _Box, second: _Box) -> bool:
 
 
 def _curves(
-    comparison: Comparison, label: str, lines: Sequence[Sequence[Sequence[tuple[int, float]]]]
+    comparison: Comparison, label: str, lines: Sequence[Sequence[Sequence[tuple[int, float]]]], across: str = "step"
 ) -> Figure | None:
     """A curve for each setting: the mean over its seeds, and where the seeds lie."""
     if not any(len(curve) > 1 for curves in lines for curve in curves):
         return None
+    from matplotlib.ticker import MaxNLocator
+
     figure = figure_of(7.2, 3.8)
     place = figure.subplots()
     own = coloured(comparison)
@@ -192,7 +200,8 @@ def _curves(
         if setting.name in own and few and any(h > b for b, h in zip(low, high, strict=True)):
             band: Any = place.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
             band.set_gid(group_of(comparison, setting))
-    place.set_xlabel("step")
+    place.set_xlabel(across)
+    place.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     place.set_ylabel(label)
     place.legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure

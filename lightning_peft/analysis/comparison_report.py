@@ -24,6 +24,7 @@ TITLES = {
     "learning_curves": "Learning curves",
     "training_loss": "Training loss",
     "forgetting": "Forgetting",
+    "drift": "Drift by layer",
 }
 
 

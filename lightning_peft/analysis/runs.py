@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.analysis.run_files import CONFIG, FORGETTING, METRICS, read_config
 from lightning_peft.formats.folder import read_folder
+from lightning_peft.formats.reading import read_json
 from lightning_peft.formats.training_record import TrainingRecord
 
 _PLACES = (
@@ -80,8 +81,8 @@ def find_runs(folders: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder")
-        below = [path.parent for path in sorted(folder.rglob("config.yaml")) if ".hydra" not in path.parts]
-        trained = {path.resolve(): (path / "metrics.json").is_file() for path in below if _is_training(path)}
+        below = [path.parent for path in sorted(folder.rglob(CONFIG)) if ".hydra" not in path.parts]
+        trained = {path.resolve(): (path / METRICS).is_file() for path in below if _is_training(path)}
         if not trained:
             raise FileNotFoundError(f"{folder} holds no run: none below it has the config.yaml of a training")
         found |= trained
@@ -97,8 +98,8 @@ def read_run(folder: Path) -> Run:
     Raises:
         ValueError: if a file does not hold what a run writes there, or the run was judged by no metric.
     """
-    config = _configuration(folder)
-    metrics = _numbers(folder / "metrics.json")
+    config = read_config(folder / CONFIG)
+    metrics = _numbers(folder / METRICS)
     monitor = config.get("monitor")
     score, trained = metrics.pop(f"best/{monitor}", None), metrics.pop("trainable_parameters", None)
     if score is None or trained is None:
@@ -120,8 +121,8 @@ def read_run(folder: Path) -> Run:
         step_seconds=cost.get("step_seconds"),
         peak_bytes=_whole(measured if measured is not None else forecast.get("peak")),
         peak_measured=measured is not None,
-        forgetting=_numbers(folder / "forgetting.json").get("forgetting"),
-        layers=_layers(folder / "forgetting.json"),
+        forgetting=_numbers(folder / FORGETTING).get("forgetting"),
+        layers=_layers(folder / FORGETTING),
         curve=_points(record.metrics.get(str(monitor), ())),
         losses=_points(record.losses),
     )
@@ -155,18 +156,7 @@ def _is_place(name: str) -> bool:
 
 
 def _is_training(folder: Path) -> bool:
-    return {"method", "optimizer", "trainer"} <= _configuration(folder).keys()
-
-
-def _configuration(folder: Path) -> dict[str, Any]:
-    import yaml
-
-    path = folder / "config.yaml"
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
-    return found if isinstance(found, dict) else {}
+    return {"method", "optimizer", "trainer"} <= read_config(folder / CONFIG).keys()
 
 
 def _preset(folder: Path) -> str | None:
@@ -181,25 +171,15 @@ def _preset(folder: Path) -> str | None:
     return str(found)
 
 
-def _content(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold names and values, but holds a {type(found).__name__}")
-    return found
-
-
 def _numbers(path: Path) -> dict[str, float]:
-    return {k: v for k, v in _content(path).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    """The entries of a file that are numbers; a file that the run did not write has none."""
+    found = read_json(path) if path.is_file() else {}
+    return {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def _layers(path: Path) -> dict[str, float]:
-    found = _content(path).get("layers", {})
-    return {str(k): float(v) for k, v in found.items() if isinstance(v, int | float)} if isinstance(found, dict) else {}
+    found = read_json(path).get("layers") if path.is_file() else None
+    return {k: float(v) for k, v in found.items() if isinstance(v, int | float)} if isinstance(found, dict) else {}
 
 
 def _record(folder: Path) -> TrainingRecord:

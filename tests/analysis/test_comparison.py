@@ -140,5 +140,13 @@ def test_a_report_is_one_page_with_its_pictures_and_numbers_beside_it(report):
         assert [float(row["best val/accuracy"]) for row in csv.DictReader(file)] == [*LORA, *IA3]
 
 
+def test_what_was_forgotten_is_drawn_by_method_and_by_layer(tmp_path):
+    runs = several("lora", LORA, forgetting=0.1, layers={"0": 0.05, "1": 0.15})
+    found = compared(runs + several("full", FULL, forgetting=0.3, layers={"0": 0.2, "1": 0.4}))
+    write_report(found, [], tmp_path)
+    assert {"forgetting.png", "drift.svg"} <= {path.name for path in tmp_path.iterdir()}
+    assert [column.shown for column in columns(found) if column.title == "forgot"] == [["0.1", "0.3"]]
+
+
 def test_numbers_that_nobody_took_are_no_columns():
     assert [c.title for c in columns(compared(several("lora", LORA)))] == ["val/accuracy", "trained"]

@@ -87,7 +87,7 @@ def test_runs_are_found_below_a_folder_each_once(tmp_path):
     ("file", "content", "said"),
     [
         ("metrics.json", "{", "is no JSON"),
-        ("metrics.json", "[1]", "must hold names and values, but holds a list"),
+        ("metrics.json", "[1]", "must hold a JSON object, but holds a list"),
         ("metrics.json", '{"trainable_parameters": 3}', "has no best/val/accuracy; nothing validated"),
         ("config.yaml", "a: [", "is no YAML"),
     ],
