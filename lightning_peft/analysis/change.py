@@ -38,12 +38,13 @@ class Change:
     Attributes:
         name: the parameter's, without ``.weight``; of a stack of matrices with its number, ``experts.down_proj[3]``.
         shape: of the change.
-        capacity: the rank that the method has room for: r of a LoRA, the smaller side of the matrix else.
+        capacity: the rank that there is room for: r of a LoRA, the smaller side of the matrix else.
         norm: the Frobenius norm of the change.
         weight_norm: that of the weight; None where there is none, or no base.
         values: the largest singular values of the change; none of a vector.
         effective_rank: `effective_rank` of all of them.
         rank: the smallest rank that keeps 99% of the squared norm.
+        factored: whether the method's own factors bound the rank.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Change:
     values: tuple[float, ...]
     effective_rank: float
     rank: int
+    factored: bool = False
 
     @property
     def relative(self) -> float | None:
@@ -81,7 +83,7 @@ class Change:
             "relative": self.relative,
             "effective_rank": self.effective_rank,
             "rank": self.rank,
-            "unused": self.capacity - self.rank,
+            "unused": self.capacity - self.rank if self.factored else None,
             "singular_values": list(self.values),
         }
 
@@ -113,7 +115,7 @@ def changes_of(model: Module, name: str = "default") -> list[Change]:
         if parameter is not None and parameter.is_floating_point() and key not in record.new:
             start = original.to(parameter.device).float()
             owner = model.get_submodule(key.rpartition(".")[0])
-            found += _changes_in(key, owner, parameter.detach().float() - start, start)
+            found += _changes_in(_called(key), owner, parameter.detach().float() - start, start)
     return found
 
 
@@ -141,7 +143,7 @@ def _changes_at(place: str, layer: AdapterLayer, module: Module, new: Container[
         for key, delta in (_deltas(place, layer, module) or {}).items():
             if joined(place, key) in new:
                 continue
-            yield from _changes_in(joined(place, key), module, delta, _weight(module, key))
+            yield from _changes_in(_called(joined(place, key)), module, delta, _weight(module, key))
         return
     for key, (a, b) in products.items():
         weight = _weight(module, key)
@@ -172,11 +174,11 @@ def _changes_in(name: str, owner: Module, delta: Tensor, weight: Tensor | None) 
     if delta.dim() > 2 and isinstance(owner, _ConvNd):
         delta, weight = delta.flatten(1), None if weight is None else weight.flatten(1)
     if delta.dim() <= 2:
-        yield _full_change(_called(name), delta, weight)
+        yield _full_change(name, delta, weight)
         return
     rows, whole = delta.flatten(0, -3), None if weight is None else weight.reshape(-1, *delta.shape[-2:])
     for i, matrix in enumerate(rows):
-        yield _full_change(f"{_called(name)}[{i}]", matrix, None if whole is None else whole[i])
+        yield _full_change(f"{name}[{i}]" if len(rows) > 1 else name, matrix, None if whole is None else whole[i])
 
 
 def _full_change(name: str, delta: Tensor, weight: Tensor | None) -> Change:
@@ -184,7 +186,17 @@ def _full_change(name: str, delta: Tensor, weight: Tensor | None) -> Change:
     if delta.dim() < 2:
         size = float(delta.double().norm())
         return Change(name, tuple(delta.shape), 1, size, norm, (), float(size > 0), int(size > 0))
-    return _change(name, tuple(delta.shape), min(delta.shape), matrix_singular_values(delta), norm)
+    return _change(name, tuple(delta.shape), min(delta.shape), matrix_singular_values(delta), norm, factored=False)
+
+
+def matrices_of(name: str, tensor: Tensor) -> list[Change]:
+    """A tensor by itself as if it were a change: its norm, and its singular values where it is a matrix or a stack.
+
+    Args:
+        name: what it is called.
+        tensor: of any shape.
+    """
+    return list(_changes_in(name, Module(), tensor, None))
 
 
 def product_change(name: str, a: Tensor, b: Tensor, weight_norm: float | None = None) -> Change:
@@ -196,10 +208,13 @@ def product_change(name: str, a: Tensor, b: Tensor, weight_norm: float | None = 
         b: ``(out, r)``, with the strength.
         weight_norm: the Frobenius norm of the weight.
     """
-    return _change(name, (len(b), a.shape[1]), len(a), product_singular_values(a, b), weight_norm)
+    values = product_singular_values(a, b)
+    return _change(name, (len(b), a.shape[1]), len(a), values, weight_norm, factored=True)
 
 
-def _change(name: str, shape: tuple[int, ...], capacity: int, values: Tensor, weight_norm: float | None) -> Change:
+def _change(
+    name: str, shape: tuple[int, ...], capacity: int, values: Tensor, weight_norm: float | None, *, factored: bool
+) -> Change:
     return Change(
         name=name,
         shape=shape,
@@ -209,6 +224,7 @@ def _change(name: str, shape: tuple[int, ...], capacity: int, values: Tensor, we
         values=tuple(values[:_SHOWN].tolist()),
         effective_rank=effective_rank(values),
         rank=rank_for(values),
+        factored=factored,
     )
 
 

@@ -97,13 +97,14 @@ class Kind:
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """The smallest and the largest rank that would do."""
-        return min(c.rank for c in self.changes), max(c.rank for c in self.changes)
+        """The smallest and the largest rank that would do; 0 of vectors."""
+        ranks = [c.rank for c in self.changes if len(c.shape) > 1]
+        return min(ranks, default=0), max(ranks, default=0)
 
     @property
     def capacity(self) -> int:
-        """The highest rank that the method has room for."""
-        return max(c.capacity for c in self.changes)
+        """The highest rank that there is room for; 0 of vectors."""
+        return max((c.capacity for c in self.changes if len(c.shape) > 1), default=0)
 
 
 def kinds(changes: Iterable[Change]) -> list[Kind]:
@@ -136,14 +137,16 @@ def capacity_line(changes: Iterable[Change]) -> str | None:
     Args:
         changes: the changes.
     """
-    ranked = [c for c in changes if len(c.shape) > 1]
+    matrices = [c for c in changes if len(c.shape) > 1]
+    ranked = [c for c in matrices if c.factored] or matrices
     if not ranked:
         return None
     low, high = min(c.rank for c in ranked), max(c.rank for c in ranked)
-    room, most = sum(c.capacity for c in ranked), max(c.capacity for c in ranked)
-    used = sum(c.rank for c in ranked)
     span = f"{high}" if low == high else f"{low} to {high}"
-    everywhere = "" if len(ranked) == 1 else f"; r={high} would do everywhere" if high < most else ""
+    if not ranked[0].factored:
+        return f"99% of the squared norm needs a rank of {span}"
+    room, most, used = sum(c.capacity for c in ranked), max(c.capacity for c in ranked), sum(c.rank for c in ranked)
+    everywhere = f"; r={high} would do everywhere" if len(ranked) > 1 and high < most else ""
     return (
         f"99% of the squared norm needs a rank of {span} of {most} ({used:,} of {room:,} directions, "
         f"{room - used:,} unused){everywhere}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,43 +87,64 @@ def _table(found: Inspection, console: Console) -> Table:
     grouped = len(changes) > _ROWS
     names = [k.name for k in kinds(changes)] if grouped else [c.name for c in changes]
     prefix = "" if grouped else shared_prefix(names)
+    ranked = any(len(c.shape) > 1 for c in changes)
+    titles = ["norm", *(["of weight"] if found.has_base else []), *(["rank 99%"] if ranked else [])]
+    titles += ["layers"] if grouped else ["effective", "singular values"] if ranked else []
     table = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True)
     table.add_column(f"{prefix}..." if prefix else "in each layer" if grouped else "module", overflow="fold")
-    last = ("layers",) if grouped else ("singular values",)
-    titles = ["norm", *(["of weight"] if found.has_base else []), "rank 99%", *([] if grouped else ["effective"])]
     for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(last[0], justify="right" if grouped else "left", no_wrap=True)
+        table.add_column(title, justify="left" if title == "singular values" else "right", no_wrap=True)
     bars = _BARS if console.encoding.lower().startswith("utf") else _PLAIN_BARS
     if grouped:
-        for kind in kinds(changes):
-            table.add_row(*_row_of_kind(kind, has_base=found.has_base))
+        rows = {kind.name: _cells_of_kind(kind) for kind in kinds(changes)}
     else:
-        for change in changes:
-            table.add_row(change.name.removeprefix(prefix), *_row(change, bars, has_base=found.has_base))
+        rows = {change.name: _cells(change, bars) for change in changes}
+    taken = sum(1 + max(len(title), *(len(cells[title]) for cells in rows.values())) for title in titles)
+    room = max(8, console.width - taken - 1)
+    for name, cells in rows.items():
+        table.add_row(broken(name.removeprefix(prefix), room), *(cells[title] for title in titles))
     return table
 
 
-def _row(change: Change, bars: str, *, has_base: bool) -> Sequence[str | Text]:
+def _cells(change: Change, bars: str) -> dict[str, str | Text]:
+    """What stands in each column."""
     matrix = len(change.shape) > 1
-    return [
-        f"{change.norm:.3g}",
-        *([_percent(change.relative)] if has_base else []),
-        f"{change.rank} of {change.capacity}" if matrix else "",
-        f"{change.effective_rank:.1f}" if matrix else "",
-        Text(sparks(change.values[: change.capacity], bars), style="cyan"),
-    ]
+    return {
+        "norm": f"{change.norm:.3g}",
+        "of weight": _percent(change.relative),
+        "rank 99%": f"{change.rank} of {change.capacity}" if matrix else "",
+        "effective": f"{change.effective_rank:.1f}" if matrix else "",
+        "singular values": Text(sparks(change.values[: change.capacity], bars), style="cyan"),
+    }
 
 
-def _row_of_kind(kind: Kind, *, has_base: bool) -> Sequence[str]:
+def _cells_of_kind(kind: Kind) -> dict[str, str | Text]:
     low, high = kind.ranks
-    return [
-        kind.name,
-        f"{kind.norm:.3g}",
-        *([_percent(kind.relative)] if has_base else []),
-        f"{low if low == high else f'{low} to {high}'} of {kind.capacity}",
-        str(len(kind.changes)),
-    ]
+    return {
+        "norm": f"{kind.norm:.3g}",
+        "of weight": _percent(kind.relative),
+        "rank 99%": f"{low if low == high else f'{low} to {high}'} of {kind.capacity}" if kind.capacity else "",
+        "layers": str(len(kind.changes)),
+    }
+
+
+def broken(name: str, width: int) -> str:
+    r"""A dotted name on as many lines as it takes, each of them ending with a dot but the last.
+
+    Args:
+        name: the name.
+        width: of a line.
+
+    Example:
+        >>> broken("layers.0.post_attention_layernorm", 28)
+        'layers.0.\n  post_attention_layernorm'
+    """
+    lines = [""]
+    for part in re.findall(r"[^.]*\.?", name)[:-1]:
+        if lines[-1].strip() and len(lines[-1]) + len(part) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _percent(share: float | None) -> str:

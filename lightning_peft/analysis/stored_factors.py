@@ -47,7 +47,7 @@ def no_factors(method: Method) -> str | None:
         method: the file's method.
     """
     if not isinstance(method, LoRA):
-        return f"{type(method).__name__} is no LoRA, whose file alone says what it changes"
+        return f"{type(method).__name__} is no LoRA, of which the factors alone say what it changes"
     if method.target_parameters:
         return "the factors of bare parameters (target_parameters) are of stacks, which the base alone tells apart"
     return None

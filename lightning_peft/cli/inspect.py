@@ -6,13 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lightning_peft.analysis.change import Change, changes_of, own_matrices, product_change
+from lightning_peft.analysis.change import Change, changes_of, matrices_of, own_matrices, product_change
 from lightning_peft.analysis.inspection import Inspection
 from lightning_peft.analysis.inspection_page import NUMBERS, refuse_existing, write_inspection_page
 from lightning_peft.analysis.inspection_report import print_inspection
 from lightning_peft.analysis.stored_factors import no_factors, stored_factors
 from lightning_peft.cli.opened import Opened, on_base, opened
 from lightning_peft.cli.report import short
+from lightning_peft.core.method import Method
 from lightning_peft.formats.reading import naming
 from lightning_peft.methods.lora import LoRA
 
@@ -67,6 +68,11 @@ def inspected(path: str, base: str | None = None, *, read_base: bool = True, che
         "size": files.size,
     }
     if adapter is None:
+        if not files.method.mergeable:
+            notes = [f"Without its base ({why}): {_no_weight(files.method)}"]
+            alone = {n: t for n, t in files.tensors.items() if t.is_floating_point() and t.dim() > 1}
+            own = [change for n, t in alone.items() for change in matrices_of(n, t)]
+            return Inspection(**about, matrices=tuple(own), notes=tuple(notes))
         changes, notes = _without_base(files, str(why))
         return Inspection(**about, changes=tuple(changes), notes=tuple(notes))
     changes = changes_of(adapter.model, adapter.name)
@@ -74,10 +80,7 @@ def inspected(path: str, base: str | None = None, *, read_base: bool = True, che
     notes = []
     record = adapter.tree.record
     if matrices and not changes:
-        notes.append(
-            f"{type(record.method).__name__} changes no weight of the base, so nothing can be said relative to one; "
-            "these are its own matrices"
-        )
+        notes.append(_no_weight(record.method))
     elif matrices:
         notes.append(f"{len(matrices)} matrices of layers that change no weight are in {NUMBERS} (to=...)")
     if record.new:
@@ -85,6 +88,13 @@ def inspected(path: str, base: str | None = None, *, read_base: bool = True, che
     if record.in_place and not record.originals:
         notes.append("What trained in place kept no starting values, so what changed there cannot be told")
     return Inspection(**about, changes=tuple(changes), matrices=tuple(matrices), notes=tuple(notes))
+
+
+def _no_weight(method: Method) -> str:
+    return (
+        f"{type(method).__name__} changes no weight of the base, so nothing can be said relative to one; these are its "
+        "own matrices"
+    )
 
 
 def _without_base(files: Opened, why: str) -> tuple[list[Change], list[str]]:

@@ -14,7 +14,7 @@ from lightning_peft import LoRA, adapt
 from lightning_peft.analysis.change import changes_of, own_matrices
 from lightning_peft.analysis.inspection import Inspection, capacity_line, kinds, relative, shared_prefix
 from lightning_peft.analysis.inspection_page import NUMBERS, PAGE, heat_map, write_inspection_page
-from lightning_peft.analysis.inspection_report import sparks
+from lightning_peft.analysis.inspection_report import broken, sparks
 from lightning_peft.analysis.stored_factors import no_factors, stored_factors
 from lightning_peft.formats.folder import read_folder
 from lightning_peft.formats.tensor_file import Entry, read_tensors
@@ -92,9 +92,9 @@ def test_methods_that_change_no_weight_show_their_own_matrices(build):
     assert changes_of(model) == []
     found = {c.name: c for c in own_matrices(model)}
     named = {n: p for n, p in model.adapters["default"].named_parameters() if p.dim() == 2}
-    assert {n.removesuffix(".weight") for n in named} == found.keys()
+    assert named.keys() == found.keys()
     for name, parameter in named.items():
-        change = found[name.removesuffix(".weight")]
+        change = found[name]
         torch.testing.assert_close(change.values, tuple(torch.linalg.svdvals(parameter.double()).tolist()))
         assert change.weight_norm is None
 
@@ -192,7 +192,17 @@ def test_the_heat_map_has_layers_by_kinds_of_modules(build, perturb):
     assert sum(len(kind.changes) for kind in kinds(changes)) == len(changes)
 
 
+def test_full_changes_have_no_rank_to_leave_unused(build, perturb):
+    model = build("bert")
+    perturb(adapt(model, lp.IA3()))
+    found = changes_of(model)
+    assert not any(c.factored or c.to_dict()["unused"] is not None for c in found)
+    assert "unused" not in capacity_line(found)
+
+
 def test_short_forms():
+    assert broken("layers.0.mlp.up_proj", 80) == "layers.0.mlp.up_proj"
+    assert broken("layers.0.mlp.up_proj", 13) == "layers.0.mlp.\n  up_proj"
     assert sparks([8.0, 4.0, 0.0]) == "█▅▁"
     assert sparks([2.0] * 20) == "█" * 7
     assert sparks([0.0]) == ""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lightning_peft import BottleneckAdapter, LoRA, PeftCallback, adapt
 from tests.end_to_end.command import run
 
 
@@ -134,3 +135,43 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, foreign):
     failed = run("inspect", "adapter=adapter", cwd=tmp_path, check=False)
     assert failed.returncode == 2
     assert re.search("has NaN or infinite values in base_model", failed.stderr)
+
+
+def test_a_checkpoint_of_ones_own_module_is_told_without_its_base(tmp_path, trainer):
+    import lightning as L
+    from torch import nn
+    from torch.utils.data import DataLoader, TensorDataset
+
+    class Own(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+
+        def training_step(self, batch, batch_idx):
+            return self.backbone(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    callback = PeftCallback(LoRA(r=2, lora_alpha=6, target_modules=["0", "1"]), model="backbone")
+    module, run_ = Own(), trainer(callback)
+    run_.fit(module, DataLoader(TensorDataset(torch.randn(8, 8)), 4))
+    run_.save_checkpoint(tmp_path / "own.ckpt")
+    said = run("inspect", "adapter=own.ckpt", "to=page", cwd=tmp_path).stdout
+    assert "LightningModule of your own" in " ".join(said.split())
+    found = json.loads((tmp_path / "page" / "inspect.json").read_text())
+    for place, layer in callback.adapter(module).tree.layers_by_module.items():
+        delta = layer.deltas(module.backbone.get_submodule(place))["weight"]
+        assert found["changes"][place]["norm"] == pytest.approx(float(delta.norm()), rel=1e-5)
+
+
+def test_a_method_that_changes_no_weight_shows_its_own_matrices_without_a_base(tmp_path, build):
+    adapter = adapt(build("bert"), BottleneckAdapter(reduction_factor=4))
+    adapter.save(tmp_path / "bottleneck")
+    said = run("inspect", "adapter=bottleneck", "to=page", cwd=tmp_path).stdout
+    assert "BottleneckAdapter changes no weight of the base" in " ".join(said.split())
+    found = json.loads((tmp_path / "page" / "inspect.json").read_text())
+    matrices = {n: t for n, t in adapter.state_dict().items() if t.dim() > 1}
+    assert found["own_matrices"].keys() == matrices.keys()
+    for name, tensor in matrices.items():
+        assert found["own_matrices"][name]["norm"] == pytest.approx(float(tensor.norm()), rel=1e-5)
