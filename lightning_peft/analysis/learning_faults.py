@@ -109,8 +109,8 @@ def movement(moved: Movement | None, curve: LossCurve | None, rate: Rate) -> Dia
     if curve is None and not seen:
         return Diagnosis.unseen(subject, "neither where the adapter started nor eight training losses are known")
     if curve is not None and (curve.fell or curve.rose or not seen):
-        seen.append(f"the training loss {'fell' if curve.fell else 'rose' if curve.rose else 'stayed within noise'}")
-    fell_or_rose = curve is not None and (curve.fell or curve.rose)
+        seen.append(f"the training loss {'fell' if curve.fell else 'rose' if curve.rose else 'did not fall'}")
+    fell_or_rose = curve is not None and (curve.fell or curve.rose or curve.end > LEAP * curve.start)
     # a loss that seems to fall proves nothing where the numbers stand, unless another optimizer's steps are that small
     stands = stands and (rate.adam or not fell_or_rose)
     if not stands and (curve is None or fell_or_rose):
