@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -38,12 +38,12 @@ def reached(rows: Sequence[dict[str, Any]]) -> str:
     return f"{mean(row['accuracy'] for row in rows):.3f}, {loss}"
 
 
-def table(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
-    """The table in Markdown, and which methods are not in it.
+def table(rows: Sequence[dict[str, Any]], defaults: Mapping[str, float]) -> str:
+    """The table in Markdown, and which methods were not swept.
 
     Args:
         rows: the runs, each a line of the results.
-        methods: all that there are to sweep over.
+        defaults: all methods that there are to sweep over, with their own rates.
     """
     runs: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -52,33 +52,37 @@ def table(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
         "| `method=` | default | accuracy, loss | best | accuracy, loss | tried | published |",
         "|---|---:|---:|---:|---:|---|---|",
     ]
-    swept = [name for name in methods if len(runs[name]) >= NEAR]
-    for name in swept:
-        by_factor = runs[name]
+    swept = [name for name in defaults if len(runs[name]) >= NEAR]
+    for name, default in defaults.items():
+        by_factor, published = runs[name], PUBLISHED.get(name, "")
+        if name not in swept:
+            lines += [f"| `{name}` | {default:g} | | | | | {published} |"] if published else []
+            continue
         best = max(by_factor.values(), key=lambda found: mean(row["accuracy"] for row in found))
         first = by_factor[1.0]
         tried = ", ".join(f"{by_factor[factor][0]['lr']:g}" for factor in sorted(by_factor))
-        cells = (f"`{name}`", f"{first[0]['lr']:g}", reached(first), f"{best[0]['lr']:g}", reached(best), tried)
-        lines.append(f"| {' | '.join(cells)} | {PUBLISHED.get(name, '')} |".replace("|  |", "| |"))
-    left = [name for name in methods if name not in swept]
+        cells = (f"`{name}`", f"{default:g}", reached(first), f"{best[0]['lr']:g}", reached(best), tried, published)
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    left = [name for name in defaults if name not in swept]
     if left:
         lines += ["", f"Not swept: {', '.join(f'`{name}`' for name in left)}."]
     return "\n".join(lines) + "\n"
 
 
-def page(text: str, results: str, methods: Sequence[str]) -> str:
+def page(text: str, results: str, defaults: Mapping[str, float]) -> str:
     """A page with its table written anew.
 
     Args:
         text: the page.
         results: the lines of the results.
-        methods: all that there are to sweep over.
+        defaults: all methods that there are to sweep over, with their own rates.
     """
     rows = [json.loads(line) for line in results.splitlines()]
-    return PLACE.sub(lambda _: table(rows, methods), text)
+    return PLACE.sub(lambda _: table(rows, defaults), text)
 
 
 if __name__ == "__main__":
-    from learning_rates import METHODS, RESULTS
+    from learning_rates import METHODS, RESULTS, method_named
 
-    PAGE.write_text(page(PAGE.read_text(), RESULTS.read_text(), METHODS))
+    own = {name: method_named(name).learning_rate for name in METHODS}
+    PAGE.write_text(page(PAGE.read_text(), RESULTS.read_text(), own))

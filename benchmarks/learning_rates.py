@@ -47,12 +47,16 @@ def finished(file: Path) -> set[tuple[str, float, int]]:
     return {(row["method"], row["factor"], row["seed"]) for row in map(json.loads, lines)}
 
 
+def method_named(name: str) -> Any:
+    """The method of a YAML in ``conf/method``."""
+    return method_from_config(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))))
+
+
 def run(name: str, factor: float, seed: int, steps: int) -> dict[str, Any]:
     """Trains once; returns what was measured, None for what is no number."""
     began = time.perf_counter()
     L.seed_everything(seed, verbose=False)
-    options = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
-    method: Any = method_from_config(cast(dict[str, Any], options))
+    method = method_named(name)
     rate = float(f"{factor * method.learning_rate:.3g}")
     module = PeftModule(BaseModel().name_or_path, method, "text_classification", optimizer={"lr": rate})
     trainer = L.Trainer(

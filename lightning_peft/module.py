@@ -26,7 +26,7 @@ from lightning_peft.callbacks.advice import Advice
 from lightning_peft.callbacks.checkpoint_files import keep_files_whole, refuse_unwritable_folders
 from lightning_peft.callbacks.hyperparameters import log_hyperparameters
 from lightning_peft.callbacks.learning import check_optimizers, refuse_unsaved, warn_of_missing_gradients
-from lightning_peft.callbacks.learning_rate import FindLearningRate, note_beginning
+from lightning_peft.callbacks.learning_rate import FindLearningRate, note_beginning, take_found
 from lightning_peft.callbacks.loading import BUILT_PLAINLY, require_peft_module
 from lightning_peft.callbacks.optimizer_names import match_resumed
 from lightning_peft.callbacks.record_training import RecordTraining
@@ -336,10 +336,8 @@ class PeftModule(EvaluatedModule):
                 f"the checkpoint's task is {saved.to_config()}, but this run's is {self.task.to_config()}; resume with "
                 "the same data and labels"
             )
-        if self.optimizer["lr"] == AUTO:  # its own may be the method's, which is the same one here
-            rate = checkpoint["hyper_parameters"]["optimizer"]["lr"]
-            if rate != AUTO:
-                self.lr = self.method.learning_rate if rate is None else rate
+        if self.optimizer["lr"] == AUTO:
+            take_found(self, checkpoint)
         keep_gradients(self, checkpoint)
         self._counted = tuple(checkpoint[KEY].get("counted", (None, None)))
 

@@ -64,7 +64,8 @@ def test_the_page_about_forgetting_holds_what_was_measured():
 def test_the_page_of_learning_rates_holds_what_was_measured():
     rates, table = _loaded("learning_rates"), _loaded("learning_rate_table")
     text = table.PAGE.read_text()
-    assert table.page(text, rates.RESULTS.read_text(), rates.METHODS) == text
+    own = {name: rates.method_named(name).learning_rate for name in rates.METHODS}
+    assert table.page(text, rates.RESULTS.read_text(), own) == text
 
 
 def test_a_table_of_rates_has_the_best_of_a_whole_sweep_and_names_the_methods_without_one():
@@ -72,9 +73,10 @@ def test_a_table_of_rates_has_the_best_of_a_whole_sweep_and_names_the_methods_wi
         return {"method": method, "factor": factor, "lr": 0.002 * factor, "accuracy": accuracy, "loss": None}
 
     rows = [run("lora", 1.0, 0.7), run("lora", 0.5, 0.8), run("lora", 2.0, 0.2), run("ia3", 1.0, 0.9)]
-    said = _loaded("learning_rate_table").table(rows, ["lora", "ia3"])
+    said = _loaded("learning_rate_table").table(rows, {"lora": 0.002, "ia3": 0.02, "dora": 0.002})
     assert "| `lora` | 0.002 | 0.700, none | 0.001 | 0.800, none | 0.001, 0.002, 0.004 | 4e-4" in said
-    assert said.endswith("Not swept: `ia3`.\n")
+    assert "| `ia3` | 0.02 | | | | | 3e-3" in said
+    assert said.endswith("Not swept: `ia3`, `dora`.\n")
 
 
 @pytest.mark.slow

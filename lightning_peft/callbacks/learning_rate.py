@@ -22,8 +22,9 @@ from typing_extensions import override
 from lightning_peft.analysis.rates_curve import rates_png
 from lightning_peft.callbacks.randomness import random_state, restore_random_state
 from lightning_peft.callbacks.steps import going_by
+from lightning_peft.formats.reading import naming
 from lightning_peft.formats.writing import write_json, written_file
-from lightning_peft.tasks.optimization import AUTO
+from lightning_peft.tasks.optimization import AUTO, check_optimization
 
 NUMBERS, PICTURE = "lr_find.json", "lr_find.png"
 STEPS = 100
@@ -89,6 +90,25 @@ def note_beginning(module: LightningModule) -> None:
     """
     generators = _generators(module.trainer.fit_loop._data_source.instance)
     module.__dict__[_BEGUN] = random_state(), [(g, g.get_state()) for g in generators]
+
+
+def take_found(module: Any, checkpoint: dict[str, Any]) -> None:
+    """To be called when a checkpoint is loaded: goes on with its run's rate, so that there is nothing to search for.
+
+    Args:
+        module: the module; it trains with ``lr="auto"``.
+        checkpoint: the checkpoint; one that the search itself made has no rate yet.
+
+    Raises:
+        ValueError: if what stands there is no rate.
+    """
+    saved = checkpoint["hyper_parameters"].get("optimizer")
+    rate = saved.get("lr") if isinstance(saved, dict) else None
+    if rate == AUTO:
+        return
+    with naming("the checkpoint's hyper_parameters"):
+        check_optimization({**module.optimizer, "lr": rate}, module.scheduler)
+    module.lr = module.method.learning_rate if rate is None else rate  # None: the method's, which is the same one here
 
 
 def _begin_anew(trainer: Trainer, begun: tuple[dict[str, Any], list[tuple[Generator, Any]]]) -> None:

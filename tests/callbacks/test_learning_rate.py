@@ -167,6 +167,18 @@ def test_a_resumed_run_does_not_search_and_goes_on_with_the_rate_that_was_found(
     assert all(torch.equal(tensor, trained[name]) for name, tensor in whole.state_dict().items())
 
 
+def test_a_checkpoint_whose_rate_is_none_or_not_found_yet_is_refused(module, data, trainer, tmp_path):
+    t = trainer(max_steps=1)
+    t.fit(module(0.01), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    for rate, said in ((-1, "hyper_parameters.* must be above 0, but got -1"), ("auto", "from before a learning rate")):
+        saved["hyper_parameters"]["optimizer"]["lr"] = rate
+        torch.save(saved, tmp_path / "b.ckpt")
+        with pytest.raises(ValueError, match=said):
+            trainer().fit(module("auto"), data(), ckpt_path=tmp_path / "b.ckpt", weights_only=True)
+
+
 def test_a_second_fit_goes_on_with_the_rate_of_the_first(module, data, trainer, tmp_path):
     it = module("auto")
     trainer(max_steps=1).fit(it, data())
