@@ -54,9 +54,16 @@ class Forecast(Callback):
         force: train also where a step cannot fit.
         memory: bytes that a step may take; None takes what the device has: of a GPU all but `RESERVE` and what others
             use, else the machine's memory or what this process may have of it.
+
+    Raises:
+        ValueError: if ``memory`` is not above 0.
     """
 
     def __init__(self, folder: str | Path | None = None, *, force: bool = False, memory: float | None = None) -> None:
+        if memory is not None and memory <= 0:
+            raise ValueError(
+                f"memory must be a number of bytes above 0, or None for what the device has, but got {memory}"
+            )
         self.folder = folder
         self.force = force
         self.memory = memory

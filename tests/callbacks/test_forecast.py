@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_peft import LoRA, PeftModule, PromptTuning, TextDataModule
+from lightning_peft import ImageDataModule, LoRA, PeftModule, PromptTuning, TextDataModule
 from lightning_peft.analysis.device_memory import machine_memory, memory_for_a_step
 from lightning_peft.analysis.gpus import RESERVE
 from lightning_peft.analysis.live_bytes import LiveBytes
@@ -100,6 +100,17 @@ def test_rows_that_are_padded_after_all_are_counted_again(llama_folder, uneven_a
     assert json.loads((tmp_path / "run" / "forecast.json").read_text())["tokens"] == 17
 
 
+def test_a_step_of_images_takes_what_was_said_of_it(vit_folder, draw, trainer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "tables")
+    peak, module = Peak(), PeftModule(vit_folder, LoRA(r=2), "image_classification")
+    data = ImageDataModule(source=str(draw()), batch_size=6, validation_fraction=0.0)
+    trainer(Forecast(tmp_path / "run"), peak, max_epochs=1).fit(module, data)
+    told = json.loads((tmp_path / "run" / "forecast.json").read_text())
+    assert told["peak"] == pytest.approx(peak.most, rel=0.01)
+    assert (told["rows"], told["tokens"]) == (6, None)
+    assert "A step of 6 images takes" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_machine_has_what_its_control_group_may_take(tmp_path, version):
     groups, own = tmp_path / "groups", tmp_path / "own"
@@ -115,10 +126,14 @@ def test_a_machine_has_what_its_control_group_may_take(tmp_path, version):
     assert machine_memory(tmp_path / "none", groups) == everything
 
 
-def test_training_is_to_the_bit_what_it_is_without(make, trainer):
+@pytest.mark.parametrize("task", ["text_classification", "sft"])
+def test_training_is_to_the_bit_what_it_is_without(make, llama_folder, uneven_answers, trainer, task):
     def trained(*callbacks):
         torch.manual_seed(0)
         module, data = make()
+        if task == "sft":
+            module = PeftModule(llama_folder, LoRA(r=2, lora_dropout=0.1), task)
+            data = TextDataModule(train_files=uneven_answers, batch_size=8)
         with warnings.catch_warnings(record=True) as warned:
             trainer(*callbacks, max_epochs=1).fit(module, data)
         return module.adapter.tree.state_dict(), {str(w.message) for w in warned}
@@ -154,6 +169,8 @@ def test_a_step_that_cannot_fit_is_made_by_force(make, without_weights, trainer,
 
 
 def test_where_nothing_fits_it_is_said(make, trainer):
+    with pytest.raises(ValueError, match=r"memory must be a number of bytes above 0, .* but got 0"):
+        Forecast(memory=0)
     with pytest.raises(ValueError, match="not even one row fits"):
         trainer(Forecast(memory=1000)).fit(*make())
 
