@@ -46,7 +46,7 @@ def test_train_eval_predict_and_export_go_together(tmp_path, words):
     assert "val/accuracy" in json.loads((folder / "metrics.json").read_text())
     assert "val/loss" in (folder / "logs" / "metrics.csv").read_text()
     assert said.index("also in train") < said.index("LoRA"), "the data is shown before the plan"
-    assert said.startswith("A step of 4 x 7 tokens takes "), "the forecast is before the data"
+    assert said.startswith("A step of 4 x 6 tokens takes "), "the forecast is before the data"
     assert (folder / "forecast.json").is_file()
     assert (folder / "data.html").is_file()
     assert (folder / "adapter" / "adapter_config.json").exists()
