@@ -184,13 +184,13 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_it(method, task, fit, tmp
 
 
 class Killed(L.Callback):
-    """Ends a run in its second epoch, after a checkpoint."""
+    """Ends a run within its second epoch, after a checkpoint."""
 
     def __init__(self, path) -> None:
         self.path = path
 
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == 1:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 6:
             trainer.save_checkpoint(self.path)
             raise RuntimeError("killed")
 
