@@ -39,21 +39,35 @@ def accuracies(rows: list[dict[str, Any]]) -> str:
     return f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f}, {len(found)} seeds)"
 
 
-def table() -> str:
-    """The table in Markdown, the most accurate method first."""
+def rows() -> dict[str, tuple[str, ...]]:
+    """Each method's cells, the most accurate first: name, call, trained, checkpoint, accuracy, HF PEFT's accuracy."""
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in (Path(__file__).parent / "results" / "embedded_accuracy.jsonl").read_text().splitlines():
         row = json.loads(line)
         runs[row["method"]].append(row)
-    lines = [
-        "| `method=` | class | trained parameters | checkpoint | accuracy | HF PEFT's |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    found = {}
     for name in sorted((n for n in runs if ":" not in n), key=lambda n: -mean(r["accuracy"] for r in runs[n])):
         first, theirs = runs[name][0], accuracies(runs.get(f"hf_peft:{name}", []))
         size = f"{first['checkpoint_bytes'] / 1e6:.1f} MB"
         cells = f"`{name}`", f"`{call(name)}`", f"{first['trainable']:,}", size, accuracies(runs[name]), theirs
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        found[name] = cells
+    return found
+
+
+def table(pages: str | None = None) -> str:
+    """The table in Markdown, the most accurate method first.
+
+    Args:
+        pages: The folder of the methods' pages, to which the names link where one has its own.
+    """
+    lines = [
+        "| `method=` | class | trained parameters | checkpoint | accuracy | HF PEFT's |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for name, (shown, *cells) in rows().items():
+        page = pages is not None and (ROOT / "docs" / "methods" / f"{name}.md").exists()
+        linked = f"[{shown}]({pages}/{name}.md)" if page else shown
+        lines.append(f"| {' | '.join([linked, *cells])} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 
 
