@@ -54,20 +54,13 @@ def rows() -> dict[str, tuple[str, ...]]:
     return found
 
 
-def table(pages: str | None = None) -> str:
-    """The table in Markdown, the most accurate method first.
-
-    Args:
-        pages: The folder of the methods' pages, to which the names link where one has its own.
-    """
+def table() -> str:
+    """The table in Markdown, the most accurate method first."""
     lines = [
         "| `method=` | class | trained parameters | checkpoint | accuracy | HF PEFT's |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for name, (shown, *cells) in rows().items():
-        page = pages is not None and (ROOT / "docs" / "methods" / f"{name}.md").exists()
-        linked = f"[{shown}]({pages}/{name}.md)" if page else shown
-        lines.append(f"| {' | '.join([linked, *cells])} |".replace("|  |", "| |"))
+    lines += [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in rows().values()]
     return "\n".join(lines) + "\n"
 
 

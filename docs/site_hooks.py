@@ -73,10 +73,20 @@ def formula(source: str, language: str, css_class: str, options: Any, md: Any, *
     return "".join(f'<div class="formula">{line}</div>' for line in lines)
 
 
-def measured(names: list[str]) -> str:
-    """The table of what some methods reached on the embedded task."""
-    lines = ["| `method=` | trained parameters | checkpoint | accuracy | HF PEFT's |", "|---|---:|---:|---:|---:|"]
-    lines += [f"| `{name}` | {' | '.join(rows()[name][2:])} |" for name in names]
+def measured(names: list[str], pages: str | None = None) -> str:
+    """The table of what some methods reached on the embedded task, by name; HF PEFT's column if one was compared.
+
+    Args:
+        names: The methods.
+        pages: The folder of the methods' pages, to which a name links where it has one of its own.
+    """
+    heads = ["`method=`", "trained parameters", "checkpoint", "accuracy", "HF PEFT's"]
+    columns = 5 if any(rows()[name][5] for name in names) else 4
+    lines = [f"| {' | '.join(heads[:columns])} |", "|---|" + "---:|" * (columns - 1)]
+    for name in names:
+        page = pages is not None and (DOCS / "methods" / f"{name}.md").exists()
+        shown = f"[`{name}`]({pages}/{name}.md)" if page else f"`{name}`"
+        lines.append(f"| {' | '.join([shown, *rows()[name][2:]][:columns])} |")
     return "\n".join(lines)
 
 
@@ -130,7 +140,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = OUTSIDE.sub(lambda found: f"]({up}files/{found[1]})", markdown)
     if uri.startswith("methods/"):
         return _results(markdown)
-    markdown = markdown.replace("<!-- all methods -->\n", _accuracy().table(up + "methods"))
+    markdown = markdown.replace("<!-- all methods -->", measured(list(rows()), up + "methods"))
     return re.sub(r"<!-- measured -->\n((?:\|.*\n)+)", lambda found: with_columns(found[1]) + "\n", markdown)
 
 
