@@ -29,15 +29,14 @@ _WITH_A_VALUE = (
 def main() -> None:
     """Runs ``lightning-peft [command] group=choice option=value ...``; train if no command is named.
 
-    The commands: train, plan, forecast, compare, data, eval, predict, export, doctor, inspect, shrink.
-    The commands: train, plan, forecast, data, eval, predict, export, inspect, diff, shrink.
+    The commands: train, plan, forecast, compare, data, eval, predict, export, doctor, inspect, diff, shrink.
     """
     import hydra
 
     from lightning_peft.cli import commands
     from lightning_peft.cli.compare import compare
-    from lightning_peft.cli.doctor import show_findings
     from lightning_peft.cli.diff import show_difference
+    from lightning_peft.cli.doctor import show_findings
     from lightning_peft.cli.forecast import show_forecast
     from lightning_peft.cli.inspect import show_inspection
     from lightning_peft.cli.jobs import Jobs, report, stop
