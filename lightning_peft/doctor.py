@@ -69,7 +69,7 @@ def examine(folder: str | Path, *, check_base: bool = True) -> Examination:
         run_faults.another_base(saved.fingerprints, base.mismatch, base.why),
         *_forgetting(run),
     ]
-    name = run.option("model", "name_or_path") or saved.base_name
+    name = run.option("model", "name_or_path") or saved.record.get("base", {}).get("name")
     about = f"{type(method).__name__ if method is not None else 'an unknown method'} on {name or 'an unknown base'}"
     return Examination(run.folder, about, tuple(diagnoses), (*run.lacking, *saved.lacking))
 

@@ -164,12 +164,6 @@ class SavedRun:
         return self.training.epoch_steps if self.training is not None else None
 
     @property
-    def base_name(self) -> str | None:
-        """What the base is called."""
-        name: str | None = self.record.get("base", {}).get("name")
-        return name
-
-    @property
     def fingerprints(self) -> dict[str, str | None]:
         """Of the base, by the file that tells it."""
         found = {"checkpoint": self.record.get("base", {}).get("fingerprint")}
