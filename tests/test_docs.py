@@ -39,3 +39,12 @@ def test_a_page_makes_methods_that_can_be_made_and_links_to_pages_that_exist(pat
         eval(f"{name}{options}", vars(lightning_peft) | {name: getattr(lightning_peft, name)})
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", page):
         assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted(PAGES.glob("*.md")), ids=lambda p: p.stem)
+def test_a_page_has_a_drawing_that_exists_and_says_when_to_take_the_method(path):
+    page = path.read_text()
+    (drawing,) = re.findall(r"^!\[[^\]]+\]\((\.\./drawings/\w+\.svg)\)$", page, re.M)
+    assert (path.parent / drawing).exists()
+    assert {"## When to take it", "## Options"} <= set(page.splitlines())
+    assert "## Formula" in page or path.stem == "hf_peft"  # which has as many as PEFT has tuners
