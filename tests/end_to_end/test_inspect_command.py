@@ -161,7 +161,7 @@ def test_a_checkpoint_of_ones_own_module_is_told_without_its_base(tmp_path, trai
     assert "LightningModule of your own" in " ".join(said.split())
     found = json.loads((tmp_path / "page" / "inspect.json").read_text())
     for place, layer in callback.adapter(module).tree.layers_by_module.items():
-        delta = layer.deltas(module.backbone.get_submodule(place))["weight"]
+        delta = layer.deltas(module.backbone.get_submodule(place))["weight"].detach()
         assert found["changes"][place]["norm"] == pytest.approx(float(delta.norm()), rel=1e-5)
 
 
