@@ -68,7 +68,7 @@ def test_training_that_cannot_fit_stops_before_it_needs_the_weights(tmp_path, be
     stopped = run(*data, "callbacks.forecast.memory=4.1e6", "hydra.run.dir=run", cwd=tmp_path, check=False)
     assert stopped.returncode == 2
     assert re.match(
-        r"lightning-peft: a step of 4 x 6 tokens takes 4\.2 MB, more than the 4\.1 MB that it may take; ",
+        r"lightning-peft: a step of 4 x 7 tokens takes 4\.3 MB, more than the 4\.1 MB that it may take; ",
         stopped.stderr,
     )
     assert json.loads((tmp_path / "run" / "forecast.json").read_text())["rows"] == 4
