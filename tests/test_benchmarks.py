@@ -32,6 +32,7 @@ def test_the_benchmark_of_data_loading_writes_its_figures(tmp_path):
         ("one_adapter_an_example", ["--layers", "1", "--tokens", "8", "--repeats", "1"]),
         ("classification", ["--examples", "32", "--repeats", "1", "--threads", "1"]),
         ("cost_against_size", ["--small", "--repeats", "1", "--threads", "1"]),
+        ("forgetting", ["--seeds", "1", "--steps", "1", "--taught", "1"]),
         ("long_run", ["--steps", "100", "--adapters", "12", "--in-use", "4", "--points", "5"]),
     ],
 )
