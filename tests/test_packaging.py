@@ -35,7 +35,8 @@ def test_the_wheel_holds_the_config_groups_the_types_and_the_plugin(wheel):
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"lightning_peft/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
     assert "lightning_peft/py.typed" in names
-    assert "hydra_plugins/lightning_peft_searchpath/__init__.py" in names
+    for plugin in ("search", "searchpath"):
+        assert f"hydra_plugins/lightning_peft_{plugin}/__init__.py" in names
     for path in (p for ending in ("*.py", "*.jinja") for p in (ROOT / "lightning_peft").rglob(ending)):
         assert path.relative_to(ROOT).as_posix() in names
 

@@ -6,12 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import Any
 
 from lightning_peft.analysis.runs import Run
 from lightning_peft.analysis.sizes import size
 
 ALPHA = 0.05
 """The chance of calling any difference of a report real where there is none."""
+
+LONG = 34
+"""Characters of a name that a drawing has room for."""
 
 Cost = Callable[["Setting"], float | None]
 
@@ -146,10 +150,35 @@ def by_setting(runs: Sequence[Run]) -> list[Setting]:
         first = members[0]
         own = _varying([run for run in runs if run.method == first.method])
         keys = [k for k in first.settings if k in (own if k.startswith("method.") else shown)]
-        told = [f"{k.removeprefix('method.')}={first.settings[k]}" for k in keys]
+        told = [f"{k.removeprefix('method.')}={_told(first.settings[k], k, runs)}" for k in keys]
         seeds = {run.seed: run for run in members}
         found.append(Setting(", ".join([first.method, *told]), tuple(seeds[seed] for seed in sorted(seeds))))
     return found
+
+
+def numbers(settings: Sequence[Setting]) -> dict[str, str]:
+    """Short names for settings whose own say too much for a drawing: those of their runs' folders, often numbers.
+
+    Args:
+        settings: the settings.
+
+    Returns:
+        Name to folder's name; empty where no name is long, a setting has several runs, or two folders have one name.
+    """
+    found = {s.name: s.runs[0].folder.name for s in settings}
+    alone = all(len(s.runs) == 1 for s in settings) and len(set(found.values())) == len(settings)
+    return found if alone and max(map(len, found)) > LONG else {}
+
+
+def _told(value: Any, name: str, runs: Sequence[Run]) -> Any:
+    """A number with no more digits than tell it from those of the other runs, but three at least."""
+    if not isinstance(value, float):
+        return value
+    others = {found for run in runs if isinstance(found := run.settings.get(name), float)}
+    for digits in range(3, 17):
+        if len({f"{other:.{digits}g}" for other in others}) == len(others):
+            return f"{value:.{digits}g}"
+    return value
 
 
 def _varying(runs: Sequence[Run]) -> set[str]:

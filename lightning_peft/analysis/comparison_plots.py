@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.analysis.comparison import Comparison, Setting
+from lightning_peft.analysis.comparison import LONG, Comparison, Setting, numbers
 from lightning_peft.analysis.plots import INK, figure_of
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _name(place: Axes, comparison: Comparison, points: Sequence[tuple[Setting, f
     for setting, value in sorted(points, key=lambda point: -point[0].score):
         if setting.name not in own:
             continue
-        shown = _cut(setting.name)
+        shown = _shown(comparison, setting)
         wide = 0.6 * _LETTERS * len(shown)
 
         def cost(side: tuple[float, float], setting: Setting = setting, wide: float = wide) -> int:
@@ -156,8 +156,11 @@ def _name(place: Axes, comparison: Comparison, points: Sequence[tuple[Setting, f
         )
 
 
-def _cut(name: str) -> str:
-    return name if len(name) <= 34 else f"{name[:32]}..."
+def _shown(comparison: Comparison, setting: Setting) -> str:
+    number = numbers(comparison.settings).get(setting.name)
+    if number is not None:
+        return f"run {number}"
+    return setting.name if len(setting.name) <= LONG else f"{setting.name[: LONG - 2]}..."
 
 
 def _within(point: Any, box: _Box) -> bool:
@@ -193,7 +196,7 @@ def _curves(
             linewidth=1.6 if setting.name in own else 0.7,
             marker=mark if few else None,
             markersize=4,
-            label=setting.name if setting.name in own else "_",
+            label=_in_a_legend(comparison, setting) if setting.name in own else "_",
             zorder=3 if setting.name in own else 1,
         )
         line.set_gid(group_of(comparison, setting))
@@ -205,6 +208,11 @@ def _curves(
     place.set_ylabel(label)
     place.legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure
+
+
+def _in_a_legend(comparison: Comparison, setting: Setting) -> str:
+    number = numbers(comparison.settings).get(setting.name)
+    return setting.name if number is None else f"run {number}: {setting.name}"
 
 
 def _over_seeds(
@@ -227,7 +235,7 @@ def _forgetting(comparison: Comparison) -> Figure | None:
     for row, (setting, value) in enumerate(found):
         (bar,) = place.barh([row], [value], 0.7, color=_look(comparison, setting)[0])
         bar.set_gid(group_of(comparison, setting))
-    place.set_yticks(range(len(found)), [_cut(s.name) for s, _ in found])
+    place.set_yticks(range(len(found)), [_shown(comparison, s) for s, _ in found])
     place.invert_yaxis()
     place.set_xlabel("forgetting (0: nothing)")
     return figure

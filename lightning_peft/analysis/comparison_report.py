@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.analysis.comparison import ALPHA, Comparison, Setting
+from lightning_peft.analysis.comparison import ALPHA, Comparison, Setting, numbers
 from lightning_peft.analysis.comparison_plots import figures, group_of
 from lightning_peft.analysis.plots import page_style, page_svg
 from lightning_peft.analysis.sizes import size
+from lightning_peft.analysis.study import Search
+from lightning_peft.analysis.study_plots import TITLES as SEARCH_TITLES
+from lightning_peft.analysis.study_plots import search_figures
 from lightning_peft.formats.writing import written_file
 
 PAGE = "compare.html"
@@ -25,6 +28,7 @@ TITLES = {
     "training_loss": "Training loss",
     "forgetting": "Forgetting",
     "drift": "Drift by layer",
+    **SEARCH_TITLES,
 }
 
 
@@ -53,7 +57,9 @@ def columns(comparison: Comparison) -> list[Column]:
     """
     settings = comparison.settings
     measured = all(run.peak_measured for s in settings for run in s.runs if run.peak_bytes is not None)
+    folders = numbers(settings)
     found = [
+        _column("run", "its folder's name", settings, lambda s: _number(folders.get(s.name))),
         _column(comparison.monitor, "mean over the seeds, and their standard deviation", settings, _score),
         Column(
             "p",
@@ -77,12 +83,16 @@ def columns(comparison: Comparison) -> list[Column]:
             lambda s: (s.forgetting, "" if s.forgetting is None else f"{s.forgetting:.3g}"),
         ),
     ]
-    return [column for column in found if any(value is not None for value in column.values)]
+    return [column for column in found if any(column.shown)]
 
 
 def _column(title: str, note: str, settings: Sequence[Setting], cell: Any) -> Column:
     cells = [cell(setting) for setting in settings]
     return Column(title, note, [value for value, _ in cells], [shown for _, shown in cells])
+
+
+def _number(folder: str | None) -> tuple[float | None, str]:
+    return (float(folder), folder) if folder is not None and folder.isdecimal() else (None, folder or "")
 
 
 def _score(setting: Setting) -> tuple[float, str]:
@@ -142,13 +152,16 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def write_report(comparison: Comparison, unfinished: Sequence[Path], folder: Path) -> Path:
+def write_report(
+    comparison: Comparison, unfinished: Sequence[Path], folder: Path, search: Search | None = None
+) -> Path:
     """Writes the page, its drawings as PNG and SVG, and the numbers as CSV, in place of those of an earlier call.
 
     Args:
         comparison: the report.
         unfinished: folders of runs that did not end.
         folder: where to.
+        search: the study whose trials the runs are.
 
     Returns:
         The page.
@@ -159,7 +172,8 @@ def write_report(comparison: Comparison, unfinished: Sequence[Path], folder: Pat
     plots = []
     names = [(group_of(comparison, s), s.name) for s in comparison.settings]
     with page_style():
-        for name, figure in figures(comparison).items():
+        searched = {} if search is None else search_figures(search, _groups_of_trials(comparison, search))
+        for name, figure in {**searched, **figures(comparison)}.items():
             for kind in ("png", "svg"):
                 with written_file(folder / f"{name}.{kind}") as scratch:
                     figure.savefig(scratch, format=kind, dpi=160, facecolor="white", metadata=_UNDATED[kind])
@@ -169,7 +183,7 @@ def write_report(comparison: Comparison, unfinished: Sequence[Path], folder: Pat
     page = environment.get_template("compare.html.j2").render(
         comparison=comparison,
         columns=columns(comparison),
-        notes=notes(comparison),
+        notes=[*notes(comparison), *([] if search is None else [search_note(search)])],
         names=names,
         plots=plots,
         unfinished=[str(path) for path in unfinished],
@@ -180,6 +194,28 @@ def write_report(comparison: Comparison, unfinished: Sequence[Path], folder: Pat
     _write_csv(folder / "settings.csv", _setting_rows(comparison))
     _write_csv(folder / "runs.csv", _run_rows(comparison))
     return folder / PAGE
+
+
+def search_note(search: Search) -> str:
+    """What a reader has to know of a search.
+
+    Args:
+        search: the study whose trials are compared.
+    """
+    states = [trial.state for trial in search.trials]
+    told = [f"{count} {state}" for state in dict.fromkeys(states) if (count := states.count(state))]
+    found = f"A search of {len(states)} trials by {' and '.join(search.objectives)}: {', '.join(told)}."
+    pruned = [str(trial.number) for trial in search.trials if trial.state == "pruned"]
+    if pruned:
+        found += f" Pruned trials had fewer steps, so they might have come further: {', '.join(pruned)}."
+    return found
+
+
+def _groups_of_trials(comparison: Comparison, search: Search) -> dict[int, str]:
+    """For each trial's number the word by which a page finds the setting that its run belongs to."""
+    of = {run.folder: group_of(comparison, setting) for setting in comparison.settings for run in setting.runs}
+    folders = {trial.number: search.folder / str(trial.number) for trial in search.trials}
+    return {number: of[folder] for number, folder in folders.items() if folder in of}
 
 
 _UNDATED: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}}

@@ -14,7 +14,7 @@ from lightning_peft.formats.training_record import TrainingRecord
 
 _PLACES = (
     *("run_dir", "seed", "skip_finished", "ckpt_path", "force", "hydra", "trainer.default_root_dir"),
-    *("logger", "callbacks"),
+    *("logger", "callbacks", "search"),
 )
 """Settings that do not tell what a run is: where it lies, its seed, how it was started and watched."""
 

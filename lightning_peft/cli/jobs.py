@@ -75,7 +75,8 @@ class Jobs:
     def _chosen(self) -> str:
         """The words that a run has besides those that were given for all."""
         # "++" is put before some words where Hydra wants it, not by who typed them
-        typed = [word.removeprefix("++") for word in HydraConfig.get().overrides.task]
+        words = [word.removeprefix("++") for word in HydraConfig.get().overrides.task]
+        typed = [word for word in words if not word.startswith("search.trial=")]  # which is the run's number
         given = {word.removeprefix("++") for word in self.given}
         return " ".join([word for word in typed if word not in given] or typed)
 

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.json"
 TRAINABLE = "trainable_parameters"
-_OF_ONE_METHOD = ("method", "optimizer", "seed", "ckpt_path", "run_dir")  # not to be carried into a sweep over methods
+_OF_ONE_METHOD = (
+    "method",
+    "optimizer",
+    "seed",
+    "ckpt_path",
+    "run_dir",
+    "sweep",
+    "search",
+)  # not to be carried into a sweep over methods
 
 
 def print_training(

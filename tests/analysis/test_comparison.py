@@ -50,6 +50,15 @@ def test_a_setting_is_named_by_the_options_in_which_it_differs():
     assert "lora, r=8, data.batch_size=16" in {s.name for s in compared([*runs, larger]).settings}
 
 
+def test_drawn_numbers_have_as_many_digits_as_tell_them_apart():
+    def named(*rates):
+        runs = [run("lora", 0, 0.9 - n / 100, settings={"optimizer.lr": rate}) for n, rate in enumerate(rates)]
+        return [s.name for s in compared(runs).settings]
+
+    assert named(0.00035123, 0.0123456) == ["lora, optimizer.lr=0.000351", "lora, optimizer.lr=0.0123"]
+    assert named(0.12341, 0.12342) == ["lora, optimizer.lr=0.12341", "lora, optimizer.lr=0.12342"]
+
+
 def test_one_seed_twice_is_no_second_sample():
     found = compared([run("lora", 0, 0.9), run("lora", 0, 0.8)])
     assert found.settings[0].scores == [0.8]
