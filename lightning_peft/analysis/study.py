@@ -24,6 +24,9 @@ STUDY = "search"
 PRUNED = "pruned"
 """The attribute by which a run tells that its trial was pruned: how many validations it had."""
 
+INSTALL = "pip install 'lightning-peft[optuna]'"
+"""How one gets Optuna."""
+
 COSTS = ("trained", "checkpoint_bytes", "step_seconds", "peak_bytes", "forgetting")
 """What a trial can be judged by besides its metrics: attributes of `Run`, of which less is better."""
 

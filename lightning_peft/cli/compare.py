@@ -13,7 +13,7 @@ from rich.text import Text
 from lightning_peft.analysis.comparison import Comparison, compared
 from lightning_peft.analysis.comparison_report import Column, columns, notes, search_note, write_report
 from lightning_peft.analysis.runs import find_runs, read_run
-from lightning_peft.analysis.study import read_search
+from lightning_peft.analysis.study import INSTALL, Search, read_search
 from lightning_peft.cli.report import short
 
 _NAME = 18  # characters that a setting's name has at least, "gradual_unfreezing" among them
@@ -35,18 +35,27 @@ def compare(config: DictConfig) -> Path:
     if not finished:
         raise ValueError(f"none of the {len(unfinished)} runs in {', '.join(folders)} has ended: none has metrics.json")
     comparison = compared([read_run(folder) for folder in finished])
-    searches = [found for folder in folders if (found := read_search(Path(folder))) is not None]
-    search = searches[0] if len(searches) == 1 else None
+    search = _search(folders)
     page = write_report(comparison, unfinished, Path(config.run_dir), search)
     _print(comparison, unfinished)
     if search is not None:
         print(search_note(search))
-    elif searches:
+    print(f"\nwith plots           {short(page)}\nas pictures, CSV     {short(page.parent)}")
+    return page
+
+
+def _search(folders: Sequence[str]) -> Search | None:
+    """The study of which the runs are trials; a page has room for one."""
+    try:
+        searches = [found for folder in folders if (found := read_search(Path(folder))) is not None]
+    except ModuleNotFoundError:
+        print(f"A search is among the folders, which is drawn with Optuna: {INSTALL}")
+        return None
+    if len(searches) > 1:
         print(
             f"The folders hold {len(searches)} searches; a page shows how one went on, so compare each by itself too."
         )
-    print(f"\nwith plots           {short(page)}\nas pictures, CSV     {short(page.parent)}")
-    return page
+    return searches[0] if len(searches) == 1 else None
 
 
 def _print(comparison: Comparison, unfinished: Sequence[Path]) -> None:

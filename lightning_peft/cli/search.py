@@ -10,11 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import DictConfig
 
 from lightning_peft.analysis.called import program
 from lightning_peft.analysis.runs import read_run
-from lightning_peft.analysis.study import JOURNAL, OBJECTIVES, PRUNED, STUDY, directions, made_of, storage, value_of
+from lightning_peft.analysis.study import (
+    INSTALL,
+    JOURNAL,
+    OBJECTIVES,
+    PRUNED,
+    STUDY,
+    directions,
+    made_of,
+    storage,
+    value_of,
+)
 from lightning_peft.cli.jobs import stop
 from lightning_peft.cli.report import short
 
@@ -39,6 +51,7 @@ def search(config: DictConfig, words: Sequence[str], loader: Any, launch: Launch
         launch: starts runs and gives what they came to, as Hydra's launchers do.
     """
     try:
+        _refuse_several_processes()
         ranges, fixed = asked(words, loader)
         study = _study(config, fixed)
         missing = config.search.trials - _made(study)
@@ -46,9 +59,18 @@ def search(config: DictConfig, words: Sequence[str], loader: Any, launch: Launch
             count = min(missing, config.search.parallel)
             _try([study.ask(ranges) for _ in range(count)], study, config, fixed, launch)
             missing -= count
-    except (ValueError, ImportError) as error:
+    except ModuleNotFoundError as error:
+        stop(f"a search is made by Optuna: {INSTALL} ({error})")
+    except ValueError as error:
         stop(str(error))
     _print(study, config)
+
+
+def _refuse_several_processes() -> None:
+    """Each process of a run would make a search of its own."""
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect() and environment().world_size() > 1:
+            raise ValueError("a search trains on one device in each run; start it once, without torchrun or srun")
 
 
 def asked(words: Sequence[str], loader: Any) -> tuple[Ranges, list[str]]:
@@ -102,6 +124,9 @@ def _study(config: DictConfig, fixed: Sequence[str]) -> optuna.Study:
     told = copy.deepcopy(config)
     monitor_as_the_task_says(told)
     chosen = told.search
+    for name in ("trials", "parallel"):
+        if not isinstance(chosen[name], int) or chosen[name] < 1:
+            raise ValueError(f"search.{name} must be a whole number from 1 on, but got {chosen[name]}")
     objectives = [told.monitor] if chosen.objectives is None else list(chosen.objectives)
     where = directions(objectives, told.monitor, told.mode)
     pruner = None if chosen.pruner is None else made_of(optuna.pruners, chosen.pruner, chosen.pruner_options)
@@ -190,10 +215,9 @@ def _print(study: optuna.Study, config: DictConfig) -> None:
     if not best:
         print(f"\nno trial was trained to its end: {short(folder / JOURNAL)}")
         return
-    print(
-        f"\n{_made(study)} trials ({_made(study) - _made(study, pruned=False)} pruned); "
-        + ("no other is better in all than" if several else "the best is")
-    )
+    made, pruned = _made(study), _made(study) - _made(study, pruned=False)
+    told = f"{made} trials" + (f" ({pruned} pruned)" if pruned else "")
+    print(f"\n{told}; " + ("no other is better in all than" if several else "the best is"))
     for trial in best:
         values = ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives, trial.values, strict=True))
         print(f"  trial {trial.number}: {values} with {' '.join(_words(trial.params))}")
