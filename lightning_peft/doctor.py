@@ -106,7 +106,7 @@ def _learning(run: RunFiles, saved: SavedRun, base: Base, method: Method, *, gue
     without, still = saved.without_gradient(base, adam=rate.adam)
     waiting = isinstance(method, Scheduled) and method.scheduled
     yield learning_faults.rate_too_high(
-        curve, rate, moved, broken=saved.not_finite, not_finite=run.not_finite, guesses=guesses
+        curve, rate, moved, broken=saved.not_finite, not_finite=run.not_finite if run.broke else 0, guesses=guesses
     )
     yield learning_faults.rate_too_low(curve, rate, moved)
     yield learning_faults.gradients(len(saved.trained), without, still, waiting)
@@ -163,4 +163,8 @@ def _forgetting(run: RunFiles) -> Iterable[Diagnosis]:
     if run.forgetting is not None:
         before = run.forgetting.get("before")
         known = float(before) if isinstance(before, int | float) else None
-        yield run_faults.forgetting(run.forgetting["kind"], known, float(run.forgetting["forgetting"]))
+        forgotten = run.forgetting["forgetting"]
+        if forgotten is None:
+            yield Diagnosis.unseen("forgetting", "the loss on held-out text was not finite")
+        else:
+            yield run_faults.forgetting(run.forgetting["kind"], known, float(forgotten))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -12,7 +13,10 @@ from lightning_peft.analysis.runs import Run
 from lightning_peft.analysis.sizes import size
 
 ALPHA = 0.05
-"""The chance of calling any difference of a report real where there is none."""
+"""The chance of calling any difference from a report's best setting real where there is none, about."""
+
+_ROUNDING = 1e-6
+"""What metrics in float32 differ by where they are the same, relative to them."""
 
 LONG = 34
 """Characters of a name that a drawing has room for."""
@@ -91,11 +95,12 @@ class Comparison:
         monitor: the metric by which all were judged.
         mode: ``"max"`` or ``"min"``.
         p_values: for each setting the chance of a difference from the best as large as that which was seen, by
-            t-tests with Holm's correction; None for the best itself, and where one of the two has a single seed.
+            Welch's test with Holm's correction; None for the best itself, and where one of the two has a single seed.
         by_memory: names of the settings that no other beats in the metric for as little memory.
         by_time: the same for the time of a step.
         recommended: the name of the setting that one would take.
         reason: why, in a sentence.
+        repeated: folders of runs that were made again later, with the same settings and seed, and do not count.
     """
 
     settings: tuple[Setting, ...]
@@ -106,6 +111,7 @@ class Comparison:
     by_time: frozenset[str]
     recommended: str
     reason: str
+    repeated: tuple[Path, ...] = ()
 
 
 def compared(runs: Sequence[Run]) -> Comparison:
@@ -123,15 +129,19 @@ def compared(runs: Sequence[Run]) -> Comparison:
     sign = 1 if runs[0].mode == "max" else -1
     settings = tuple(sorted(by_setting(runs), key=lambda s: -sign * s.score))
     recommended, reason = recommend(settings, sign)
+    counted = {run.folder for s in settings for run in s.runs}
+    alike = {run.peak_measured for run in runs if run.peak_bytes is not None}
     return Comparison(
         settings=settings,
         monitor=runs[0].monitor,
         mode=runs[0].mode,
         p_values=p_values(settings),
-        by_memory=pareto(settings, lambda s: s.peak_bytes, sign),
+        # what was measured and what was counted are not of one kind
+        by_memory=pareto(settings, lambda s: s.peak_bytes, sign) if len(alike) == 1 else frozenset(),
         by_time=pareto(settings, lambda s: s.step_seconds, sign),
         recommended=recommended.name,
         reason=reason,
+        repeated=tuple(run.folder for run in runs if run.folder not in counted),
     )
 
 
@@ -141,6 +151,7 @@ def by_setting(runs: Sequence[Run]) -> list[Setting]:
     Args:
         runs: the runs; of two with one seed the later one counts, as the same run twice is no second sample.
     """
+    runs = _without_seeds(runs)
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(repr((run.method, sorted(run.settings.items(), key=lambda item: item[0]))), []).append(run)
@@ -154,6 +165,13 @@ def by_setting(runs: Sequence[Run]) -> list[Setting]:
         seeds = {run.seed: run for run in members}
         found.append(Setting(", ".join([first.method, *told]), tuple(seeds[seed] for seed in sorted(seeds))))
     return found
+
+
+def _without_seeds(runs: Sequence[Run]) -> list[Run]:
+    """The runs without settings that are the run's seed in each of them, such as ``data.seed`` by default."""
+    names = {name for run in runs for name in run.settings if name.endswith(".seed")}
+    follow = {name for name in names if all(run.settings.get(name, run.seed) == run.seed for run in runs)}
+    return [replace(run, settings={k: v for k, v in run.settings.items() if k not in follow}) for run in runs]
 
 
 def numbers(settings: Sequence[Setting]) -> dict[str, str]:
@@ -207,11 +225,11 @@ def pareto(settings: Sequence[Setting], cost: Cost, sign: int) -> frozenset[str]
 
 
 def p_values(settings: Sequence[Setting]) -> dict[str, float | None]:
-    """How likely differences from the best are by chance, by two-sided t-tests on the seeds' scores.
+    """How likely differences from the best are by chance: Welch's t-test on the seeds' scores, two-sided.
 
-    The test is paired where both have the same seeds: a seed chooses the validation rows too, by which all scores rise
-    and fall together. It is Welch's else. The values are corrected by Holm's step-down procedure (Holm 1979) for the
-    number of tests.
+    The values are corrected by Holm's step-down procedure (Holm 1979) for all pairs of settings: the best is chosen by
+    looking, so each of the pairs might have been the one that is told. What varies is the training; the validation rows
+    are the same for all seeds, so what other rows would say is not in it.
 
     Args:
         settings: the best first.
@@ -221,28 +239,25 @@ def p_values(settings: Sequence[Setting]) -> dict[str, float | None]:
         tells how large chance is.
     """
     best, *others = settings
-    raw = {s.name: value for s in others if (value := _chance(best, s)) is not None}
+    raw = {s.name: value for s in others if (value := _welch(best.scores, s.scores)) is not None}
+    several = sum(len(s.runs) > 1 for s in settings)
+    pairs = several * (several - 1) // 2
     found: dict[str, float | None] = dict.fromkeys((s.name for s in settings), None)
     largest = 0.0
     for place, (name, value) in enumerate(sorted(raw.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, value * (len(raw) - place)))
+        largest = max(largest, min(1.0, value * (pairs - place)))
         found[name] = largest
     return found
 
 
-def _chance(first: Setting, second: Setting) -> float | None:
-    from scipy.stats import ttest_ind, ttest_rel
+def _welch(first: list[float], second: list[float]) -> float | None:
+    if min(len(first), len(second)) < 2:
+        return None
+    if stdev(first) + stdev(second) <= _ROUNDING * max(map(abs, first + second)):
+        return None
+    from scipy.stats import ttest_ind
 
-    one, other = ({run.seed: run.score for run in setting.runs} for setting in (first, second))
-    if min(len(one), len(other)) < 2:
-        return None
-    if one.keys() == other.keys():
-        if stdev(one[seed] - other[seed] for seed in one) == 0:
-            return None
-        return float(ttest_rel(first.scores, second.scores).pvalue)
-    if stdev(first.scores) + stdev(second.scores) == 0:
-        return None
-    return float(ttest_ind(first.scores, second.scores, equal_var=False).pvalue)
+    return float(ttest_ind(first, second, equal_var=False).pvalue)
 
 
 def recommend(settings: Sequence[Setting], sign: int) -> tuple[Setting, str]:

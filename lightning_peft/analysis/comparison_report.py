@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,20 @@ def columns(comparison: Comparison) -> list[Column]:
         comparison: the report.
     """
     settings = comparison.settings
-    measured = all(run.peak_measured for s in settings for run in s.runs if run.peak_bytes is not None)
+    kinds = {run.peak_measured for s in settings for run in s.runs if run.peak_bytes is not None}
+    taken = {True: "measured on the GPU", False: "counted by the forecast"}
     folders = numbers(settings)
     found = [
         _column("run", "its folder's name", settings, lambda s: _number(folders.get(s.name))),
-        _column(comparison.monitor, "mean over the seeds, and their standard deviation", settings, _score),
+        _column(
+            comparison.monitor,
+            "mean over the seeds, and their standard deviation",
+            settings,
+            lambda s: _score(s, _digits(settings)),
+        ),
         Column(
             "p",
-            "chance of such a difference from the best where there is none: t-test over the seeds, Holm's correction",
+            "chance of such a difference from the best where there is none: Welch's t-test, Holm's correction",
             [comparison.p_values[s.name] for s in settings],
             [_p(comparison.p_values[s.name]) for s in settings],
         ),
@@ -72,7 +78,7 @@ def columns(comparison: Comparison) -> list[Column]:
         _column("step", "median time of a step of the optimizer", settings, lambda s: _timed(s.step_seconds)),
         _column(
             "memory",
-            "the most that a step takes, " + ("measured on the GPU" if measured else "counted by the forecast"),
+            "the most that a step takes, " + " or ".join(taken[kind] for kind in sorted(kinds)),
             settings,
             lambda s: _sized(s.peak_bytes),
         ),
@@ -95,14 +101,22 @@ def _number(folder: str | None) -> tuple[float | None, str]:
     return (float(folder), folder) if folder is not None and folder.isdecimal() else (None, folder or "")
 
 
-def _score(setting: Setting) -> tuple[float, str]:
-    shown = f"{setting.score:.3f}"
-    return setting.score, shown if setting.spread is None else f"{shown} ± {setting.spread:.3f}"
+def _digits(settings: Sequence[Setting]) -> int:
+    """Decimals that show the middle one of the spreads, and three digits of the smallest score; three at least."""
+    spreads = sorted(s.spread for s in settings if s.spread)
+    finest = [spreads[len(spreads) // 2]] if spreads else []
+    finest += [min((abs(s.score) for s in settings if s.score), default=1.0) / 100]
+    return min(9, max(3, *(-math.floor(math.log10(value)) for value in finest)))
+
+
+def _score(setting: Setting, digits: int) -> tuple[float, str]:
+    shown = f"{setting.score:.{digits}f}"
+    return setting.score, shown if setting.spread is None else f"{shown} ± {setting.spread:.{digits}f}"
 
 
 def _counted(number: int) -> str:
     for unit, one in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= one:
+        if number >= 0.9995 * one:
             return f"{number / one:.3g} {unit}"
     return str(number)
 
@@ -114,7 +128,7 @@ def _sized(count: float | None) -> tuple[float | None, str]:
 def _timed(seconds: float | None) -> tuple[float | None, str]:
     if seconds is None:
         return None, ""
-    return seconds, f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+    return seconds, f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
 
 
 def _p(value: float | None) -> str:
@@ -145,21 +159,25 @@ def notes(comparison: Comparison) -> list[str]:
             f"Of {len(tested)} settings, {len(unlike)} differ from {settings[0].name} at p < {ALPHA:g}; the seeds do "
             f"not tell the other {alike} from it."
             if alike
-            else f"All others differ from {settings[0].name} at p < {ALPHA:g}."
+            else f"All {'others' if len(tested) == len(settings) - 1 else 'that could be tested'} differ from "
+            f"{settings[0].name} at p < {ALPHA:g}."
         )
+    if comparison.repeated:
+        told = ", ".join(path.name for path in comparison.repeated)
+        found.append(f"Runs that were made again with the same settings and seed do not count: {told}.")
     if len({s.runs[0].settings.get("data.train_files") for s in settings}) > 1:
         found.append("The settings were trained on different data.")
     return found
 
 
 def write_report(
-    comparison: Comparison, unfinished: Sequence[Path], folder: Path, search: Search | None = None
+    comparison: Comparison, left_out: Mapping[Path, str], folder: Path, search: Search | None = None
 ) -> Path:
     """Writes the page, its drawings as PNG and SVG, and the numbers as CSV, in place of those of an earlier call.
 
     Args:
         comparison: the report.
-        unfinished: folders of runs that did not end.
+        left_out: folders of runs that are not compared, with the reason.
         folder: where to.
         search: the study whose trials the runs are.
 
@@ -186,7 +204,7 @@ def write_report(
         notes=[*notes(comparison), *([] if search is None else [search_note(search)])],
         names=names,
         plots=plots,
-        unfinished=[str(path) for path in unfinished],
+        left_out={str(path): reason for path, reason in left_out.items()},
         by_memory=comparison.by_memory if len(comparison.by_memory) > 1 else (),
     )
     with written_file(folder / PAGE) as scratch:

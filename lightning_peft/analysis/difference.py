@@ -74,7 +74,7 @@ class Differences:
         options: the method and its options that differ, by name.
         base: what the files say of the base and differs.
         only: names of tensors that only the first, and only the second has.
-        shapes: the shapes of tensors of one name that differ in them.
+        shapes: the shapes of tensors and changes of one name that differ in them.
         changes: of the modules that both change by factors.
         tensors: other tensors that both have.
         note: why the changes are not compared, or not whole; None where they are.
@@ -127,17 +127,25 @@ def differences(a: Side, b: Side) -> Differences:
     shapes = {n: (list(first[n].shape), list(second[n].shape)) for n in shared if first[n].shape != second[n].shape}
     problem = no_factors(a.method) or no_factors(b.method)
     pairs = [{} if problem else {f.place: f for f in stored_factors(s.method, s.tensors)} for s in (a, b)]
+    both = [(f, pairs[1][place]) for place, f in pairs[0].items() if place in pairs[1]]
+    unlike = {f.place: (_shape(f), _shape(g)) for f, g in both if _shape(f) != _shape(g)}
     factors = {_plain(k) for of in pairs for f in of.values() for k in f.keys}
     alike = [n for n in shared if n not in shapes and n not in factors and first[n].is_floating_point()]
     return Differences(
         options=_differing(*options),
         base=_differing(a.base, b.base),
         only=(sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys())),
-        shapes={n: pair for n, pair in shapes.items() if n not in factors},
-        changes=[_of_changes(f, pairs[1][place]) for place, f in pairs[0].items() if place in pairs[1]],
+        shapes={**{n: pair for n, pair in shapes.items() if n not in factors}, **unlike},
+        changes=[_of_changes(f, g) for f, g in both if f.place not in unlike],
         tensors=[_of_tensors(n, first[n], second[n]) for n in alike],
         note=f"Tensors are compared one by one: {problem}" if problem else _beside(a.method) or _beside(b.method),
     )
+
+
+def _shape(factors: StoredFactors) -> list[int]:
+    """Of the change that they make."""
+    a, b = factors.product
+    return [len(b), a.shape[1]]
 
 
 def _options(method: Method) -> dict[str, Any]:
@@ -166,8 +174,6 @@ def _of_changes(first: StoredFactors, second: StoredFactors) -> Difference:
     (a, b), (c, d) = first.product, second.product
     values = [product_singular_values(*f.product) for f in (first, second)]
     norms = (float(values[0].norm()), float(values[1].norm()))
-    if (a.shape[1], len(b)) != (c.shape[1], len(d)):
-        return Difference(first.place, norms, math.hypot(*norms))
     gap = float(product_singular_values(torch.cat([a, c]), torch.cat([b, -d], 1)).norm())
     ranks = (rank_for(values[0]), rank_for(values[1]))
     if 0 in ranks:

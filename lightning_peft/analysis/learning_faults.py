@@ -154,7 +154,8 @@ def rate_too_high(
     if curve is None or not curve.tells:
         return Diagnosis.unseen(subject, f"fewer than eight training losses are known; {rate}")
     late = curve.losses[len(curve.losses) // 2 :]
-    leaps = sum(loss > LEAP * curve.losses[0] for loss in late)
+    # of the first losses the largest: one batch that happens to be easy is no measure
+    leaps = 0 if curve.fell else sum(loss > LEAP * max(curve.quarter(0)) for loss in late)
     evidence = f"{curve}, {number(max(late))} at most in the second half; {rate}"
     if rate.adam and moved is not None and moved.share(rate.own) < HARDLY:
         return Diagnosis(subject, f"the method hardly moved; {rate}")

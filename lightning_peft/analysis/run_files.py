@@ -17,8 +17,10 @@ CONFIG = "config.yaml"
 LOG = "logs/metrics.csv"
 METRICS = "metrics.json"
 DATA = "data.json"
+FORECAST = "forecast.json"
+COST = "cost.json"
 FORGETTING = "forgetting.json"
-OPTIONAL = ("forecast.json", "cost.json", FORGETTING)
+FOUND_RATE = "lr_find.json"
 
 _LONGEST = 2**20  # bytes of a configuration, some hundred times what one takes
 _LOSSES = ("train/loss", "val/loss")
@@ -65,7 +67,7 @@ class RunFiles:
         run.data = run._tried(DATA, read_json)
         run.log = run._tried(LOG, read_log) or []
         if (folder / FORGETTING).is_file():
-            needed = {"kind": str, "forgetting": float}
+            needed = {"kind": str, "forgetting": float | None}
             run.forgetting = run._tried(FORGETTING, lambda path: read_json(path, needed))
         return run
 
@@ -104,6 +106,12 @@ class RunFiles:
     def not_finite(self) -> int:
         """How many losses that were logged are NaN or infinite."""
         return sum(not math.isfinite(row[name]) for row in self.log for name in _LOSSES if name in row)
+
+    @property
+    def broke(self) -> bool:
+        """Whether the last loss of a kind that was logged is NaN or infinite; a single step may have been left out."""
+        last = [[row[name] for row in self.log if name in row][-1:] for name in _LOSSES]
+        return any(not math.isfinite(value) for values in last for value in values)
 
     @property
     def labels(self) -> dict[str, int] | None:
@@ -157,12 +165,31 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _LONGEST:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes: it is no run's configuration")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # a few lines of references to references stand for gigabytes
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError(f"{path} has references (*name), which no run writes")
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a mapping, but holds {an(type(found).__name__)}")
     return found
+
+
+def found_rate(folder: Path) -> float | None:
+    """The learning rate that a run searched for (``lr=auto``) and was made with; None where it has another.
+
+    Args:
+        folder: the run's folder.
+
+    Raises:
+        ValueError: if the search's file cannot be read.
+    """
+    path = folder / FOUND_RATE
+    rate = read_json(path).get("lr") if path.is_file() else None
+    used = read_config(folder / CONFIG).get("optimizer", {}).get("lr") if rate is not None else None
+    return float(rate) if rate is not None and rate == used else None
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

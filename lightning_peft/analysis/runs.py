@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.analysis.run_files import CONFIG, FORGETTING, METRICS, read_config
+from lightning_peft.analysis.run_files import CONFIG, COST, FORECAST, FORGETTING, METRICS, found_rate, read_config
 from lightning_peft.formats.folder import read_folder
 from lightning_peft.formats.reading import read_json
 from lightning_peft.formats.training_record import TrainingRecord
 
+_WATCHING = (
+    *("cost", "forecast", "forgetting", "generation_samples", "interrupt", "show_data", "throughput"),
+    *("cache_frozen_layers", "last"),
+)
 _PLACES = (
     *("run_dir", "seed", "skip_finished", "ckpt_path", "force", "hydra", "trainer.default_root_dir"),
-    *("logger", "callbacks", "search"),
+    *("logger", "search", *(f"callbacks.{name}" for name in _WATCHING)),
 )
 """Settings that do not tell what a run is: where it lies, its seed, how it was started and watched."""
-
-_FOUND_RATE = "lr_find.json"
-"""It stands in the folder of a run whose rate was searched for: another one with each seed, under one setting."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Run:
         folder: where it lies.
         method: the preset's name, or the class's where no preset is known.
         seed: its seed.
-        settings: its configuration by dotted names, without places and the seed.
+        settings: its configuration by dotted names, without places and the run's seed.
         monitor: the metric by which it was judged.
         mode: ``"max"`` or ``"min"``: whether more of it is better.
         score: the metric's best value.
@@ -103,15 +104,16 @@ def read_run(folder: Path) -> Run:
     monitor = config.get("monitor")
     score, trained = metrics.pop(f"best/{monitor}", None), metrics.pop("trainable_parameters", None)
     if score is None or trained is None:
-        raise ValueError(f"{folder}: metrics.json has no best/{monitor}; nothing validated, so it cannot be compared")
-    cost, forecast = _numbers(folder / "cost.json"), _numbers(folder / "forecast.json")
+        raise ValueError(f"{METRICS} has no finite best/{monitor}: nothing validated, or the run diverged")
+    cost, forecast = _numbers(folder / COST), _numbers(folder / FORECAST)
     measured = cost.get("peak_bytes")
     record = _record(folder)
     return Run(
         folder=folder,
         method=_preset(folder) or str(config["method"].get("_target_", "method")).rpartition(".")[2],
         seed=int(config.get("seed") or 0),
-        settings={**settings_of(config), **({"optimizer.lr": "auto"} if (folder / _FOUND_RATE).is_file() else {})},
+        # a search finds another rate with each seed, under one setting
+        settings={**settings_of(config), **({} if found_rate(folder) is None else {"optimizer.lr": "auto"})},
         monitor=str(monitor),
         mode=str(config.get("mode")),
         score=score,
@@ -134,12 +136,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: its resolved configuration.
     """
-    seed = config.get("seed")
-    return {
-        name: value
-        for name, value in _flat(config).items()
-        if not _is_place(name) and not (name.endswith(".seed") and value == seed)  # such as data.seed, which follows it
-    }
+    return {name: value for name, value in _flat(config).items() if not _is_place(name)}
 
 
 def _flat(node: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -152,11 +149,15 @@ def _flat(node: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _is_place(name: str) -> bool:
-    return any(name == place or name.startswith(f"{place}.") for place in _PLACES)
+    folder = name.startswith("callbacks.") and name.endswith((".dirpath", ".folder"))
+    return folder or any(name == place or name.startswith(f"{place}.") for place in _PLACES)
 
 
 def _is_training(folder: Path) -> bool:
-    return {"method", "optimizer", "trainer"} <= read_config(folder / CONFIG).keys()
+    try:
+        return {"method", "optimizer", "trainer"} <= read_config(folder / CONFIG).keys()
+    except (ValueError, OSError):  # another program's, as config.yaml is a common name
+        return False
 
 
 def _preset(folder: Path) -> str | None:

@@ -82,9 +82,8 @@ def shrink(source: str | Path, target: str | Path, r: int | None = None, energy:
         ValueError: if the adapter is no LoRA on modules, a number is out of its range, or there is nothing to shrink.
     """
     source, target = Path(source), Path(target)
-    _check_numbers(r, energy)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty; choose another folder or move it away")
+    check_numbers(r, energy)
+    require_room(target)
     saved = read_folder(source)
     method = saved.method
     problem = no_factors(method)
@@ -113,7 +112,29 @@ def shrink(source: str | Path, target: str | Path, r: int | None = None, energy:
     return shrunk
 
 
-def _check_numbers(r: Any, energy: Any) -> None:
+def require_room(target: Path) -> None:
+    """Refuses to write where something is.
+
+    Args:
+        target: the folder to write.
+
+    Raises:
+        FileExistsError: if it is there and holds something.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty; choose another folder or move it away")
+
+
+def check_numbers(r: Any, energy: Any) -> None:
+    """Refuses what is no rank or share, or both or none of them.
+
+    Args:
+        r: the new rank, or None.
+        energy: the share to keep, or None.
+
+    Raises:
+        ValueError: if so.
+    """
     whole = isinstance(r, int) and not isinstance(r, bool)
     share = isinstance(energy, int | float) and not isinstance(energy, bool)
     raise_problems(

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_peft.analysis.device_memory import memory_for_a_step
+from lightning_peft.analysis.run_files import FORECAST
 from lightning_peft.analysis.sizes import size
 from lightning_peft.analysis.step_memory import StepMemory
 from lightning_peft.callbacks.what_fits import what_fits
@@ -27,7 +28,6 @@ from lightning_peft.formats.writing import write_json
 from lightning_peft.tasks.base_model import BaseModel
 from lightning_peft.tasks.task import Task
 
-FILE = "forecast.json"
 SCHEMA = 1
 _WRITTEN = ("weights", "trained", "gradients", "optimizer", "kept", "logits", "peak")
 _WIDTH = 80  # columns, also where nobody watches
@@ -110,7 +110,7 @@ class Forecast(Callback):
         allowed = None if limit is None else f"{size(limit)} {self._whose(device)}"
         if trainer.is_global_zero:
             if self.folder is not None:
-                write_json(Path(self.folder) / FILE, _written(step, found))
+                write_json(Path(self.folder) / FORECAST, _written(step, found))
             if fits or self.force:
                 print(_said(step, found, allowed, fits=fits))
         if limit is not None and not fits and not self.force:
@@ -130,6 +130,8 @@ class Forecast(Callback):
         """Bytes for a step, the same in all processes, so that all of them go on or none."""
         device = trainer.strategy.root_device
         limit = memory_for_a_step(device) if self.memory is None else int(self.memory)
+        if limit is not None and self.memory is None and device.type == "cpu":
+            limit //= max(1, trainer.num_devices)  # processes that share the machine
         if limit is not None and trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy):
             limit = int(trainer.strategy.reduce(torch.tensor(limit, device=device), reduce_op="min"))
         return limit

@@ -17,6 +17,7 @@ from torch.nn import Module
 from typing_extensions import override
 
 from lightning_peft.analysis.held_out import Reading, read_rows, stacks_of, writes
+from lightning_peft.analysis.run_files import FORGETTING
 from lightning_peft.analysis.similarity import linear_cka
 from lightning_peft.callbacks.base_reading import inputs_digest, read_kept, write_kept
 from lightning_peft.core.adapters import adapters_of
@@ -27,7 +28,6 @@ from lightning_peft.data.rows import RowDataModule
 from lightning_peft.formats.writing import write_json
 
 METRIC = "forgetting"
-RESULT = "forgetting.json"
 _SCHEMA = 1
 
 
@@ -131,7 +131,7 @@ class Forgetting(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({METRIC: float(shown[METRIC])}, step=trainer.global_step)
         if self.folder is not None:
-            write_json(self.folder / RESULT, self.result)
+            write_json(self.folder / FORGETTING, self.result)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,13 +20,14 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_peft.analysis.rates_curve import rates_png
+from lightning_peft.analysis.run_files import FOUND_RATE
 from lightning_peft.callbacks.randomness import random_state, restore_random_state
 from lightning_peft.callbacks.steps import going_by
 from lightning_peft.formats.reading import naming
 from lightning_peft.formats.writing import write_json, written_file
 from lightning_peft.tasks.optimization import AUTO, check_optimization
 
-NUMBERS, PICTURE = "lr_find.json", "lr_find.png"
+PICTURE = "lr_find.png"
 STEPS = 100
 _LEFT_OUT = 10  # of the first steps, in which the finder's mean of losses is still that of a few
 _BEGUN = "_peft_begun_from"
@@ -214,7 +215,7 @@ def _rounded(rate: float) -> float:
 
 def _write(folder: Path, rates: list[float], losses: list[float], found: float | None, own: float) -> None:
     write_json(
-        folder / NUMBERS,
+        folder / FOUND_RATE,
         {
             "schema": 1,
             "lr": found,

@@ -23,14 +23,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from lightning_peft.analysis.data_page import NUMBERS, write_data_page
 from lightning_peft.analysis.data_report import print_data
+from lightning_peft.analysis.run_files import CONFIG, METRICS
 from lightning_peft.callbacks.check_monitor import CheckMonitor
 from lightning_peft.callbacks.checkpoint_files import last_checkpoint, read_resumable
 from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.callbacks.learning_rate import FindLearningRate
 from lightning_peft.callbacks.progress_bar import ProgressBar
 from lightning_peft.callbacks.validate_at_end import ValidateAtEnd
-from lightning_peft.cli.finished import finished_score, is_finished
-from lightning_peft.cli.report import METRICS, TRAINABLE, print_exported, print_metrics, print_training, short
+from lightning_peft.cli.finished import finished_score, is_finished, refuse_other_settings
+from lightning_peft.cli.report import TRAINABLE, print_exported, print_metrics, print_training, short
 from lightning_peft.cli.targets import made
 from lightning_peft.core.method import Method
 from lightning_peft.data.summary import summarise
@@ -50,6 +51,8 @@ def train(config: DictConfig) -> float | None:
     """Trains, keeps the best checkpoint, exports the adapter; returns the monitored metric for a sweeper."""
     target = Path(config.run_dir) / "adapter"
     monitor_as_the_task_says(config)
+    if config.skip_finished or config.ckpt_path == "last":
+        refuse_other_settings(config)
     if config.skip_finished and is_finished(config):
         print(f"finished before: {short(Path(config.run_dir))}")
         return finished_score(config)
@@ -82,6 +85,7 @@ def train(config: DictConfig) -> float | None:
     for stopper in trainer.early_stopping_callbacks:
         if stopper.stopping_reason_message is not None:
             print(f"stopped early: {stopper.stopping_reason_message}")
+    score, written = _reached(config, trainer, module)
     kept = getattr(trainer.checkpoint_callback, "best_model_path", "")
     best = Path(kept) if kept else None
     if best is not None and best.is_dir():
@@ -89,7 +93,8 @@ def train(config: DictConfig) -> float | None:
             f"\nbest checkpoint      {best}, in parts; one file of them, which lightning-peft export takes, makes\n"
             f"  python -m lightning.pytorch.utilities.consolidate_checkpoint {shlex.quote(str(best))}"
         )
-        return _numbers(trainer.callback_metrics).get(config.monitor)
+        write_json(Path(config.run_dir) / METRICS, written)
+        return score
     if best is not None:
         whole = module.adapter.tree.record
         own = BaseModel.of(options["model"]).to_config()  # which is the user's word, not the file's
@@ -97,16 +102,23 @@ def train(config: DictConfig) -> float | None:
         kept = module.adapter.tree.record
         kept.training = whole.training.at(kept.training.step)  # the curves of all of it, as people look at them
     folder = module.save_adapter(target)
-    metrics = _numbers(trainer.callback_metrics)
-    reached = getattr(trainer.checkpoint_callback, "best_model_score", None)
-    score = metrics.get(config.monitor) if reached is None else float(reached)
-    written = {**metrics, TRAINABLE: module.adapter.plan.trainable}
-    if score is not None:
-        written[f"best/{config.monitor}"] = score
-    write_json(Path(config.run_dir) / METRICS, _defined(written))
+    write_json(Path(config.run_dir) / METRICS, written)  # by which a run is known to have ended
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     print_training(config.monitor, score, best, module, folder, list(words))
     return score
+
+
+def _reached(config: DictConfig, trainer: L.Trainer, module: PeftModule) -> tuple[float | None, dict[str, Any]]:
+    """The best value of the monitored metric, and what ``metrics.json`` holds."""
+    record = module.adapter.tree.record.training
+    # one that goes on behind its last step measures nothing anew
+    metrics = {**(record.reached if record is not None else {}), **_numbers(trainer.callback_metrics)}
+    best = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    score = metrics.get(config.monitor) if best is None else float(best)
+    found = {**metrics, TRAINABLE: module.adapter.plan.trainable}
+    if score is not None:
+        found[f"best/{config.monitor}"] = score
+    return score, _defined(found)
 
 
 def _require_steps(config: DictConfig) -> None:
@@ -388,5 +400,5 @@ def _require_own_folder() -> None:
 @rank_zero_only
 def _keep_config(config: DictConfig) -> None:
     """Writes what the run was made with, every reference to another value replaced by that value."""
-    with written_file(Path(config.run_dir) / "config.yaml") as scratch:
+    with written_file(Path(config.run_dir) / CONFIG) as scratch:
         scratch.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,12 +12,12 @@ from rich.text import Text
 
 from lightning_peft.analysis.comparison import Comparison, compared
 from lightning_peft.analysis.comparison_report import Column, columns, notes, search_note, write_report
-from lightning_peft.analysis.runs import find_runs, read_run
+from lightning_peft.analysis.runs import Run, find_runs, read_run
 from lightning_peft.analysis.study import INSTALL, Search, read_search
 from lightning_peft.cli.report import short
 
 _NAME = 18  # characters that a setting's name has at least, "gradual_unfreezing" among them
-_LISTED = 8  # unfinished runs that are named in a terminal; the page has all
+_LISTED = 8  # runs that are left out that are named in a terminal; the page has all
 
 
 def compare(config: DictConfig) -> Path:
@@ -31,17 +31,35 @@ def compare(config: DictConfig) -> Path:
         ValueError: if no run has ended, or they were judged by several metrics.
     """
     folders = [config.folders] if isinstance(config.folders, str) else list(config.folders)
-    finished, unfinished = find_runs(folders)
-    if not finished:
-        raise ValueError(f"none of the {len(unfinished)} runs in {', '.join(folders)} has ended: none has metrics.json")
-    comparison = compared([read_run(folder) for folder in finished])
+    runs, left_out = _read(folders)
+    comparison = compared(runs)
     search = _search(folders)
-    page = write_report(comparison, unfinished, Path(config.run_dir), search)
-    _print(comparison, unfinished)
+    page = write_report(comparison, left_out, Path(config.run_dir), search)
+    _print(comparison, left_out)
     if search is not None:
         print(search_note(search))
     print(f"\nwith plots           {short(page)}\nas pictures, CSV     {short(page.parent)}")
     return page
+
+
+def _read(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
+    """The runs that can be compared, and the folders of the others with the reason.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist or holds no run.
+        ValueError: if no run can be compared.
+    """
+    finished, unfinished = find_runs(folders)
+    runs, left_out = [], dict.fromkeys(unfinished, "did not end")
+    for folder in finished:
+        try:
+            runs.append(read_run(folder))
+        except (ValueError, OSError) as error:
+            left_out[folder] = str(error)
+    if not runs:
+        told = "; ".join(f"{short(folder)}: {reason}" for folder, reason in list(left_out.items())[:_LISTED])
+        raise ValueError(f"none of the {len(left_out)} runs in {', '.join(folders)} can be compared: {told}")
+    return runs, left_out
 
 
 def _search(folders: Sequence[str]) -> Search | None:
@@ -58,7 +76,7 @@ def _search(folders: Sequence[str]) -> Search | None:
     return searches[0] if len(searches) == 1 else None
 
 
-def _print(comparison: Comparison, unfinished: Sequence[Path]) -> None:
+def _print(comparison: Comparison, left_out: Mapping[Path, str]) -> None:
     console = Console(highlight=False, markup=False)  # options such as [q_proj] are no markup
     told = columns(comparison)
     shown = _that_fit(told, console.width - _NAME)
@@ -75,9 +93,10 @@ def _print(comparison: Comparison, unfinished: Sequence[Path]) -> None:
             )
     if len(shown) < len(told):
         console.print(f"Not shown for want of room: {', '.join(c.title for c in told[len(shown) :])}.")
-    if unfinished:
-        more = f" and {len(unfinished) - _LISTED} more" if len(unfinished) > _LISTED else ""
-        console.print(f"Runs that did not end: {', '.join(short(p) for p in unfinished[:_LISTED])}{more}")
+    if left_out:
+        reasons = [f"{short(folder)} ({reason})" for folder, reason in list(left_out.items())[:_LISTED]]
+        more = f" and {len(left_out) - _LISTED} more" if len(left_out) > _LISTED else ""
+        console.print(f"Left out: {', '.join(reasons)}{more}")
 
 
 def _that_fit(found: list[Column], room: int) -> list[Column]:

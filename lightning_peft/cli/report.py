@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft.analysis.called import program
+from lightning_peft.analysis.run_files import METRICS
 from lightning_peft.analysis.sizes import size
 from lightning_peft.formats.card import CARD, CURVES
 from lightning_peft.formats.folder import PEFT_CONFIG
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from lightning_peft.cli.sweep import Outcome
     from lightning_peft.module import PeftModule
 
-METRICS = "metrics.json"
 TRAINABLE = "trainable_parameters"
 _OF_ONE_METHOD = (
     "method",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft.analysis.inspection import shared_prefix
-from lightning_peft.analysis.shrink import Shrunk, kept_in_all, shrink
+from lightning_peft.analysis.shrink import Shrunk, check_numbers, kept_in_all, require_room, shrink
 from lightning_peft.analysis.sizes import size
 from lightning_peft.cli.commands import evaluated, load
 from lightning_peft.cli.report import short
@@ -30,6 +30,8 @@ def show_shrink(config: DictConfig) -> Path:
         ValueError: if the adapter cannot be shrunk so.
     """
     target = Path(config.to)
+    require_room(target)
+    check_numbers(config.r, config.energy)
     before = None if config.get("data") is None else evaluated(config)
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(config.adapter)

@@ -40,7 +40,7 @@ def page(tmp_path_factory):
         for name, (score, trained, seconds) in found.items()
         for seed in range(3)
     ]
-    report = write_report(compared(runs), [], tmp_path_factory.mktemp("report"))
+    report = write_report(compared(runs), {}, tmp_path_factory.mktemp("report"))
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": 1280, "height": 900})

@@ -52,10 +52,11 @@ def test_a_run_is_read_from_what_stands_in_its_folder(tmp_path):
         "optimizer.name": "AdamW",
         "optimizer.lr": None,
         "trainer.max_epochs": 2,
+        "data.seed": 3,
         "data.batch_size": 8,
         "monitor": "val/accuracy",
         "mode": "max",
-    }, "neither places, nor the seed and what follows it"
+    }, "neither places nor the seed"
 
 
 def test_what_a_gpu_measured_stands_before_what_was_counted(tmp_path):
@@ -64,9 +65,30 @@ def test_what_a_gpu_measured_stands_before_what_was_counted(tmp_path):
     assert (run.peak_bytes, run.peak_measured) == (7000, True)
 
 
-def test_a_seed_of_the_datas_own_is_a_setting(tmp_path):
-    run = read_run(write(tmp_path, config={**CONFIG, "data": {"seed": 0}}, metrics=METRICS))
-    assert run.settings["data.seed"] == 0
+def test_what_watches_a_run_is_no_setting_and_what_stops_it_is(tmp_path):
+    callbacks = {
+        "cost": {"every": 1},
+        "early_stopping": {"patience": 3},
+        "checkpoint": {"dirpath": "/x", "mode": "max"},
+    }
+    run = read_run(write(tmp_path, config={**CONFIG, "callbacks": callbacks}, metrics=METRICS))
+    told = {name: value for name, value in run.settings.items() if name.startswith("callbacks.")}
+    assert told == {"callbacks.early_stopping.patience": 3, "callbacks.checkpoint.mode": "max"}
+
+
+def test_a_rate_that_was_searched_for_is_one_setting_and_a_search_for_another_is_none(tmp_path):
+    config = {**CONFIG, "optimizer": {"lr": 0.01}}
+    write(tmp_path, config=config, metrics=METRICS, lr_find={"schema": 1, "lr": 0.01})
+    assert read_run(tmp_path).settings["optimizer.lr"] == "auto"
+    write(tmp_path, lr_find={"schema": 1, "lr": None})
+    assert read_run(tmp_path).settings["optimizer.lr"] == 0.01
+
+
+def test_another_programs_configuration_is_passed_over(tmp_path):
+    ended = write(tmp_path / "run", config=CONFIG, metrics=METRICS)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.yaml").write_text("- a list")
+    assert find_runs([tmp_path]) == ([ended], [])
 
 
 def test_the_presets_name_is_hydras(tmp_path):
@@ -88,8 +110,9 @@ def test_runs_are_found_below_a_folder_each_once(tmp_path):
     [
         ("metrics.json", "{", "is no JSON"),
         ("metrics.json", "[1]", "must hold a JSON object, but holds a list"),
-        ("metrics.json", '{"trainable_parameters": 3}', "has no best/val/accuracy; nothing validated"),
+        ("metrics.json", '{"trainable_parameters": 3}', "has no finite best/val/accuracy: nothing validated"),
         ("config.yaml", "a: [", "is no YAML"),
+        ("config.yaml", "a: &a [1]\nb: *a", "has references"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, file, content, said):

@@ -65,6 +65,16 @@ def test_a_step_of_accumulated_batches_takes_as_many_times_as_long(tmp_path):
     assert cost["steps"] == 4
 
 
+def test_what_the_optimizer_takes_is_in_a_step_of_accumulated_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(Slow, "on_before_optimizer_step", lambda self, optimizer: time.sleep(VALIDATION))
+    assert cost_of(tmp_path, accumulate_grad_batches=3, limit_val_batches=0)["step_seconds"] >= VALIDATION + 3 * STEP
+
+
+def test_a_run_that_goes_on_behind_its_last_step_leaves_its_cost(tmp_path):
+    (tmp_path / "cost.json").write_text('{"step_seconds": 1.5}')
+    assert cost_of(tmp_path, limit_train_batches=1, limit_val_batches=0) == {"step_seconds": 1.5}
+
+
 def test_a_single_batch_has_no_time_between_two(tmp_path):
     assert cost_of(tmp_path, limit_train_batches=1, limit_val_batches=0)["step_seconds"] is None
 

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 import lightning_peft as lp
 from lightning_peft import LoRA, PeftCallback, PeftModule, PromptTuning, Selective, TextDataModule
 from lightning_peft.analysis.held_out import read_rows, stacks_of
+from lightning_peft.analysis.run_files import FORGETTING
 from lightning_peft.analysis.similarity import linear_cka
 from lightning_peft.callbacks.base_reading import KEPT
-from lightning_peft.callbacks.forgetting import RESULT, Forgetting
+from lightning_peft.callbacks.forgetting import Forgetting
 from lightning_peft.data.held_out import held_out_texts
 from lightning_peft.tasks.base_model import BaseModel
 
@@ -53,7 +54,7 @@ def fit(trainer, bert_folder, llama_folder, rows):
 
 
 def _read(folder):
-    return json.loads((folder / RESULT).read_text())
+    return json.loads((folder / FORGETTING).read_text())
 
 
 def _loss_by_hand(folder, module=None):
@@ -200,7 +201,7 @@ def test_a_resumed_run_writes_what_an_undisturbed_one_writes(method, fit, tmp_pa
     fit(method, Forgetting(tmp_path / "whole", TEXTS), max_epochs=2)
     with pytest.raises(RuntimeError, match="killed"):
         fit(method, Forgetting(tmp_path / "halves", TEXTS), Killed(tmp_path / "half.ckpt"), max_epochs=2)
-    assert not (tmp_path / "halves" / RESULT).exists()
+    assert not (tmp_path / "halves" / FORGETTING).exists()
     checkpoint = str(tmp_path / "half.ckpt")
     fit(method, Forgetting(tmp_path / "halves", TEXTS), max_epochs=2, ckpt_path=checkpoint)
     assert _read(tmp_path / "halves") == _read(tmp_path / "whole")
