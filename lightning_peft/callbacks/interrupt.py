@@ -137,6 +137,10 @@ class SaveOnInterrupt(Callback):
     def _say_how_to_go_on(self, path: Path) -> None:
         words = sys.argv[1:] if self.words is None else self.words
         kept = [w for w in words if not w.startswith(("ckpt_path=", "hydra."))]
+        if any(w.startswith("+sweep=") for w in kept):
+            kept.append("hydra.mode=RUN")  # this run alone
+        if any(w.startswith("search.trial=") for w in kept):
+            kept.append("callbacks.pruning=null")  # its trial is over
         way = f"{program()} {shlex.join([*kept, f'ckpt_path={path}'])}"
         if self.words is None and _is_a_script_of_ones_own():
             way = f"trainer.fit(..., ckpt_path={str(path)!r}, weights_only=True)"

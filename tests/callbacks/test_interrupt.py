@@ -63,6 +63,17 @@ def test_the_command_to_go_on_is_one_line_below_the_stopped_bar(narrow_terminal,
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_a_trial_of_a_search_goes_on_as_a_run_by_itself(capsys, tmp_path):
+    words = ["+sweep=optuna", "hydra.sweep.dir=found", "method.r=4", "search.trial=3"]
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=1, callbacks=SaveOnInterrupt(str(tmp_path), words), **options)
+    with pytest.raises(SystemExit):
+        trainer.fit(Interrupted(), DataLoader(TensorDataset(torch.ones(8, 2))))
+    kept = "+sweep=optuna method.r=4 search.trial=3 hydra.mode=RUN callbacks.pruning=null ckpt_path="
+    assert kept in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 def test_a_folder_that_could_take_no_checkpoint_is_named_before_the_first_step(trainer, tmp_path):
     (tmp_path / "file").write_text("")
     folder, heard = tmp_path / "file" / "checkpoints", signal.getsignal(signal.SIGINT)
