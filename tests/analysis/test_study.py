@@ -74,7 +74,7 @@ def test_the_page_of_a_search_draws_it_and_finds_each_trial_by_its_setting(tmp_p
         for t in search.judged
     ]
     comparison = compared(runs)
-    page = write_report(comparison, [], tmp_path / "report", search)
+    page = write_report(comparison, {}, tmp_path / "report", search)
     assert {"search_history.png", "search_options.svg", "search_importances.png"} <= {
         path.name for path in page.parent.iterdir()
     }
