@@ -14,7 +14,8 @@ from lightning_peft.formats.training_record import TrainingRecord
 
 _WATCHING = (
     *("cost", "forecast", "forgetting", "generation_samples", "interrupt", "show_data", "throughput"),
-    *("cache_frozen_layers", "last"),
+    # the trial's number is in it, and what it ends early is told elsewhere
+    *("cache_frozen_layers", "last", "pruning"),
 )
 _PLACES = (
     *("run_dir", "seed", "skip_finished", "ckpt_path", "force", "hydra", "trainer.default_root_dir"),

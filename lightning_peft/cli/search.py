@@ -221,4 +221,4 @@ def _print(study: optuna.Study, config: DictConfig) -> None:
     for trial in best:
         values = ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives, trial.values, strict=True))
         print(f"  trial {trial.number}: {values} with {' '.join(_words(trial.params))}")
-    print(f"compared, with plots:  {program()} compare folders={short(folder)}")
+    print(f"compared, with plots:  {program()} compare {short(folder)}")
