@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.analysis.comparison import LONG, Comparison, Setting, numbers
+from lightning_peft.analysis.comparison import Comparison
 from lightning_peft.analysis.plots import INK, figure_of
+from lightning_peft.analysis.settings import LONG, Setting, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

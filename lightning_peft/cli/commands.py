@@ -7,9 +7,7 @@ import logging
 import math
 import shlex
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,12 +23,11 @@ from lightning_peft.analysis.data_page import NUMBERS, write_data_page
 from lightning_peft.analysis.data_report import print_data
 from lightning_peft.analysis.run_files import CONFIG, METRICS
 from lightning_peft.callbacks.check_monitor import CheckMonitor
-from lightning_peft.callbacks.checkpoint_files import last_checkpoint, read_resumable
 from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.callbacks.learning_rate import FindLearningRate
 from lightning_peft.callbacks.progress_bar import ProgressBar
 from lightning_peft.callbacks.validate_at_end import ValidateAtEnd
-from lightning_peft.cli.finished import finished_score, is_finished, refuse_other_settings
+from lightning_peft.cli.going_on import finished_score, is_finished, refuse_other_settings, to_go_on_from
 from lightning_peft.cli.report import TRAINABLE, print_exported, print_metrics, print_training, short
 from lightning_peft.cli.targets import made
 from lightning_peft.core.method import Method
@@ -76,7 +73,7 @@ def train(config: DictConfig) -> float | None:
     trainer = _trainer(config)
     _refuse_sweep_over_devices(trainer)
     try:
-        trainer.fit(module, data, ckpt_path=_to_go_on_from(config), weights_only=True)
+        trainer.fit(module, data, ckpt_path=to_go_on_from(config), weights_only=True)
     finally:
         _end(trainer.loggers)
         _note_found_rate(config, module)
@@ -357,44 +354,6 @@ def _precision(given: str | int | None) -> str | int | None:
             "too); write one of them"
         )
     return {"32": "32-true", "64": "64-true"}.get(str(given), given)
-
-
-def _to_go_on_from(config: DictConfig) -> str | None:
-    """The checkpoint that a run is to go on from; ``last`` is that of the same folder, if the run was there before."""
-    path: str | None = config.ckpt_path
-    if path == "last":
-        _require_own_folder()
-        folder = Path(config.run_dir) / "checkpoints"
-        found = last_checkpoint(folder)
-        _set_logs_aside(Path(config.run_dir) / "logs" / "metrics.csv")
-        print(f"goes on from {short(found)}" if found else f"begins anew: no whole checkpoint is in {short(folder)}")
-        return None if found is None else str(found)
-    if path is not None and not Path(path).exists():
-        raise FileNotFoundError(f"ckpt_path={path}: there is no such checkpoint")
-    if path is not None:
-        read_resumable(Path(path))
-    return path
-
-
-@rank_zero_only
-def _set_logs_aside(file: Path) -> None:
-    """Keeps what a run logged before it was interrupted, which Lightning's CSVLogger would delete."""
-    if file.exists():
-        file.rename(next(p for n in count(1) if not (p := file.with_name(f"{file.stem}.{n}.csv")).exists()))
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-
-
-def _require_own_folder() -> None:
-    """Refuses to look for checkpoints in a folder that is another one each time."""
-    given = HydraConfig.get().overrides if HydraConfig.initialized() else None
-    words = [*given.hydra, *given.task] if given is not None else ["run_dir="]
-    names = ("hydra.run.dir=", "hydra.sweep.dir=", "run_dir=", "sweep=")  # a file of the group sweep names a folder
-    if not any(w.lstrip("+").startswith(names) for w in words):
-        raise ValueError(
-            "ckpt_path=last goes on in the run's own folder, which is a new one each time; name it, as in "
-            "hydra.run.dir=outputs/mine, from the first time on, or give the path of a checkpoint"
-        )
 
 
 @rank_zero_only

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_peft.analysis.comparison import Comparison, compared
-from lightning_peft.analysis.comparison_report import Column, columns, notes, search_note, write_report
+from lightning_peft.analysis.comparison_report import search_note, write_report
+from lightning_peft.analysis.comparison_table import Column, columns, notes
 from lightning_peft.analysis.runs import Run, find_runs, read_run
 from lightning_peft.analysis.study import INSTALL, Search, read_search
 from lightning_peft.cli.report import short

@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 
 from lightning_peft.analysis.comparison import compared, pareto
-from lightning_peft.analysis.comparison_report import PAGE, columns, notes, write_report
+from lightning_peft.analysis.comparison_report import PAGE, write_report
+from lightning_peft.analysis.comparison_table import columns, notes
 from lightning_peft.analysis.runs import Run
 
 
