@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_peft.analysis.learning_faults import Movement
 from lightning_peft.callbacks.adaptation import record_of
 from lightning_peft.callbacks.interrupt import NAME
+from lightning_peft.core.fingerprint import OF_NOTHING
 from lightning_peft.core.method import DataDriven
 from lightning_peft.formats.base_identity import refuse_another_base
 from lightning_peft.formats.folder import SavedAdapter, read_folder
@@ -169,7 +170,7 @@ class SavedRun:
         found = {"checkpoint": self.record.get("base", {}).get("fingerprint")}
         if self.adapter is not None and self.adapter.base is not None:
             found[ADAPTER] = self.adapter.base["fingerprint"]
-        return found
+        return {file: None if told == OF_NOTHING else told for file, told in found.items()}
 
     @property
     def trained(self) -> list[str]:
@@ -276,7 +277,10 @@ class SavedRun:
             for name, tensor in model.state_dict(keep_vars=True).items()
             if name in in_place or (not drawn and _is_constant(tensor))
         }
-        return Base(f"the base in {spec.name_or_path} on this machine is the same", starts=starts)
+        why = f"the base in {spec.name_or_path} on this machine is the same"
+        if self.record["base"]["fingerprint"] == OF_NOTHING:
+            why = "all weights train, so none is left by which to tell another base"
+        return Base(why, starts=starts)
 
 
 def _are_nothing(moments: Any) -> bool:

@@ -149,6 +149,12 @@ def test_answers_that_are_cut_off_are_found(tmp_path, llama_folder, capsys):
     assert "truncation" not in _findings(again), "the length that it names is enough"
 
 
+def test_where_every_weight_trains_no_base_is_told_from_another(trained):
+    (base,) = (d for d in examine(trained("method=full", rows=32)).diagnoses if d.subject == "base")
+    assert "all weights train, so none is left by which to tell another base" in base.evidence
+    assert base.found is None
+
+
 def test_an_adapter_beside_another_base_is_found(trained, tmp_path, tokenizer_folder):
     folder = trained("trainer.max_epochs=1")
     other = _base(tmp_path / "other", tokenizer_folder, seed=1)

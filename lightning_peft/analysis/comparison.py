@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from lightning_peft.analysis.sizes import size
 
 ALPHA = 0.05
 """The chance of calling any difference from a report's best setting real where there is none, about."""
+
+_NAMED = 4  # settings that a sentence has room for
 
 _ROUNDING = 1e-6
 """What metrics in float32 differ by where they are the same, relative to them."""
@@ -63,14 +66,20 @@ def compared(runs: Sequence[Run]) -> Comparison:
         raise ValueError(f"runs that are compared are judged by one metric, but got {', '.join(monitors) or 'no run'}")
     sign = 1 if runs[0].mode == "max" else -1
     settings = tuple(sorted(by_setting(runs), key=lambda s: -sign * s.score))
+    chances = p_values(settings)
     recommended, reason = recommend(settings, sign)
+    untold = [s.name for s in settings[1:] if (p := chances[s.name]) is not None and p >= ALPHA]
+    if recommended is settings[0] and untold:
+        reason += f"; but so few seeds do not tell it from {'; '.join(untold[:_NAMED])}" + (
+            f" and {len(untold) - _NAMED} more" if len(untold) > _NAMED else ""
+        )
     counted = {run.folder for s in settings for run in s.runs}
     alike = {run.peak_measured for run in runs if run.peak_bytes is not None}
     return Comparison(
         settings=settings,
         monitor=runs[0].monitor,
         mode=runs[0].mode,
-        p_values=p_values(settings),
+        p_values=chances,
         # what was measured and what was counted are not of one kind
         by_memory=pareto(settings, lambda s: s.peak_bytes, sign) if len(alike) == 1 else frozenset(),
         by_time=pareto(settings, lambda s: s.step_seconds, sign),
@@ -132,7 +141,9 @@ def _welch(first: list[float], second: list[float]) -> float | None:
         return None
     from scipy.stats import ttest_ind
 
-    return float(ttest_ind(first, second, equal_var=False).pvalue)
+    with warnings.catch_warnings():  # of seeds that are alike in one of the two, which is no mistake
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(ttest_ind(first, second, equal_var=False).pvalue)
 
 
 def recommend(settings: Sequence[Setting], sign: int) -> tuple[Setting, str]:

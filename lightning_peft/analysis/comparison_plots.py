@@ -106,7 +106,7 @@ def _costs(
     values = [value for _, value in points]
     if min(values) > 0 and max(values) > 20 * min(values):
         place.set_xscale("log")
-    place.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 10 or v == 0 else f"{v:g}"))
+    place.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.6g}" if v < 1e5 else f"{v:,.0f}"))
     for setting, value in points:
         colour, mark, _ = _look(comparison, setting)
         bars = place.errorbar(
@@ -119,6 +119,8 @@ def _costs(
         place.plot(*zip(*joined, strict=True), color=INK, linewidth=0.8, alpha=0.5, zorder=0, linestyle="--")
     place.set_xlabel(label)
     place.set_ylabel(comparison.monitor)
+    place.margins(x=0.12, y=0.12)
+    figure.draw_without_rendering()  # the axes have their place only then
     _name(place, comparison, points)
     return figure
 
@@ -126,7 +128,6 @@ def _costs(
 def _name(place: Axes, comparison: Comparison, points: Sequence[tuple[Setting, float]]) -> None:
     """Names beside the points that have a colour, each on the side where it covers least."""
     own = coloured(comparison)
-    place.margins(x=0.12, y=0.12)
     inches = 72 / place.figure.dpi
     where = {s.name: place.transData.transform((value, s.score)) * inches for s, value in points}
     frame = [inches * edge for edge in place.bbox.extents]
@@ -207,7 +208,7 @@ def _curves(
     place.set_xlabel(across)
     place.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     place.set_ylabel(label)
-    place.legend(frameon=False, fontsize=8, labelcolor=INK)
+    place.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

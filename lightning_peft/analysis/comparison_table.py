@@ -55,7 +55,7 @@ def columns(comparison: Comparison) -> list[Column]:
         ),
         _column("trained", "trained parameters", settings, lambda s: (s.trained, _counted(s.trained))),
         _column("saved", "bytes of the best checkpoint", settings, lambda s: _sized(s.checkpoint_bytes)),
-        _column("step", "median time of a step of the optimizer", settings, lambda s: _timed(s.step_seconds)),
+        _column("step", "median time between the starts of two steps", settings, lambda s: _timed(s.step_seconds)),
         _column(
             "memory",
             "the most that a step takes, " + " or ".join(taken[kind] for kind in sorted(kinds)),

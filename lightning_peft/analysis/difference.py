@@ -133,7 +133,10 @@ def differences(a: Side, b: Side) -> Differences:
     alike = [n for n in shared if n not in shapes and n not in factors and first[n].is_floating_point()]
     return Differences(
         options=_differing(*options),
-        base=_differing(a.base, b.base),
+        # a fingerprint leaves out what trains, so it tells something of adapters that train the same alone
+        base={
+            k: v for k, v in _differing(a.base, b.base).items() if k != "fingerprint" or first.keys() == second.keys()
+        },
         only=(sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys())),
         shapes={**{n: pair for n, pair in shapes.items() if n not in factors}, **unlike},
         changes=[_of_changes(f, g) for f, g in both if f.place not in unlike],

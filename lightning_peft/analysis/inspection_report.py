@@ -13,6 +13,7 @@ from rich.text import Text
 from lightning_peft.analysis.change import Change
 from lightning_peft.analysis.inspection import Inspection, Kind, capacity_line, kinds, relative, shared_prefix
 from lightning_peft.analysis.sizes import size
+from lightning_peft.core.fingerprint import OF_NOTHING
 
 _ROWS = 48  # more are counted by the kind of their module
 _BARS = "▁▂▃▄▅▆▇█"
@@ -46,10 +47,11 @@ def about(found: Inspection) -> dict[str, str]:
         found: the inspection.
     """
     name, fingerprint = found.base.get("name"), found.base.get("fingerprint")
+    known = fingerprint not in (None, OF_NOTHING)
     dtypes = sorted({str(e.dtype).removeprefix("torch.") for e in found.tensors.values()})
     options = ", ".join(f"{k}={_said(v)}" for k, v in found.options.items() if v not in (None, False, {}, []))
     return {
-        "base": f"{name or 'not named'}{f', fingerprint {fingerprint}' if fingerprint else ''}",
+        "base": f"{name or 'not named'}{f', fingerprint {fingerprint}' if known else ''}",
         "tensors": f"{len(found.tensors):,} with {found.numbers:,} parameters in {' and '.join(dtypes) or 'no dtype'}, "
         f"{size(found.size)} on the disk",
         "options": options or "none",

@@ -36,7 +36,11 @@ def unended(*, metrics: bool, epoch: int | None, epochs: int | None, step: int |
         remedy = "lightning-peft export adapter=.../checkpoints/best.ckpt to=FOLDER"
     else:
         what = "The run did not end."
-        remedy = "the command that began it, with ckpt_path=last hydra.run.dir=FOLDER, goes on where it stopped"
+        remedy = (
+            "the command that began it, with ckpt_path=last and hydra.run.dir= its folder, goes on where it stopped"
+            if epoch is not None or step is not None
+            else "the command that began it, again: it saved nothing to go on from"
+        )
     return Diagnosis(subject, f"there is no metrics.json; {reached}", what, remedy)
 
 
@@ -51,7 +55,8 @@ def another_base(adapter: Mapping[str, str | None], mismatch: str | None, compar
     subject = "base"
     told = {name: print_ for name, print_ in adapter.items() if print_ is not None}
     if not told:
-        return Diagnosis.unseen(subject, "neither a checkpoint nor the adapter's folder tells its base's fingerprint")
+        why = f"neither a checkpoint nor the adapter's folder tells its base's fingerprint; {compared}"
+        return Diagnosis.unseen(subject, why)
     evidence = ", ".join(f"{name} {print_}" for name, print_ in told.items())
     if len(set(told.values())) > 1:
         return Diagnosis(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -141,7 +142,11 @@ class SaveOnInterrupt(Callback):
             kept.append("hydra.mode=RUN")  # this run alone
         if any(w.startswith("search.trial=") for w in kept):
             kept.append("callbacks.pruning=null")  # its trial is over
-        way = f"{program()} {shlex.join([*kept, f'ckpt_path={path}'])}"
+        where = [f"ckpt_path={path}"]
+        if self.words is not None and self.dirpath.name == "checkpoints":
+            # in the same folder, where its logs and what its callbacks keep lie; a sweep finds it finished there
+            where = [f"hydra.run.dir={_hydra_quoted(str(self.dirpath.parent))}", "ckpt_path=last"]
+        way = f"{program()} {shlex.join([*kept, *where])}"
         if self.words is None and _is_a_script_of_ones_own():
             way = f"trainer.fit(..., ckpt_path={str(path)!r}, weights_only=True)"
         self._say(f"\nInterrupted; the state of the run is saved in {path}\nGo on with:  {way}")
@@ -150,6 +155,11 @@ class SaveOnInterrupt(Callback):
     @rank_zero_only
     def _say(words: str) -> None:
         print(words, flush=True)
+
+
+def _hydra_quoted(path: str) -> str:
+    """A path as a value that Hydra reads, whose grammar has its own use for some characters."""
+    return path if re.fullmatch(r"[\w./:-]+", path) else '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _is_a_script_of_ones_own() -> bool:

@@ -11,6 +11,8 @@ from lightning_peft.analysis.sizes import size
 from lightning_peft.forecast import Step
 from lightning_peft.tasks.base_source import quiet
 
+_PRECISION = "trainer.precision="
+
 
 @dataclass(frozen=True)
 class _Change:
@@ -43,12 +45,14 @@ def _in_words(step: Step, limit: int, accumulated: int) -> str:
     rows = _largest_batch(step, limit)
     batches = accumulated * -(-step.rows // max(rows, 1))
     enough = [f"data.batch_size={rows} with trainer.accumulate_grad_batches={batches}"] if rows else []
-    together, possible = step, []
+    together = step
+    possible: list[str] = []
     for change in _changes(step):
         with suppress(Exception):  # what the model, or this machine, has not
             peak = change.of(step).memory().peak
             enough += [f"{change.words} ({size(peak)})"] if peak <= limit else []
             together = change.of(together)
+            possible = [w for w in possible if change.precision is None or not w.startswith(_PRECISION)]
             possible.append(change.words)
     if enough:
         return f"what fits: {', or '.join(enough)}"
@@ -71,9 +75,5 @@ def _changes(step: Step) -> list[_Change]:
         changes.append(_Change("model.activation_checkpointing=1", {"activation_checkpointing": 1}))
     if step.base.quantization is None:
         changes.append(_Change("model.quantization=nf4", {"quantization": "nf4"}))
-    if step.precision == "32-true":
-        changes.append(_Change("trainer.precision=bf16-mixed", precision="bf16-mixed"))
-    elif step.precision.endswith("-mixed"):
-        true = step.precision.replace("mixed", "true")
-        changes.append(_Change(f"trainer.precision={true}", precision=true))
-    return changes
+    saving = {"32-true": ["bf16-mixed", "bf16-true"], "bf16-mixed": ["bf16-true"], "16-mixed": ["16-true"]}
+    return [*changes, *(_Change(f"{_PRECISION}{p}", precision=p) for p in saving.get(step.precision, []))]

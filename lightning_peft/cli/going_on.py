@@ -94,7 +94,10 @@ def to_go_on_from(config: DictConfig) -> str | None:
         folder = Path(config.run_dir) / "checkpoints"
         found = last_checkpoint(folder)
         _set_logs_aside(Path(config.run_dir) / "logs" / "metrics.csv")
-        print(f"goes on from {short(found)}" if found else f"begins anew: no whole checkpoint is in {short(folder)}")
+        if found:
+            print(f"goes on from {short(found)}")
+        elif not config.skip_finished:  # of a sweep's runs most begin
+            print(f"begins anew: no whole checkpoint is in {short(folder)}")
         return None if found is None else str(found)
     if path is not None and not Path(path).exists():
         raise FileNotFoundError(f"ckpt_path={path}: there is no such checkpoint")

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIG_PATH = "pkg://lightning_peft.conf"
-BARE_WORDS = {"compare": BareWords("folders", several=True), "doctor": BareWords("run")}
+BARE_WORDS = {
+    "compare": BareWords("folders", several=True),
+    "doctor": BareWords("run"),
+    "inspect": BareWords("adapter"),
+}
 _WITH_A_VALUE = (
     "-c",
     "--cfg",

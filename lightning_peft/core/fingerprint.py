@@ -141,6 +141,10 @@ def fingerprint(digests: dict[str, tuple[str, str | None]], without: Collection[
     return structure.hexdigest()[:_HALF] + values.hexdigest()[:_HALF]
 
 
+OF_NOTHING = fingerprint({}, ())
+"""What a base has whose parameters all train: by it no base is told from another."""
+
+
 def fingerprints_of_parts(digests: dict[str, tuple[str, str | None]], without: Collection[str]) -> dict[str, str]:
     """The fingerprint of each layer, and of each module outside the layers, so that it can be said what differs.
 

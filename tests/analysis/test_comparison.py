@@ -139,6 +139,12 @@ def test_one_seed_tells_nothing_of_chance():
     assert "Settings with one seed have no spread: their differences may be chance." in notes(found)
 
 
+def test_a_best_that_few_seeds_do_not_tell_from_others_is_said_to_be_so():
+    found = compared([*several("full", (0.90, 0.80)), *several("lora", (0.70, 0.69))])
+    assert found.recommended == "full"
+    assert found.reason.endswith("; but so few seeds do not tell it from lora")
+
+
 def test_the_cheapest_of_those_as_good_as_the_best_is_recommended():
     # the best's standard error is 0.01 / sqrt(3), about 0.006
     runs = several("full", (0.90, 0.91, 0.92), peak_bytes=900, trained=9000)

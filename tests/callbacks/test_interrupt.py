@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import lightning as L
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -71,6 +73,22 @@ def test_a_trial_of_a_search_goes_on_as_a_run_by_itself(capsys, tmp_path):
         trainer.fit(Interrupted(), DataLoader(TensorDataset(torch.ones(8, 2))))
     kept = "+sweep=optuna method.r=4 search.trial=3 hydra.mode=RUN callbacks.pruning=null ckpt_path="
     assert kept in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_a_run_of_the_command_goes_on_in_its_own_folder(capsys, tmp_path):
+    words = ["+sweep=methods", "method=lora", "hydra.sweep.dir=swept"]
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    saves = SaveOnInterrupt(str(tmp_path / "a run" / "checkpoints"), words)
+    with pytest.raises(SystemExit):
+        L.Trainer(max_epochs=1, callbacks=saves, **options).fit(
+            Interrupted(), DataLoader(TensorDataset(torch.ones(8, 2)))
+        )
+    said = capsys.readouterr().out
+    *_, folder, last = shlex.split(said[said.index("Go on with:") :])
+    assert (folder, last) == (f'hydra.run.dir="{tmp_path / "a run"}"', "ckpt_path=last")
+    assert OverridesParser.create().parse_override(folder).value() == str(tmp_path / "a run"), "as Hydra reads it"
+    assert "hydra.mode=RUN" in said
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
