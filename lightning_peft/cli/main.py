@@ -42,7 +42,7 @@ def main() -> None:
     from lightning_peft.cli.diff import show_difference
     from lightning_peft.cli.doctor import show_findings
     from lightning_peft.cli.forecast import show_forecast
-    from lightning_peft.cli.inspect import show_inspection
+    from lightning_peft.cli.inspected import show_inspection
     from lightning_peft.cli.jobs import Jobs, report, stop
     from lightning_peft.cli.overrides import problem_with, with_entries_added
     from lightning_peft.cli.plan import show_plan
