@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -31,3 +32,14 @@ def _as_a_shell_finds_it(path: str) -> str:
     # not by what links lead to: the interpreter of an environment is a link to one that lacks its packages
     same = found is not None and os.path.abspath(found) == os.path.abspath(path)
     return name if same else path
+
+
+def quoted(word: str) -> str:
+    """A word as Hydra reads it whatever characters it has: paths may hold spaces, commas and brackets.
+
+    Args:
+        word: the word.
+    """
+    # a backslash is one by itself, but before a quote it is the quote's
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + (m[2] and f"\\{m[2]}"), word)
+    return f'"{escaped}"'

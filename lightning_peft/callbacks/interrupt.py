@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
-from lightning_peft.analysis.called import program
+from lightning_peft.analysis.called import program, quoted
 from lightning_peft.callbacks.checkpoint_files import refuse_unwritable
 
 NAME = "interrupted.ckpt"
@@ -145,7 +145,9 @@ class SaveOnInterrupt(Callback):
         where = [f"ckpt_path={path}"]
         if self.words is not None and self.dirpath.name == "checkpoints":
             # in the same folder, where its logs and what its callbacks keep lie; a sweep finds it finished there
-            where = [f"hydra.run.dir={_hydra_quoted(str(self.dirpath.parent))}", "ckpt_path=last"]
+            folder = str(self.dirpath.parent)
+            plain = re.fullmatch(r"[\w./:-]+", folder)
+            where = [f"hydra.run.dir={folder if plain else quoted(folder)}", "ckpt_path=last"]
         way = f"{program()} {shlex.join([*kept, *where])}"
         if self.words is None and _is_a_script_of_ones_own():
             way = f"trainer.fit(..., ckpt_path={str(path)!r}, weights_only=True)"
@@ -155,11 +157,6 @@ class SaveOnInterrupt(Callback):
     @rank_zero_only
     def _say(words: str) -> None:
         print(words, flush=True)
-
-
-def _hydra_quoted(path: str) -> str:
-    """A path as a value that Hydra reads, whose grammar has its own use for some characters."""
-    return path if re.fullmatch(r"[\w./:-]+", path) else '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _is_a_script_of_ones_own() -> bool:

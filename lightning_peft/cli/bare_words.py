@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from lightning_peft.analysis.called import quoted
 
 
 def is_word(argument: str) -> bool:
@@ -55,12 +56,5 @@ class BareWords:
         again = next((a for a in others if a.partition("=")[0].lstrip("+") == self.option), None)
         if again is not None:
             raise ValueError(f"{self.option} is given twice: {shown} and {again!r}; leave one of them out")
-        values = ",".join(map(_quoted, words))
+        values = ",".join(map(quoted, words))
         return [f"{self.option}={f'[{values}]' if self.several else values}", *others]
-
-
-def _quoted(word: str) -> str:
-    """A word as Hydra reads it whatever characters it has: paths may hold spaces, commas and brackets."""
-    # a backslash is one by itself, but before a quote it is the quote's
-    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + (m[2] and f"\\{m[2]}"), word)
-    return f'"{escaped}"'
