@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.analysis.learning_faults import Movement
+from lightning_peft.analysis.run_files import tried
 from lightning_peft.callbacks.adaptation import record_of
 from lightning_peft.callbacks.interrupt import NAME
 from lightning_peft.core.fingerprint import OF_NOTHING
@@ -97,14 +98,7 @@ class SavedRun:
         return saved
 
     def _tried(self, path: Path, name: str, read: Any) -> Any:
-        if not path.exists():
-            self.lacking.append(f"{name} is not there")
-            return None
-        try:
-            return read(path)
-        except (ValueError, OSError) as error:
-            self.lacking.append(str(error))
-            return None
+        return tried(path, name, read, self.lacking)
 
     @property
     def method(self) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,7 @@ class RunFiles:
         return run
 
     def _tried(self, name: str, read: Any) -> Any:
-        path = self.folder / name
-        if not path.is_file():
-            self.lacking.append(f"{name} is not there")
-            return None
-        try:
-            return read(path)
-        except (ValueError, OSError) as error:
-            self.lacking.append(str(error))
-            return None
+        return tried(self.folder / name, name, read, self.lacking)
 
     def option(self, *names: str) -> Any:
         """A value of the configuration; None where there is none.
@@ -131,6 +124,28 @@ class RunFiles:
         if not isinstance(splits, dict):
             return {}
         return {n: s for n, s in splits.items() if isinstance(s, dict) and not misfits(s, _SPLIT)}
+
+
+def tried(path: Path, name: str, read: Callable[[Path], Any], lacking: list[str]) -> Any:
+    """Reads a part of a run's folder; what is missing or cannot be read is told, and stops nothing.
+
+    Args:
+        path: where it lies.
+        name: as it is told.
+        read: what reads it.
+        lacking: a sentence is added to it where there is nothing.
+
+    Returns:
+        What was read, or None.
+    """
+    if not path.exists():
+        lacking.append(f"{name} is not there")
+        return None
+    try:
+        return read(path)
+    except (ValueError, OSError) as error:
+        lacking.append(str(error))
+        return None
 
 
 def refuse_other_folders(folder: Path) -> None:
