@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning_peft.analysis.change import Change
 from lightning_peft.analysis.inspection import Inspection, kinds, shared_prefix
@@ -16,6 +17,20 @@ PAGE = "inspect.html"
 NUMBERS = "inspect.json"
 
 
+class Cell(NamedTuple):
+    """One change in a heat map.
+
+    Attributes:
+        shown: its number.
+        strength: from 0 to 1, the map's largest.
+        said: what it is, in full.
+    """
+
+    shown: str
+    strength: float
+    said: str
+
+
 @dataclass(frozen=True)
 class HeatMap:
     """Layers by kinds of modules.
@@ -23,14 +38,15 @@ class HeatMap:
     Attributes:
         prefix: what the names of all layers begin with.
         columns: the kinds.
-        rows: a layer's name without the prefix, and what lies in each column: text, strength from 0 to 1, and what it
-            says in full; None where nothing is.
+        rows: a layer's name without the prefix, and what lies in each column; None where nothing does.
+        outside: modules outside of layers, such as embeddings.
         largest: what the strongest colour stands for.
     """
 
     prefix: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[tuple[str, float, str] | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    outside: tuple[tuple[str, Cell], ...]
     largest: str
 
 
@@ -91,21 +107,25 @@ def heat_map(changes: Sequence[Change]) -> HeatMap | None:
     inside = [c for c in matrices if c.layer]
     if not inside:
         return None
-    is_relative = all(c.relative is not None for c in inside)
-    strength = {c.name: (c.relative or 0.0) if is_relative else c.norm for c in inside}
+    is_relative = all(c.relative is not None for c in matrices)
+    strength = {c.name: (c.relative or 0.0) if is_relative else c.norm for c in matrices}
     most = max(strength.values()) or 1.0
     layers = list(dict.fromkeys(c.layer for c in inside))
     columns = tuple(kind.name for kind in kinds(inside))
     cells = {(c.layer, c.kind): c for c in inside}
     prefix = shared_prefix(layers)
 
-    def cell(change: Change | None) -> tuple[str, float, str] | None:
-        if change is None:
-            return None
+    def cell(change: Change) -> Cell:
         said = f"{100 * strength[change.name]:.2g}" if is_relative else f"{change.norm:.2g}"
-        return said, strength[change.name] / most, f"{change.name}: rank {change.rank} of {change.capacity}"
+        return Cell(said, strength[change.name] / most, f"{change.name}: rank {change.rank} of {change.capacity}")
 
-    rows = tuple((layer.removeprefix(prefix), tuple(cell(cells.get((layer, k))) for k in columns)) for layer in layers)
     return HeatMap(
-        prefix, columns, rows, f"{most:.2%} of the weight's norm" if is_relative else f"a norm of {most:.3g}"
+        prefix=prefix,
+        columns=columns,
+        rows=tuple(
+            (layer.removeprefix(prefix), tuple(cell(c) if (c := cells.get((layer, k))) else None for k in columns))
+            for layer in layers
+        ),
+        outside=tuple((c.name, cell(c)) for c in matrices if not c.layer),
+        largest=f"{most:.2%} of the weight's norm" if is_relative else f"a norm of {most:.3g}",
     )

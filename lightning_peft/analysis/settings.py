@@ -12,6 +12,9 @@ from lightning_peft.analysis.runs import Run
 LONG = 34
 """Characters of a name that a drawing has room for."""
 
+_OF_A_METHOD = ("method.", "optimizer.lr")
+"""Options that each method has a default of its own for, so that between methods they tell nothing."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -90,7 +93,7 @@ def by_setting(runs: Sequence[Run]) -> list[Setting]:
     for members in groups.values():
         first = members[0]
         own = _varying([run for run in runs if run.method == first.method])
-        keys = [k for k in first.settings if k in (own if k.startswith("method.") else shown)]
+        keys = [k for k in first.settings if k in (own if k.startswith(_OF_A_METHOD) else shown)]
         told = [f"{k.removeprefix('method.')}={_told(first.settings[k], k, runs)}" for k in keys]
         seeds = {run.seed: run for run in members}
         found.append(Setting(", ".join([first.method, *told]), tuple(seeds[seed] for seed in sorted(seeds))))
@@ -111,11 +114,13 @@ def numbers(settings: Sequence[Setting]) -> dict[str, str]:
         settings: the settings.
 
     Returns:
-        Name to folder's name; empty where no name is long, a setting has several runs, or two folders have one name.
+        Name to folder's name, of the settings with one run whose method has a long name among them; empty where two of
+        these folders have one name.
     """
-    found = {s.name: s.runs[0].folder.name for s in settings}
-    alone = all(len(s.runs) == 1 for s in settings) and len(set(found.values())) == len(settings)
-    return found if alone and max(map(len, found)) > LONG else {}
+    alone = [s for s in settings if len(s.runs) == 1]
+    methods = {s.runs[0].method for s in alone if len(s.name) > LONG}
+    found = {s.name: s.runs[0].folder.name for s in alone if s.runs[0].method in methods}
+    return found if len(set(found.values())) == len(found) else {}
 
 
 def _told(value: Any, name: str, runs: Sequence[Run]) -> Any:

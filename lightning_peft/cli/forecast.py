@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, Field, fields
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +16,7 @@ from lightning_peft.analysis.step_cost import operations
 from lightning_peft.analysis.step_memory import StepMemory
 from lightning_peft.cli.plan import require_sizes, task_for
 from lightning_peft.cli.targets import made
-from lightning_peft.core.method import require_method
+from lightning_peft.core.method import Method, require_method
 from lightning_peft.forecast import imitated_step, spoken_batch
 from lightning_peft.tasks.base_model import BaseModel
 
@@ -44,7 +45,7 @@ def show_forecast(config: DictConfig) -> None:
 
         largest = largest_batches(peak, [card.memory - RESERVE for card in cards], rows)
     console = Console(highlight=False)
-    console.print(f"A step of {spoken_batch(task, rows, length)} in {config.precision}, {type(method).__name__}:")
+    console.print(f"A step of {spoken_batch(task, rows, length)} in {config.precision}, {_spoken(method)}:")
     console.print(_parts(found[rows], computed))
     console.print()
     seconds = [card.seconds(computed, config.precision) for card in cards]
@@ -54,6 +55,19 @@ def show_forecast(config: DictConfig) -> None:
         + (f" Counted with {note}." if note else ""),
         style="dim",
     )
+
+
+def _spoken(method: Method) -> str:
+    """The method with the options that are not the class's own, as presets of one class differ in these alone."""
+    chosen = [
+        f for f in fields(cast(Any, method)) if f.name != "learning_rate" and getattr(method, f.name) != _plain(f)
+    ]
+    told = ", ".join(f"{f.name}={getattr(method, f.name)}" for f in chosen)
+    return type(method).__name__ + (f" ({told})" if told else "")
+
+
+def _plain(option: Field[Any]) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 def _parts(step: StepMemory, computed: int) -> Table:

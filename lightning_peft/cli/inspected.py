@@ -85,8 +85,6 @@ def inspected(path: str, base: str | None = None, *, read_base: bool = True, che
         notes.append(f"{len(matrices)} matrices of layers that change no weight are in {NUMBERS} (to=...)")
     if record.new:
         notes.append(f"New in this model, so without a start to compare with: {', '.join(record.new[:4])}")
-    if record.in_place and not record.originals:
-        notes.append("What trained in place kept no starting values, so what changed there cannot be told")
     return Inspection(**about, changes=tuple(changes), matrices=tuple(matrices), notes=tuple(notes))
 
 

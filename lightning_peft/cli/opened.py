@@ -133,7 +133,9 @@ def on_base(found: Opened, base: str | None, *, check_base: bool) -> tuple[Adapt
     """
     try:
         if _is_whole(found):
-            return load(str(found.path), base, check_base=check_base).adapter, None
+            module = load(str(found.path), base, check_base=check_base)
+            assert module.base is not None  # which a file that names its base gives
+            return _with_originals(module.adapter, module.base, module.task), None
         if found.saved is None:
             return None, "the checkpoint is of a LightningModule of your own; export its adapter by Adapter.save"
         return _on_a_model(found.saved, base, check_base=check_base)
@@ -161,7 +163,17 @@ def _on_a_model(saved: SavedAdapter, base: str | None, *, check_base: bool) -> t
     if task is None:
         return None, f"no model is known for task_type={config.get('task_type')!r}"
     spec = BaseModel(base) if base is not None else BaseModel.said_by(saved.path, {"name_or_path": named})
-    return load_adapter(spec.load(task).eval(), saved.path, check_base=check_base), None
+    adapter = load_adapter(spec.load(task).eval(), saved.path, check_base=check_base)
+    return _with_originals(adapter, spec, task), None
+
+
+def _with_originals(adapter: Adapter, base: BaseModel, task: Task) -> Adapter:
+    """The adapter; where it trained in place and kept no originals, with those of the base's own files."""
+    record = adapter.tree.record
+    if record.in_place and record.originals is None:
+        plain = dict(base.load(task).named_parameters())
+        record.originals = {name: plain[name].detach() for name in record.in_place}
+    return adapter
 
 
 def _task(kind: Any, saved: SavedAdapter) -> Task | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,15 +108,17 @@ def print_sweep(runs: Sequence[Outcome]) -> None:
     """
     monitors = {run.monitor for run in runs}
     only = monitors.pop() if len(monitors) == 1 else None
-    table = Table("run", "chosen", only or "best value", "parameters", "folder")
+    # the folder that they share would break every line of a narrow terminal
+    folders = [Path(run.folder).resolve() for run in runs]
+    shared = Path(os.path.commonpath([folder.parent for folder in folders]))
+    table = Table("run", "chosen", only or "best value", "parameters", f"in {short(shared)}")
     for column in (0, 2, 3):
         table.columns[column].justify = "right"
     table.columns[1].overflow = table.columns[4].overflow = "fold"
-    for run in runs:
-        folder = Path(run.folder)
+    for run, folder in zip(runs, folders, strict=True):
         trained = json.loads((folder / METRICS).read_text())[TRAINABLE]
         value = f"{run.score:.4f}" if only else f"{run.monitor} {run.score:.4f}"
-        table.add_row(str(run.run), run.chosen, value, f"{trained:,}", short(folder))
+        table.add_row(str(run.run), run.chosen, value, f"{trained:,}", str(folder.relative_to(shared)))
     print()
     Console().print(table)
 

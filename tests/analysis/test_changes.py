@@ -192,6 +192,20 @@ def test_the_heat_map_has_layers_by_kinds_of_modules(build, perturb):
     assert sum(len(kind.changes) for kind in kinds(changes)) == len(changes)
 
 
+def test_the_heat_map_has_rows_for_what_lies_outside_of_layers(build, perturb, tmp_path):
+    model = build("llama")
+    perturb(adapt(model, LoRA(r=2, target_modules=["q_proj", "lm_head", "embed_tokens"])))
+    changes = changes_of(model)
+    heat = heat_map(changes)
+    assert [name for name, _ in heat.outside] == ["model.embed_tokens", "lm_head"]
+    assert (
+        max(cell.strength for cell in (*dict(heat.outside).values(), *(c for _, cells in heat.rows for c in cells)))
+        == 1
+    )
+    page = write_inspection_page(_inspection(tuple(changes)), tmp_path).read_text()
+    assert page.count('<td colspan="1"') == 2
+
+
 def test_full_changes_have_no_rank_to_leave_unused(build, perturb):
     model = build("bert")
     perturb(adapt(model, lp.IA3()))

@@ -15,6 +15,7 @@ from lightning_peft.analysis.comparison import compared, pareto
 from lightning_peft.analysis.comparison_report import PAGE, write_report
 from lightning_peft.analysis.comparison_table import columns, notes
 from lightning_peft.analysis.runs import Run
+from lightning_peft.analysis.settings import numbers
 
 
 def run(method, seed, score, *, settings=None, **more):
@@ -51,6 +52,26 @@ def test_a_setting_is_named_by_the_options_in_which_it_differs():
     assert {s.name for s in compared([*runs, other]).settings} == {"lora, r=4", "lora, r=8", "ia3"}
     larger = run("lora", 0, 0.6, settings=lora(8, 16))
     assert "lora, r=8, data.batch_size=16" in {s.name for s in compared([*runs, larger]).settings}
+
+
+def test_the_rate_that_each_method_has_of_its_own_is_no_part_of_its_name():
+    runs = [run(name, 0, 0.9, settings={"optimizer.lr": rate}) for name, rate in (("lora", 1e-3), ("ia3", 1e-2))]
+    assert {s.name for s in compared(runs).settings} == {"lora", "ia3"}
+    tried = run("lora", 0, 0.8, settings={"optimizer.lr": 1e-4})
+    assert {s.name for s in compared([*runs, tried]).settings} == {
+        "lora, optimizer.lr=0.001",
+        "lora, optimizer.lr=0.0001",
+        "ia3",
+    }
+
+
+def test_trials_beside_a_sweep_are_drawn_by_their_numbers_and_methods_by_their_names():
+    names = ("method.r", "method.lora_alpha", "method.lora_dropout", "optimizer.lr")
+    trials = [
+        replace(run("lora", 0, 0.9, settings=dict.fromkeys(names, n)), folder=Path(f"search/{n}")) for n in (1, 2)
+    ]
+    settings = compared([*several("ia3", IA3), *trials, run("bitfit", 0, 0.8)]).settings
+    assert sorted(numbers(settings).values()) == ["1", "2"]
 
 
 def test_drawn_numbers_have_as_many_digits_as_tell_them_apart():

@@ -237,6 +237,7 @@ def test_a_sweep_leaves_config_metrics_and_adapter_in_each_runs_folder(tmp_path,
     chosen = ["-m", "method=bitfit,prompt_tuning", "trainer.max_epochs=1", "hydra.sweep.dir=sweep"]
     done = run(*words, *chosen, cwd=tmp_path)
     table = done.stdout[done.stdout.rindex("chosen") :]
+    assert "in sweep" in table, "what their folders share is said once"
     for number, method in (("0", "Selective"), ("1", "PromptTuning")):
         folder = tmp_path / "sweep" / number
         assert method in yaml.safe_load((folder / "config.yaml").read_text())["method"]["_target_"]
@@ -271,7 +272,7 @@ def test_a_launcher_runs_a_sweep_in_other_processes_and_what_is_said_at_the_end_
     away = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (here.returncode, away.returncode) == (2, 2), away.stderr
     table, failures = here.stdout.rindex("chosen"), here.stderr.rindex("1 of 3 runs failed")
-    assert away.stdout[away.stdout.rindex("chosen") :] == here.stdout[table:].replace("here/", "away/")
+    assert away.stdout[away.stdout.rindex("chosen") :] == here.stdout[table:].replace("in here", "in away")
     assert away.stderr[away.stderr.rindex("1 of 3 runs failed") :] == here.stderr[failures:]
     logs = [path.read_text() for path in tmp_path.glob("away/*/.submitit/*/*_log.*")]
     assert "lightning-peft eval adapter=away/2/0/adapter " in "".join([away.stdout, *logs]), "what can be pasted"

@@ -32,6 +32,10 @@ def test_parts_of_the_peak_and_cards_are_told(tmp_path, words):
     assert "\x1b" not in said, "not a terminal"
 
 
+def test_a_preset_is_told_by_the_options_that_make_it(tmp_path, words):
+    assert "32-true, LoRA (use_dora=True):" in run(*words, "method=dora", "gpus=[T4]", cwd=tmp_path).stdout
+
+
 def test_a_model_that_fits_nowhere_is_told_to(tmp_path, words):
     path = tmp_path / "folder" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": 65536, "intermediate_size": 65536}))

@@ -103,6 +103,28 @@ def test_a_trained_checkpoint_and_its_folder_say_the_same(tmp_path, bert_folder)
     assert {n: c["rank"] for n, c in alone.items()} == {n: numbers["folder_true"]["changes"][n]["rank"] for n in alone}
 
 
+def test_what_trained_in_place_is_compared_with_the_bases_own_files(tmp_path, bert_folder):
+    rows = [{"text": "red " * (1 + i % 5) if i % 2 else "blue " * (1 + i % 4), "label": i % 2} for i in range(8)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = ["data=files", "data.train_files=texts.jsonl", "data.batch_size=4", "method=full"]
+    run(f"model.name_or_path={bert_folder}", "trainer.max_epochs=1", "hydra.run.dir=run", *data, cwd=tmp_path)
+    run("inspect", "run/adapter", "to=page", cwd=tmp_path)
+    found = json.loads((tmp_path / "page" / "inspect.json").read_text())["changes"]
+    trained, start = (
+        load_file(f) for f in (tmp_path / "run/adapter/adapter_model.safetensors", bert_folder / "model.safetensors")
+    )
+    name = "encoder.layer.0.output.dense"
+    ((own, before),) = [
+        (trained[k].double(), start[b].double())
+        for k in trained
+        for b in start
+        if k.endswith(f"{name}.weight") and b.endswith(f"{name}.weight")
+    ]
+    assert found[f"bert.{name}"]["norm"] == pytest.approx(float((own - before).norm()), rel=1e-5)
+    assert found[f"bert.{name}"]["norm"] > 0
+    assert not any(k.startswith("classifier") for k in found)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
