@@ -23,7 +23,8 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     Returns:
         ``(out,)``, never zero, since it is divided by.
     """
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=a.dtype)
+    wider = max(weight.dtype, a.dtype, key=lambda dtype: dtype.itemsize)  # a norm is never taken in fewer bits
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wider).to(a.dtype)
     read = torch.cat([rows.to(a.dtype) @ a.T for rows in torch.split(weight, _ROWS)])
     both = ((2 * read + scale * (b @ (a @ a.T))) * b).sum(1) * scale
     found = torch.where(norm > 0, norm * (1 + both / norm.square()).sqrt(), both.sqrt())

@@ -15,7 +15,7 @@ def _tensors(dtype=torch.float32):
     return w.to(dtype), a, b
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_norms_are_those_of_the_whole_matrix(dtype):
     w, a, b = _tensors(dtype)
     expected = (w.double() + 0.7 * (b.double() @ a.double())).norm(dim=1).float()
