@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_peft.analysis.data_summary import Cut
 from lightning_peft.core.options import misfits
-from lightning_peft.core.problems import an
+from lightning_peft.core.problems import an, nearest_path
 from lightning_peft.formats.reading import read_json
 
 CONFIG = "config.yaml"
@@ -158,7 +158,7 @@ def refuse_other_folders(folder: Path) -> None:
         FileNotFoundError: if it is none, with the runs that lie below it.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; a run's has a {CONFIG} and {LOG} in it")
+        raise FileNotFoundError(f"{folder} is no folder; a run's has a {CONFIG} and {LOG} in it{nearest_path(folder)}")
     if any((folder / name).exists() for name in (CONFIG, LOG, METRICS, "checkpoints")):
         return
     below = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.analysis.run_files import CONFIG, COST, FORECAST, FORGETTING, METRICS, found_rate, read_config
+from lightning_peft.core.problems import nearest_path
 from lightning_peft.formats.folder import read_folder
 from lightning_peft.formats.reading import read_json
 from lightning_peft.formats.training_record import TrainingRecord
@@ -82,7 +83,7 @@ def find_runs(folders: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     found: dict[Path, bool] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: there is no such folder")
+            raise FileNotFoundError(f"{folder}: there is no such folder{nearest_path(folder)}")
         below = [path.parent for path in sorted(folder.rglob(CONFIG)) if ".hydra" not in path.parts]
         trained = {path.resolve(): (path / METRICS).is_file() for path in below if _is_training(path)}
         if not trained:

@@ -31,6 +31,7 @@ from lightning_peft.cli.going_on import finished_score, is_finished, refuse_othe
 from lightning_peft.cli.report import TRAINABLE, print_exported, print_metrics, print_training, short
 from lightning_peft.cli.targets import made
 from lightning_peft.core.method import Method
+from lightning_peft.core.problems import nearest_path
 from lightning_peft.data.summary import summarise
 from lightning_peft.formats.folder import refuse_occupied
 from lightning_peft.formats.serving import consumer_of
@@ -258,7 +259,7 @@ def load(path: str, base: str | None = None, *, check_base: bool = True) -> Peft
     if place.is_dir():
         return PeftModule.from_adapter(place, base, check_base=check_base)
     if not place.is_file():
-        raise FileNotFoundError(f"adapter={path}: there is no such checkpoint or folder")
+        raise FileNotFoundError(f"adapter={path}: there is no such checkpoint or folder{nearest_path(place)}")
     given: dict[str, Any] = {} if base is None else {"model": base}
     return PeftModule.load_from_checkpoint(place, map_location="cpu", weights_only=True, check_base=check_base, **given)
 

@@ -16,6 +16,7 @@ from lightning_peft.analysis.run_files import CONFIG, METRICS, found_rate, read_
 from lightning_peft.analysis.runs import settings_of
 from lightning_peft.callbacks.checkpoint_files import last_checkpoint, read_resumable
 from lightning_peft.cli.report import short
+from lightning_peft.core.problems import nearest_path
 from lightning_peft.tasks.optimization import AUTO
 
 _SHOWN = 5
@@ -100,7 +101,7 @@ def to_go_on_from(config: DictConfig) -> str | None:
             print(f"begins anew: no whole checkpoint is in {short(folder)}")
         return None if found is None else str(found)
     if path is not None and not Path(path).exists():
-        raise FileNotFoundError(f"ckpt_path={path}: there is no such checkpoint")
+        raise FileNotFoundError(f"ckpt_path={path}: there is no such checkpoint{nearest_path(Path(path))}")
     if path is not None:
         read_resumable(Path(path))
     return path

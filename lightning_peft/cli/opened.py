@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_peft.callbacks.adaptation import record_of
 from lightning_peft.cli.commands import load
 from lightning_peft.core.method import Method, PeftRepacked
-from lightning_peft.core.problems import shortened
+from lightning_peft.core.problems import nearest_path, shortened
 from lightning_peft.formats.folder import PEFT_CONFIG, SavedAdapter, read_folder
 from lightning_peft.formats.reading import naming, read_checkpoint, read_json
 from lightning_peft.formats.tensor_file import TENSORS, Entry, fitted, read_tensors
@@ -71,7 +71,7 @@ def opened(path: str) -> Opened:
     if place.is_dir():
         return _folder(place)
     if not place.is_file():
-        raise FileNotFoundError(f"{path}: there is no such checkpoint or folder")
+        raise FileNotFoundError(f"{path}: there is no such checkpoint or folder{nearest_path(place)}")
     return _checkpoint(place)
 
 

@@ -44,7 +44,7 @@ def show_shrink(config: DictConfig) -> Path:
     print(f"\nexported adapter     {short(target)}")
     print(f"  its size           {size((target / TENSORS).stat().st_size)} (before: {size(bytes_before)})")
     if before is None:
-        print("  what it costs      data=... says the metrics before and after")
+        print("  its metrics        not known; data=... shows them before and after")
     else:
         after = evaluated(cast(DictConfig, OmegaConf.merge(config, {"adapter": str(target)})))
         _print_both(before, after)

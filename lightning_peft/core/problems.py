@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 _SHOWN = 8  # names that nobody knows, of which an error tells
 _LONGEST_NAME = 200  # beyond which nobody meant a name that is known, and comparing takes its time
@@ -31,6 +33,23 @@ def nearest(name: str, known: Iterable[str], count: int = 3, *, loosely: bool = 
     if near:
         return "; did you mean " + " or ".join(repr(n) for n in near) + "?"
     return "; known: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else ""
+
+
+def nearest_path(path: Path) -> str:
+    """The end of an error's sentence about a file or a folder that is not there.
+
+    Args:
+        path: what was given.
+
+    Returns:
+        ``"; did you mean 'runs/a'?"``, or ``""`` where nothing beside its first missing part has a name like that.
+    """
+    near: list[str] = []
+    with suppress(OSError):  # of folders that may not be read, and names that are too long for any
+        missing = next((p for p in [*reversed(path.parents), path] if not p.exists()), path)
+        near = _close(missing.name, sorted(p.name for p in missing.parent.iterdir()), 3, 0.6)
+        rest = path.relative_to(missing)
+    return "; did you mean " + " or ".join(repr(str(missing.with_name(n) / rest)) for n in near) + "?" if near else ""
 
 
 def and_more(count: int) -> str:

@@ -19,6 +19,7 @@ from lightning_peft.core.in_place import base_tensors
 from lightning_peft.core.matching import base_modules, matching, unmatched
 from lightning_peft.core.method import Method, PeftFormat, PeftRepacked, Seeded
 from lightning_peft.core.options import misfits
+from lightning_peft.core.problems import nearest_path
 from lightning_peft.core.statistics import moving_statistics
 from lightning_peft.core.tree import AdapterTree
 from lightning_peft.formats.base_identity import check_description, refuse_another_base
@@ -251,7 +252,9 @@ def read_folder(path: Path) -> SavedAdapter:
             f"{path} is a file, but an adapter is a folder with {TENSORS} and {MANIFEST} or {PEFT_CONFIG}; a "
             "checkpoint is loaded by load_from_checkpoint"
         )
-    there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "no such folder"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} holds no adapter: there is no such folder{nearest_path(path)}")
+    there = sorted(p.name for p in path.iterdir())[:8]
     raise FileNotFoundError(f"{path} holds no adapter ({MANIFEST} or {PEFT_CONFIG}); there is: {there}")
 
 
