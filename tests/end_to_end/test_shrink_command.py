@@ -43,7 +43,7 @@ def test_metrics_before_and_after_are_those_of_eval(tmp_path, trained):
     assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["r"] == 1
 
     without = run("shrink", "adapter=run/checkpoints/best.ckpt", "energy=0.5", "to=half", cwd=tmp_path).stdout
-    assert "data=... says the metrics before and after" in without
+    assert "data=... shows them before and after" in without
     run("eval", "adapter=half", *trained, cwd=tmp_path)
     again = run("shrink", "adapter=run/adapter", "r=1", "to=small", cwd=tmp_path, check=False)
     assert again.returncode == 2
