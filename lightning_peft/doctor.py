@@ -14,6 +14,7 @@ from lightning_peft.analysis.diagnosis import Diagnosis, LossCurve
 from lightning_peft.analysis.learning_faults import Rate
 from lightning_peft.analysis.run_files import RunFiles, read_config
 from lightning_peft.core.method import Method, Scheduled
+from lightning_peft.data.module import LENGTH_OF_ROWS
 from lightning_peft.methods.config import method_from_config, method_to_config
 from lightning_peft.saved_run import Base, SavedRun
 
@@ -64,7 +65,7 @@ def examine(folder: str | Path, *, check_base: bool = True) -> Examination:
         _unended(run, saved),
         *(_learning(run, saved, base, method, guesses=guesses) if method is not None else ()),
         _overfitting(run, saved),
-        data_faults.truncation(run.cuts, run.option("data", "max_length")),
+        data_faults.truncation(run.cuts, run.option("data", "max_length") or LENGTH_OF_ROWS),
         guessing,
         run_faults.another_base(saved.fingerprints, base.mismatch, base.why),
         *_forgetting(run),

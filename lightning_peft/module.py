@@ -119,6 +119,7 @@ class PeftModule(EvaluatedModule):
         self._checked = False
         self._saved: set[int] = set()
         self._recording = RecordTraining(self.task.monitor, spoken_schedule(self.scheduler))
+        self.trained_max_length: int | None = None  # by which data that is given no length is cut as in training
         self._save_plain_hparams()
 
     def _save_plain_hparams(self) -> None:
@@ -299,6 +300,8 @@ class PeftModule(EvaluatedModule):
     @override
     def on_fit_start(self) -> None:
         self._checked = False
+        data = getattr(self.trainer, "datamodule", None)
+        self.trained_max_length = data.max_length if isinstance(data, TextDataModule) else None
         match_resumed(self)
         refuse_unwritable_folders(self.trainer)
         log_hyperparameters(self.trainer, self.hparams)
@@ -322,6 +325,7 @@ class PeftModule(EvaluatedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
         record_in(checkpoint, self, "model")
+        checkpoint[KEY]["max_length"] = self.trained_max_length
         note_unfinished(self, checkpoint)
         if "gradients" in checkpoint[KEY]:
             checkpoint[KEY]["counted"] = list(self.mean.counted)
@@ -338,6 +342,7 @@ class PeftModule(EvaluatedModule):
             )
         if self.optimizer["lr"] == AUTO:
             take_found(self, checkpoint)
+        self.trained_max_length = _length_in(checkpoint[KEY])
         keep_gradients(self, checkpoint)
         self._counted = tuple(checkpoint[KEY].get("counted", (None, None)))
 
@@ -396,7 +401,11 @@ class PeftModule(EvaluatedModule):
         Returns:
             The folder.
         """
-        info: dict[str, Any] = {"task": self.task.to_config(), "generation": self.generation}
+        info: dict[str, Any] = {
+            "task": self.task.to_config(),
+            "generation": self.generation,
+            "max_length": self.trained_max_length,
+        }
         if self.base is not None:
             info["model"] = self.base.to_config()
         self._recording.describe_data(self.adapter)
@@ -436,6 +445,7 @@ class PeftModule(EvaluatedModule):
         task = task_said_by(path, saved.info["task"])
         with naming(str(path)):
             module = cls(base, saved.method, task, generation=saved.info.get("generation"), check_base=check_base)
+            module.trained_max_length = _length_in(saved.info)
         if saved.tokenizer is not None:
             module.tokenizer = BaseModel(str(saved.path), tokenizer=str(saved.tokenizer)).load_tokenizer()
         if module.base is not None and saved.base is not None:
@@ -447,6 +457,14 @@ class PeftModule(EvaluatedModule):
         assert module.model is not None
         load_into(module.model, "default", saved, check_base=check_base)
         return module
+
+
+def _length_in(said: dict[str, Any]) -> int | None:
+    """The tokens to which texts were cut in training, as a file says them."""
+    length = said.get("max_length")
+    if length is None or (type(length) is int and length >= MIN_LENGTH):
+        return length
+    raise ValueError(f"max_length must be {MIN_LENGTH} or more, or null, but it is {length!r}")
 
 
 def _said_by(file: Any, saved: dict[str, Any], given: dict[str, Any], *, by_file: bool) -> dict[str, Any]:

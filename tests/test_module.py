@@ -190,6 +190,36 @@ def test_an_exported_adapter_predicts_what_the_checkpoint_does(bert_folder, text
         module.save_adapter(tmp_path / "adapter")
 
 
+def test_an_adapter_predicts_on_rows_that_are_cut_as_in_training(bert_folder, texts, trainer, tmp_path):
+    module = PeftModule(str(bert_folder), LoRA(r=2))
+    t = trainer(max_epochs=1)
+    t.fit(module, TextDataModule(train_files=texts, batch_size=8, max_length=6))
+    module.save_adapter(tmp_path / "adapter")
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    for loaded in (
+        PeftModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True),
+        PeftModule.from_adapter(tmp_path / "adapter"),
+    ):
+        for given in (None, 20):
+            data = TextDataModule(predict_files=texts, max_length=given)
+            trainer().predict(loaded, data)
+            longest = max(map(len, data.table("predict")["input_ids"].to_pylist()))
+            assert longest == 6 if given is None else 6 < longest < 20
+
+
+def test_a_length_that_no_row_has_is_refused_where_a_file_says_it(bert_folder, texts, trainer, tmp_path):
+    module = PeftModule(str(bert_folder), LoRA(r=2))
+    trainer(max_steps=1).fit(module, TextDataModule(train_files=texts))
+    folder = module.save_adapter(tmp_path / "adapter")
+    path = folder / "lightning_peft.json"
+    said = json.loads(path.read_text())
+    assert said["info"]["max_length"] == 64
+    said["info"]["max_length"] = "long"
+    path.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"adapter.*max_length must be 4 or more, or null, but it is 'long'"):
+        PeftModule.from_adapter(folder)
+
+
 def test_a_model_that_is_built_already_is_taken_and_asked_for_again(bert_folder, texts, trainer, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

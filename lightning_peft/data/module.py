@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.task import TextTask
 
 MIN_LENGTH = 4  # tokens: two of text between those that begin and end it
+LENGTH_OF_ROWS = 64  # tokens, where nothing says another number
 BEGINNING = 1000  # rows of a stream that are looked at before it is trained on
 _EMBEDDED = "docstrings"
 
@@ -46,7 +47,8 @@ class TextDataModule(RowDataModule):
         columns: the data's name for each of the task's columns.
         batch_size: rows in a training batch.
         eval_batch_size: rows in other batches; None takes ``batch_size``.
-        max_length: tokens that a row is cut to.
+        max_length: tokens that a row is cut to. None takes those of the adapter's training where a `PeftModule` is
+            evaluated or predicts, and 64 else.
         validation_fraction: the share split off, below 1; equal inputs never land on both sides. 0 trains on all rows.
         split_seed: fixes which rows are split off; apart from ``seed``, so that runs with several seeds compare.
         num_workers: processes that collate; 0 does it in the main one.
@@ -77,7 +79,7 @@ class TextDataModule(RowDataModule):
         columns: dict[str, str | None] | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
-        max_length: int = 64,
+        max_length: int | None = None,
         validation_fraction: float = 0.2,
         split_seed: int = 0,
         num_workers: int = 0,
@@ -104,12 +106,15 @@ class TextDataModule(RowDataModule):
             on_error,
             [
                 *too_few(num_proc=num_proc, shuffle_buffer=shuffle_buffer),
-                f"max_length must be {MIN_LENGTH} or more, but got {max_length}" if max_length < MIN_LENGTH else None,
+                f"max_length must be {MIN_LENGTH} or more, but got {max_length}"
+                if max_length is not None and max_length < MIN_LENGTH
+                else None,
                 "streaming reads in the main process: num_workers must be 0" if streaming and num_workers else None,
                 "streaming takes all rows: leave limit out" if streaming and limit is not None else None,
             ],
         )
-        self.max_length = max_length
+        self.max_length = LENGTH_OF_ROWS if max_length is None else max_length
+        self._length_is_given = max_length is not None
         self.num_proc = num_proc
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
@@ -128,6 +133,13 @@ class TextDataModule(RowDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer; None before `setup` or `connect`."""
         return self.processing_class
+
+    @override
+    def setup(self, stage: str) -> None:
+        trained: int | None = getattr(getattr(self.trainer, "lightning_module", None), "trained_max_length", None)
+        if stage != "fit" and not self._length_is_given and trained is not None:
+            self.max_length = trained
+        super().setup(stage)
 
     @override
     def _from_files(self, files: Files, split: str) -> Iterator[Example]:

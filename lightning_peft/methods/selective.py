@@ -30,6 +30,8 @@ from lightning_peft.core.quantized import is_quantized
 from lightning_peft.core.tree import AdapterTree
 
 _KINDS = ("bias", "norm", "embedding", "head", "weight")
+_FULL = 2e-4  # full fine-tuning's rate
+_RATES = {"head": 2e-2, "bias": 5e-3, "norm": 5e-3, "embedding": 2e-3}  # the fewer numbers train, the larger
 
 
 @dataclass
@@ -49,7 +51,8 @@ class Selective:
         keep_originals: keep the starting values, so that ``disabled()`` and ``remove()`` give back the base. It
             costs a second copy of what trains.
         modules_to_save: modules that train in full, as copies that the adapter owns.
-        learning_rate: suits AdamW; a small one for many parameters, a large one for few.
+        learning_rate: suits AdamW. None takes what suits what trains: 2e-2 for the head, 5e-3 for biases and norms,
+            2e-3 for embeddings, 5e-4 for the last layers, 2e-4 else, full fine-tuning's.
 
     Raises:
         ValueError: if a kind of parameter is unknown or a number is out of its range.
@@ -62,14 +65,18 @@ class Selective:
     unfreeze_until: float | None = None
     keep_originals: bool = True
     modules_to_save: list[str] | None = None
-    learning_rate: float = 2e-4
+    learning_rate: float = None  # type: ignore[assignment]  # a number once it is made
 
     peft_type: ClassVar[str | None] = None
     mergeable: ClassVar[bool] = True
     total_step: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
+        given = self.learning_rate
+        self.learning_rate = _FULL if given is None else given
         check_types(self)
+        if given is None:
+            self.learning_rate = self._own_rate()
         both = self.layers_to_transform is not None and self.last_layers is not None
         raise_problems(
             "Selective",
@@ -89,6 +96,11 @@ class Selective:
                 else None,
             ],
         )
+
+    def _own_rate(self) -> float:
+        if self.parameter_types:
+            return min(_RATES.get(kind, _FULL) for kind in self.parameter_types)
+        return _FULL if self.last_layers is None else 5e-4
 
     def place(self, model: Module) -> Placement:
         """The names of the parameters that train in place; no module gets a layer.

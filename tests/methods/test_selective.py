@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from lightning_peft import Selective, adapt, load_adapter
+
+CONF = Path(__file__).parents[2] / "conf" / "method"
 
 
 def _moving(model, adapter, call, name, steps):
@@ -67,3 +72,20 @@ def test_running_statistics_that_moved_are_saved_whether_originals_are_kept_or_n
     with torch.no_grad():
         assert not torch.equal(call(build("convnet"), "convnet"), call(model, "convnet"))
         assert torch.equal(call(again.eval(), "convnet"), call(model, "convnet"))
+
+
+@pytest.mark.parametrize(
+    "preset", ["full", "bitfit", "norm", "head", "embeddings", "last_layers", "gradual_unfreezing"]
+)
+def test_the_class_has_the_rate_of_the_preset_with_the_same_options(preset):
+    options = yaml.safe_load((CONF / f"{preset}.yaml").read_text())
+    rate = float(options.pop("learning_rate"))
+    del options["_target_"]
+    assert Selective(**options).learning_rate == rate
+    assert Selective(**options, learning_rate=1e-4).learning_rate == 1e-4
+
+
+def test_of_several_kinds_the_smallest_rate_is_taken():
+    assert Selective(parameter_types=["bias", "head"]).learning_rate == 5e-3
+    assert Selective(parameter_types=["bias", "weight"]).learning_rate == 2e-4
+    assert Selective(parameter_types=["bias"], last_layers=1).learning_rate == 5e-3
