@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _no_rank_left_behind():
-    """DDP on one device leaves its rank in the environment, where a command started later would take it for its own."""
+def _nothing_left_behind():
+    """Commands that a later test starts are neither ranks of a DDP run of this one nor in its Hydra run."""
     yield
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
+    if hydra := sys.modules.get("hydra.core.hydra_config"):
+        hydra.HydraConfig.instance().cfg = None
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

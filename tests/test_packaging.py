@@ -29,7 +29,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("wheel")
 def test_the_wheel_holds_the_config_groups_the_types_and_the_plugin(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for path in (ROOT / "conf").rglob("*.yaml"):
@@ -42,7 +41,6 @@ def test_the_wheel_holds_the_config_groups_the_types_and_the_plugin(wheel):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("wheel")
 def test_the_wheel_runs_the_command_from_another_folder(wheel, tmp_path):
     """In an environment of its own that sees the dependencies, but neither the checkout nor its editable install."""
     venv.create(tmp_path / "env", with_pip=True)

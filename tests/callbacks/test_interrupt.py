@@ -182,7 +182,6 @@ def _equals(folder, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("undisturbed")
 @pytest.mark.parametrize(
     ("sent", "status", "where"),
     [
@@ -207,7 +206,6 @@ def test_a_run_that_is_asked_to_end_finishes_its_batch_saves_and_goes_on_exactly
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("undisturbed")
 def test_a_second_ctrl_c_ends_the_run_at_once_and_what_was_saved_stays(tmp_path, undisturbed):
     done = _run(tmp_path, "twice", "5", "-")
     assert done.returncode == 1
@@ -219,7 +217,6 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_what_was_saved_stays(tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("undisturbed")
 def test_slurm_requeues_a_run_that_saved_between_two_steps(tmp_path, undisturbed):
     """A command of SLURM's name notes what it is called with; Lightning finds the checkpoint in the requeued job."""
     tools = tmp_path / "bin"

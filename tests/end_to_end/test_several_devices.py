@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 COMMAND = [sys.executable, "-m", "lightning_peft.cli.main"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("devices")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.xdist_group("strategies")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 # what the YAML leaves to the user, or what a run of few steps needs

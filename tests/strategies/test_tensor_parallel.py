@@ -16,7 +16,7 @@ from lightning_peft import IA3, BottleneckAdapter, LoRA, PromptTuning, Selective
 from lightning_peft.core.adapters import adapters_of
 from lightning_peft.core.sharded import cut_like
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tensor parallel")]
+pytestmark = pytest.mark.slow
 
 METHODS = {
     "lora": LoRA(r=4, lora_alpha=6, target_modules="all-linear"),

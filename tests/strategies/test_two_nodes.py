@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("nodes")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 

@@ -106,7 +106,6 @@ def _plain(model, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("losses across ranks")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_have_the_losses_and_gradients_of_one(folder, method, strategy):

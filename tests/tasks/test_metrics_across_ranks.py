@@ -89,7 +89,6 @@ def across(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("metrics across ranks")
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_agree_on_the_values_of_one(across, name):
     expected = _filled(name, _rows(name)).compute()
