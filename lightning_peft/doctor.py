@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -133,11 +133,17 @@ def _own_rate(method: Method) -> tuple[float, str]:
         (p.stem, read_config(p)) for p in sorted(Path(str(files("lightning_peft.conf") / "method")).glob("*.yaml"))
     )
     alike = [(name, said) for name, said in presets if said["_target_"] == own["_target_"]]
-    (rate,) = [f.default for f in fields(type(method)) if f.name == "learning_rate"]  # type: ignore[arg-type]
-    if len({float(said["learning_rate"]) for _, said in alike}) < 2:
-        return float(rate), type(method).__name__  # type: ignore[arg-type]
-    name, said = max(alike, key=lambda pair: sum(own.get(k, v) == v for k, v in pair[1].items()))
-    return float(said["learning_rate"]), name
+    rates = {name: _rate_of(said) for name, said in alike}
+    if len(set(rates.values())) < 2:
+        return next(iter(rates.values()), method.learning_rate), type(method).__name__
+    name, _ = max(alike, key=lambda pair: sum(own.get(k, v) == v for k, v in pair[1].items()))
+    return rates[name], name
+
+
+def _rate_of(preset: dict[str, Any]) -> float:
+    rate = preset["learning_rate"]
+    # in YAML 1.1 a number like 2e-3 is a word
+    return method_from_config(preset).learning_rate if rate is None else float(rate)
 
 
 def _curve(run: RunFiles, saved: SavedRun) -> LossCurve | None:

@@ -35,6 +35,7 @@ from lightning_peft.callbacks.steps import after_step, before_step, check_schedu
 from lightning_peft.callbacks.within_epoch import keep_gradients, note_unfinished, resume_within_epoch
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.core.per_forward import labels_of_batch
+from lightning_peft.core.problems import shortened
 from lightning_peft.data.module import MIN_LENGTH, TextDataModule
 from lightning_peft.data.vocabulary import agree_on_tokens
 from lightning_peft.data.window import refuse_long_texts
@@ -64,6 +65,8 @@ from lightning_peft.tasks.sharded_base import fill
 from lightning_peft.tasks.task import Checking, Templated, Writing
 from lightning_peft.tasks.token_mean import TokenMean
 
+_LONGEST = 10**9  # tokens, more than any text has
+
 
 class PeftModule(EvaluatedModule):
     """Fine-tunes a Hugging Face model: builds it, adapts it, trains, evaluates and predicts.
@@ -84,6 +87,10 @@ class PeftModule(EvaluatedModule):
             steps that warm up.
         generation: options of ``generate`` for prediction.
         check_base: refuse checkpoints that were made on another base. It is never saved: no file says so for itself.
+
+    Attributes:
+        trained_max_length: tokens that rows were cut to in training; None where it is not known. Data that is given no
+            length of its own is cut there too when the adapter is evaluated or predicts.
 
     Raises:
         ValueError: if an optimizer, a schedule or an option is unknown.
@@ -119,7 +126,7 @@ class PeftModule(EvaluatedModule):
         self._checked = False
         self._saved: set[int] = set()
         self._recording = RecordTraining(self.task.monitor, spoken_schedule(self.scheduler))
-        self.trained_max_length: int | None = None  # by which data that is given no length is cut as in training
+        self.trained_max_length: int | None = None
         self._save_plain_hparams()
 
     def _save_plain_hparams(self) -> None:
@@ -300,8 +307,6 @@ class PeftModule(EvaluatedModule):
     @override
     def on_fit_start(self) -> None:
         self._checked = False
-        data = getattr(self.trainer, "datamodule", None)
-        self.trained_max_length = data.max_length if isinstance(data, TextDataModule) else None
         match_resumed(self)
         refuse_unwritable_folders(self.trainer)
         log_hyperparameters(self.trainer, self.hparams)
@@ -311,6 +316,8 @@ class PeftModule(EvaluatedModule):
 
     @override
     def on_train_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        self.trained_max_length = data.max_length if isinstance(data, TextDataModule) else None
         check_optimizers(self.trainer.optimizers, self, self.adapter)
         self._saved = set()
         for optimizer in self.trainer.optimizers:
@@ -342,7 +349,11 @@ class PeftModule(EvaluatedModule):
             )
         if self.optimizer["lr"] == AUTO:
             take_found(self, checkpoint)
-        self.trained_max_length = _length_in(checkpoint[KEY])
+        with naming("the checkpoint's record of its adapters"):
+            self.trained_max_length = _length_in(checkpoint[KEY])
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, TextDataModule) and not self.trainer.training and self.trainer.state.fn is not None:
+            data.setup(self.trainer.state.fn.value)  # again: until here nobody knew where its rows are cut
         keep_gradients(self, checkpoint)
         self._counted = tuple(checkpoint[KEY].get("counted", (None, None)))
 
@@ -431,7 +442,8 @@ class PeftModule(EvaluatedModule):
             The module, ready to predict.
 
         Raises:
-            ValueError: if the folder does not say which task or base it belongs to, or the base is another one.
+            ValueError: if the folder does not say which task or base it belongs to, what it says cannot be, or the
+                base is another one.
         """
         saved = read_folder(Path(path))
         base = model or saved.info.get("model")
@@ -462,9 +474,9 @@ class PeftModule(EvaluatedModule):
 def _length_in(said: dict[str, Any]) -> int | None:
     """The tokens to which texts were cut in training, as a file says them."""
     length = said.get("max_length")
-    if length is None or (type(length) is int and length >= MIN_LENGTH):
+    if length is None or (type(length) is int and MIN_LENGTH <= length <= _LONGEST):
         return length
-    raise ValueError(f"max_length must be {MIN_LENGTH} or more, or null, but it is {length!r}")
+    raise ValueError(f"max_length must be {MIN_LENGTH} to {_LONGEST:,}, or null, but it is {shortened(repr(length))}")
 
 
 def _said_by(file: Any, saved: dict[str, Any], given: dict[str, Any], *, by_file: bool) -> dict[str, Any]:

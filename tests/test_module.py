@@ -207,17 +207,48 @@ def test_an_adapter_predicts_on_rows_that_are_cut_as_in_training(bert_folder, te
             assert longest == 6 if given is None else 6 < longest < 20
 
 
-def test_a_length_that_no_row_has_is_refused_where_a_file_says_it(bert_folder, texts, trainer, tmp_path):
+def test_a_data_module_cuts_rows_for_each_adapter_anew(bert_folder, texts, trainer, tmp_path):
+    def longest(split):
+        return max(map(len, data.table(split)["input_ids"].to_pylist()))
+
+    def module():
+        return PeftModule(str(bert_folder), LoRA(r=2), {"name": "text_classification", "labels": ["even", "odd"]})
+
+    short, long = module(), module()
+    t = trainer(max_steps=1)
+    t.fit(short, TextDataModule(train_files=texts, max_length=4))
+    t.save_checkpoint(tmp_path / "short.ckpt")
+    data = TextDataModule(train_files=texts)
+    trainer().validate(module(), data, verbose=False)
+    assert longest("validation") > 4
+    trainer().validate(short, data, verbose=False)
+    assert longest("validation") == 4
+    trainer(max_steps=1).fit(long, data)
+    assert (longest("train") > 4, long.trained_max_length) == (True, 64)
+    # Lightning reads a checkpoint when the data is there already
+    trainer().predict(module(), data, ckpt_path=tmp_path / "short.ckpt")
+    assert longest("predict") == 4
+
+
+@pytest.mark.parametrize(("length", "said"), [("long", "'long'"), (2, "2"), (10**30, "1000"), (True, "True")])
+def test_a_length_that_no_row_has_is_refused_where_a_file_says_it(bert_folder, texts, trainer, tmp_path, length, said):
     module = PeftModule(str(bert_folder), LoRA(r=2))
-    trainer(max_steps=1).fit(module, TextDataModule(train_files=texts))
+    t = trainer(max_steps=1)
+    t.fit(module, TextDataModule(train_files=texts))
     folder = module.save_adapter(tmp_path / "adapter")
     path = folder / "lightning_peft.json"
-    said = json.loads(path.read_text())
-    assert said["info"]["max_length"] == 64
-    said["info"]["max_length"] = "long"
-    path.write_text(json.dumps(said))
-    with pytest.raises(ValueError, match=r"adapter.*max_length must be 4 or more, or null, but it is 'long'"):
+    written = json.loads(path.read_text())
+    assert written["info"]["max_length"] == 64
+    written["info"]["max_length"] = length
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=rf"adapter.*max_length must be 4 to 1,000,000,000, or null, but it is {said}"):
         PeftModule.from_adapter(folder)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    checkpoint["lightning_peft"]["max_length"] = length
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=rf"record of its adapters.*max_length must be 4 to .* but it is {said}"):
+        PeftModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
 
 
 def test_a_model_that_is_built_already_is_taken_and_asked_for_again(bert_folder, texts, trainer, tmp_path):

@@ -107,8 +107,9 @@ def heat_map(changes: Sequence[Change]) -> HeatMap | None:
     inside = [c for c in matrices if c.layer]
     if not inside:
         return None
-    is_relative = all(c.relative is not None for c in matrices)
-    strength = {c.name: (c.relative or 0.0) if is_relative else c.norm for c in matrices}
+    is_relative = all(c.relative is not None for c in inside)
+    shown = [c for c in matrices if c.relative is not None] if is_relative else matrices  # none of a weight of zeros
+    strength = {c.name: (c.relative or 0.0) if is_relative else c.norm for c in shown}
     most = max(strength.values()) or 1.0
     layers = list(dict.fromkeys(c.layer for c in inside))
     columns = tuple(kind.name for kind in kinds(inside))
@@ -126,6 +127,6 @@ def heat_map(changes: Sequence[Change]) -> HeatMap | None:
             (layer.removeprefix(prefix), tuple(cell(c) if (c := cells.get((layer, k))) else None for k in columns))
             for layer in layers
         ),
-        outside=tuple((c.name, cell(c)) for c in matrices if not c.layer),
+        outside=tuple((c.name, cell(c)) for c in shown if not c.layer),
         largest=f"{most:.2%} of the weight's norm" if is_relative else f"a norm of {most:.3g}",
     )

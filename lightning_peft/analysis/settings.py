@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
@@ -11,9 +12,6 @@ from lightning_peft.analysis.runs import Run
 
 LONG = 34
 """Characters of a name that a drawing has room for."""
-
-_OF_A_METHOD = ("method.", "optimizer.lr")
-"""Options that each method has a default of its own for, so that between methods they tell nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,29 @@ def by_setting(runs: Sequence[Run]) -> list[Setting]:
     runs = _without_seeds(runs)
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(repr((run.method, sorted(run.settings.items(), key=lambda item: item[0]))), []).append(run)
+        options = sorted((name, _plain(value)) for name, value in run.settings.items())
+        groups.setdefault(repr((run.method, options)), []).append(run)
     shown = _varying(runs)
     found = []
     for members in groups.values():
         first = members[0]
         own = _varying([run for run in runs if run.method == first.method])
-        keys = [k for k in first.settings if k in (own if k.startswith(_OF_A_METHOD) else shown)]
+        keys = [k for k in first.settings if k in (own if _is_a_methods(k) else shown)]
         told = [f"{k.removeprefix('method.')}={_told(first.settings[k], k, runs)}" for k in keys]
         seeds = {run.seed: run for run in members}
         found.append(Setting(", ".join([first.method, *told]), tuple(seeds[seed] for seed in sorted(seeds))))
-    return found
+    names = Counter(setting.name for setting in found)
+    return [s if names[s.name] == 1 else replace(s, name=f"{s.name} ({s.runs[0].folder})") for s in found]
+
+
+def _is_a_methods(option: str) -> bool:
+    """Whether each method has a default of its own for an option, so that between methods it tells nothing."""
+    return option.startswith("method.") or option == "optimizer.lr"
+
+
+def _plain(value: Any) -> str:
+    """A value in words, in which a whole number is the same with and without a point."""
+    return repr(float(value) if isinstance(value, int) and not isinstance(value, bool) else value)
 
 
 def _without_seeds(runs: Sequence[Run]) -> list[Run]:
@@ -137,4 +147,4 @@ def _told(value: Any, name: str, runs: Sequence[Run]) -> Any:
 def _varying(runs: Sequence[Run]) -> set[str]:
     """Settings that are not the same in all runs."""
     names = {name for run in runs for name in run.settings}
-    return {name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1}
+    return {name for name in names if len({_plain(run.settings.get(name)) for run in runs}) > 1}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_peft.analysis.gpus import REACHED, RESERVE, Gpu, gpus_named
 from lightning_peft.analysis.largest_batch import MOST, largest_batches
@@ -18,6 +18,7 @@ from lightning_peft.cli.plan import require_sizes, task_for
 from lightning_peft.cli.targets import made
 from lightning_peft.core.method import Method, require_method
 from lightning_peft.forecast import imitated_step, spoken_batch
+from lightning_peft.formats.card_sections import changed_options
 from lightning_peft.tasks.base_model import BaseModel
 
 
@@ -45,7 +46,7 @@ def show_forecast(config: DictConfig) -> None:
 
         largest = largest_batches(peak, [card.memory - RESERVE for card in cards], rows)
     console = Console(highlight=False)
-    console.print(f"A step of {spoken_batch(task, rows, length)} in {config.precision}, {_spoken(method)}:")
+    console.print(Text(f"A step of {spoken_batch(task, rows, length)} in {config.precision}, {_spoken(method)}:"))
     console.print(_parts(found[rows], computed))
     console.print()
     seconds = [card.seconds(computed, config.precision) for card in cards]
@@ -59,15 +60,8 @@ def show_forecast(config: DictConfig) -> None:
 
 def _spoken(method: Method) -> str:
     """The method with the options that are not the class's own, as presets of one class differ in these alone."""
-    chosen = [
-        f for f in fields(cast(Any, method)) if f.name != "learning_rate" and getattr(method, f.name) != _plain(f)
-    ]
-    told = ", ".join(f"{f.name}={getattr(method, f.name)}" for f in chosen)
+    told = ", ".join(f"{name}={value}" for name, value in changed_options(method).items())
     return type(method).__name__ + (f" ({told})" if told else "")
-
-
-def _plain(option: Field[Any]) -> Any:
-    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 def _parts(step: StepMemory, computed: int) -> Table:

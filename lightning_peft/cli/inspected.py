@@ -85,6 +85,9 @@ def inspected(path: str, base: str | None = None, *, read_base: bool = True, che
         notes.append(f"{len(matrices)} matrices of layers that change no weight are in {NUMBERS} (to=...)")
     if record.new:
         notes.append(f"New in this model, so without a start to compare with: {', '.join(record.new[:4])}")
+    lost = sorted(set(record.in_place) - set(record.originals or ()) - set(record.new))
+    if lost:
+        notes.append(f"Of another shape than in the base, so without a start to compare with: {', '.join(lost[:4])}")
     return Inspection(**about, changes=tuple(changes), matrices=tuple(matrices), notes=tuple(notes))
 
 

@@ -134,8 +134,8 @@ def on_base(found: Opened, base: str | None, *, check_base: bool) -> tuple[Adapt
     try:
         if _is_whole(found):
             module = load(str(found.path), base, check_base=check_base)
-            assert module.base is not None  # which a file that names its base gives
-            return _with_originals(module.adapter, module.base, module.task), None
+            spec = module.base
+            return module.adapter if spec is None else _with_originals(module.adapter, spec, module.task), None
         if found.saved is None:
             return None, "the checkpoint is of a LightningModule of your own; export its adapter by Adapter.save"
         return _on_a_model(found.saved, base, check_base=check_base)
@@ -168,11 +168,14 @@ def _on_a_model(saved: SavedAdapter, base: str | None, *, check_base: bool) -> t
 
 
 def _with_originals(adapter: Adapter, base: BaseModel, task: Task) -> Adapter:
-    """The adapter; where it trained in place and kept no originals, with those of the base's own files."""
+    """The adapter; where it trained in place and kept no originals, with those of the base's own files.
+
+    Those that were enlarged before the training have no start of the same shape, and are left out.
+    """
     record = adapter.tree.record
     if record.in_place and record.originals is None:
-        plain = dict(base.load(task).named_parameters())
-        record.originals = {name: plain[name].detach() for name in record.in_place}
+        plain, now = dict(base.load(task).named_parameters()), dict(adapter.model.named_parameters())
+        record.originals = {n: plain[n].detach() for n in record.in_place if plain[n].shape == now[n].shape}
     return adapter
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lightning_peft.analysis.called import program
 from lightning_peft.analysis.run_files import METRICS
@@ -111,14 +113,14 @@ def print_sweep(runs: Sequence[Outcome]) -> None:
     # the folder that they share would break every line of a narrow terminal
     folders = [Path(run.folder).resolve() for run in runs]
     shared = Path(os.path.commonpath([folder.parent for folder in folders]))
-    table = Table("run", "chosen", only or "best value", "parameters", f"in {short(shared)}")
+    table = Table("run", "chosen", only or "best value", "parameters", escape(f"in {short(shared)}"))
     for column in (0, 2, 3):
         table.columns[column].justify = "right"
     table.columns[1].overflow = table.columns[4].overflow = "fold"
     for run, folder in zip(runs, folders, strict=True):
         trained = json.loads((folder / METRICS).read_text())[TRAINABLE]
         value = f"{run.score:.4f}" if only else f"{run.monitor} {run.score:.4f}"
-        table.add_row(str(run.run), run.chosen, value, f"{trained:,}", str(folder.relative_to(shared)))
+        table.add_row(str(run.run), Text(run.chosen), value, f"{trained:,}", Text(str(folder.relative_to(shared))))
     print()
     Console().print(table)
 

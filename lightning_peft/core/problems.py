@@ -42,14 +42,15 @@ def nearest_path(path: Path) -> str:
         path: what was given.
 
     Returns:
-        ``"; did you mean 'runs/a'?"``, or ``""`` where nothing beside its first missing part has a name like that.
+        ``"; did you mean 'runs/a'?"``, or ``""`` where no path is there that differs in one such name.
     """
-    near: list[str] = []
+    found: list[Path] = []
     with suppress(OSError):  # of folders that may not be read, and names that are too long for any
-        missing = next((p for p in [*reversed(path.parents), path] if not p.exists()), path)
-        near = _close(missing.name, sorted(p.name for p in missing.parent.iterdir()), 3, 0.6)
-        rest = path.relative_to(missing)
-    return "; did you mean " + " or ".join(repr(str(missing.with_name(n) / rest)) for n in near) + "?" if near else ""
+        missing = next((p for p in [*reversed(path.parents), path] if not p.exists()), None)
+        if missing is not None:
+            near = _close(missing.name, sorted({p.name for p in missing.parent.iterdir()} - {missing.name}), 3, 0.6)
+            found = [p for name in near if (p := missing.with_name(name) / path.relative_to(missing)).exists()]
+    return "; did you mean " + " or ".join(repr(str(p)) for p in found) + "?" if found else ""
 
 
 def and_more(count: int) -> str:

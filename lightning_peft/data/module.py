@@ -114,7 +114,7 @@ class TextDataModule(RowDataModule):
             ],
         )
         self.max_length = LENGTH_OF_ROWS if max_length is None else max_length
-        self._length_is_given = max_length is not None
+        self._given_length = max_length
         self.num_proc = num_proc
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
@@ -136,9 +136,13 @@ class TextDataModule(RowDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        trained: int | None = getattr(getattr(self.trainer, "lightning_module", None), "trained_max_length", None)
-        if stage != "fit" and not self._length_is_given and trained is not None:
-            self.max_length = trained
+        module = getattr(self.trainer, "lightning_module", None)
+        trained: int | None = None if stage == "fit" else getattr(module, "trained_max_length", None)
+        length = self._given_length or trained or LENGTH_OF_ROWS
+        if length != self.max_length:  # what was prepared for another adapter is cut elsewhere
+            self.max_length = length
+            self._features.clear()
+            self._beginnings.clear()
         super().setup(stage)
 
     @override

@@ -30,7 +30,7 @@ from lightning_peft.core.quantized import is_quantized
 from lightning_peft.core.tree import AdapterTree
 
 _KINDS = ("bias", "norm", "embedding", "head", "weight")
-_FULL = 2e-4  # full fine-tuning's rate
+_FULL, _SOME_LAYERS = 2e-4, 5e-4  # rates for whole matrices
 _RATES = {"head": 2e-2, "bias": 5e-3, "norm": 5e-3, "embedding": 2e-3}  # the fewer numbers train, the larger
 
 
@@ -51,8 +51,9 @@ class Selective:
         keep_originals: keep the starting values, so that ``disabled()`` and ``remove()`` give back the base. It
             costs a second copy of what trains.
         modules_to_save: modules that train in full, as copies that the adapter owns.
-        learning_rate: suits AdamW. None takes what suits what trains: 2e-2 for the head, 5e-3 for biases and norms,
-            2e-3 for embeddings, 5e-4 for the last layers, 2e-4 else, full fine-tuning's.
+        learning_rate: suits AdamW. None takes what suits ``parameter_types``: 2e-2 for the head, 5e-3 for biases and
+            norms, 2e-3 for embeddings; 5e-4 for whole layers of certain numbers, 2e-4 for all; of several the smallest.
+            It is fixed here, whatever the options become later.
 
     Raises:
         ValueError: if a kind of parameter is unknown or a number is out of its range.
@@ -98,9 +99,8 @@ class Selective:
         )
 
     def _own_rate(self) -> float:
-        if self.parameter_types:
-            return min(_RATES.get(kind, _FULL) for kind in self.parameter_types)
-        return _FULL if self.last_layers is None else 5e-4
+        matrices = _FULL if self.last_layers is None and self.layers_to_transform is None else _SOME_LAYERS
+        return min(_RATES.get(kind, matrices) for kind in self.parameter_types or ["weight"])
 
     def place(self, model: Module) -> Placement:
         """The names of the parameters that train in place; no module gets a layer.

@@ -206,6 +206,18 @@ def test_the_heat_map_has_rows_for_what_lies_outside_of_layers(build, perturb, t
     assert page.count('<td colspan="1"') == 2
 
 
+def test_a_weight_of_zeros_outside_of_layers_leaves_the_map_relative(build, perturb):
+    model = build("llama")
+    perturb(adapt(model, LoRA(r=2, target_modules=["q_proj", "lm_head"])))
+    plain = heat_map([c for c in changes_of(model) if c.layer])
+    with torch.no_grad():
+        model.lm_head.base_layer.weight.zero_() if hasattr(
+            model.lm_head, "base_layer"
+        ) else model.lm_head.weight.zero_()
+    heat = heat_map(changes_of(model))
+    assert (heat.rows, heat.outside) == (plain.rows, ())
+
+
 def test_full_changes_have_no_rank_to_leave_unused(build, perturb):
     model = build("bert")
     perturb(adapt(model, lp.IA3()))

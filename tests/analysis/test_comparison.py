@@ -65,6 +65,21 @@ def test_the_rate_that_each_method_has_of_its_own_is_no_part_of_its_name():
     }
 
 
+def test_no_two_settings_have_one_name():
+    def decayed(number, seed):
+        return run("lora", seed, 0.9, settings={"optimizer.weight_decay": number})
+
+    (same,) = compared([decayed(0, 0), decayed(0.0, 1)]).settings
+    assert len(same.runs) == 2, "0 and 0.0 are one number"
+    names = [s.name for s in compared([replace(decayed("0.1", 0), folder=Path("runs/b")), decayed(0.1, 0)]).settings]
+    assert len(set(names)) == 2
+
+
+def test_an_option_that_is_no_methods_own_is_part_of_the_name():
+    runs = [run(n, 0, 0.9, settings={"optimizer.lr_decay": d}) for n, d in (("lora", 0.1), ("ia3", 0.2))]
+    assert {s.name for s in compared(runs).settings} == {"lora, optimizer.lr_decay=0.1", "ia3, optimizer.lr_decay=0.2"}
+
+
 def test_trials_beside_a_sweep_are_drawn_by_their_numbers_and_methods_by_their_names():
     names = ("method.r", "method.lora_alpha", "method.lora_dropout", "optimizer.lr")
     trials = [

@@ -14,7 +14,9 @@ from lightning_peft.core.problems import nearest_path
     [
         ("runs/adaptr", "; did you mean 'runs/adapter'?"),
         ("run/adapter", "; did you mean 'runs/adapter'?"),
-        ("run/adaptr/x", "; did you mean 'runs/adaptr/x'?"),
+        ("run/adaptr", ""),
+        ("runs/adapter/file.txt", ""),
+        ("runs/dangling", ""),
         ("somewhere/else", ""),
         ("a" * 5000, ""),
         ("runs/adapter/file.txt/more", ""),
@@ -24,4 +26,5 @@ def test_the_first_part_of_a_path_that_is_missing_is_taken_for_one_like_it(tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "adapter").mkdir(parents=True)
     (tmp_path / "runs" / "adapter" / "file.txt").touch()
+    (tmp_path / "runs" / "dangling").symlink_to("nowhere")
     assert nearest_path(Path(given)) == said

@@ -125,6 +125,22 @@ def test_what_trained_in_place_is_compared_with_the_bases_own_files(tmp_path, be
     assert not any(k.startswith("classifier") for k in found)
 
 
+def test_what_was_enlarged_before_it_trained_has_no_start_and_is_told_so(tmp_path, build, bert_folder):
+    from transformers import AutoModel
+
+    from lightning_peft import Selective
+    from lightning_peft.cli.opened import _with_originals
+    from lightning_peft.tasks import task_from_config
+    from lightning_peft.tasks.base_model import BaseModel
+
+    model = AutoModel.from_pretrained(bert_folder)
+    model.resize_token_embeddings(model.config.vocab_size + 7)
+    adapter = adapt(model, Selective(keep_originals=False))
+    _with_originals(adapter, BaseModel(str(bert_folder)), task_from_config({"name": "embedding"}))
+    lost = set(adapter.tree.record.in_place) - set(adapter.tree.record.originals)
+    assert lost == {"embeddings.word_embeddings.weight"}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

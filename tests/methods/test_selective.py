@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
 
 from lightning_peft import Selective, adapt, load_adapter
-
-CONF = Path(__file__).parents[2] / "conf" / "method"
 
 
 def _moving(model, adapter, call, name, steps):
@@ -75,17 +70,23 @@ def test_running_statistics_that_moved_are_saved_whether_originals_are_kept_or_n
 
 
 @pytest.mark.parametrize(
-    "preset", ["full", "bitfit", "norm", "head", "embeddings", "last_layers", "gradual_unfreezing"]
+    ("options", "rate"),
+    [
+        ({}, 2e-4),
+        ({"unfreeze_until": 0.5}, 2e-4),
+        ({"target_modules": ["encoder"]}, 2e-4),
+        ({"parameter_types": ["bias"]}, 5e-3),
+        ({"parameter_types": ["norm"]}, 5e-3),
+        ({"parameter_types": ["head"]}, 2e-2),
+        ({"parameter_types": ["embedding"]}, 2e-3),
+        ({"last_layers": 2}, 5e-4),
+        ({"layers_to_transform": [4, 5]}, 5e-4),
+        ({"last_layers": 2, "parameter_types": ["weight"]}, 5e-4),
+        ({"last_layers": 2, "parameter_types": ["bias"]}, 5e-3),
+        ({"parameter_types": ["bias", "head"]}, 5e-3),
+        ({"parameter_types": ["bias", "weight"]}, 2e-4),
+    ],
 )
-def test_the_class_has_the_rate_of_the_preset_with_the_same_options(preset):
-    options = yaml.safe_load((CONF / f"{preset}.yaml").read_text())
-    rate = float(options.pop("learning_rate"))
-    del options["_target_"]
-    assert Selective(**options).learning_rate == rate
+def test_the_rate_is_that_of_what_trains_and_of_several_the_smallest(options, rate):
+    assert Selective(**options).learning_rate == Selective(**options, learning_rate=None).learning_rate == rate
     assert Selective(**options, learning_rate=1e-4).learning_rate == 1e-4
-
-
-def test_of_several_kinds_the_smallest_rate_is_taken():
-    assert Selective(parameter_types=["bias", "head"]).learning_rate == 5e-3
-    assert Selective(parameter_types=["bias", "weight"]).learning_rate == 2e-4
-    assert Selective(parameter_types=["bias"], last_layers=1).learning_rate == 5e-3
