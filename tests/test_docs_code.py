@@ -104,13 +104,14 @@ def _known(model):
     }
 
 
-def _commands(page):
+def commands(page):
+    """The lines behind each ``lightning-peft`` of a page."""
     blocks = [code.replace("\\\n", " ") for kind, code in PAGES[page] if kind != "python"]
     lines = [re.sub(r"\s#.*", "", line).strip() for block in blocks for line in block.splitlines()]
     return [line.partition("lightning-peft")[2] for line in lines if re.match(r"(\S*srun |)lightning-peft\b", line)]
 
 
-@pytest.mark.parametrize(("page", "line"), [(page, line) for page in PAGES for line in _commands(page)])
+@pytest.mark.parametrize(("page", "line"), [(page, line) for page in PAGES for line in commands(page)])
 def test_a_command_composes(page, line):
     from lightning_peft.cli.main import BARE_WORDS
     from lightning_peft.cli.overrides import problem_with

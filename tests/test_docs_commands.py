@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from tests.end_to_end.command import run
-from tests.test_docs_code import PAGES
+from tests.test_docs_code import PAGES, commands
 
 NOT_RUN = {
     "submitit_slurm": "needs a cluster",
@@ -131,12 +131,9 @@ def _write_rows(folder):
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
 
 
-def _commands(page):
+def _runnable(page):
     """The lines behind each ``lightning-peft`` of a page that run here."""
-    blocks = [code.replace("\\\n", " ") for kind, code in PAGES[page] if kind != "python"]
-    lines = [re.sub(r"\s#.*", "", line).strip() for block in blocks for line in block.splitlines()]
-    found = [line.partition("lightning-peft")[2] for line in lines if re.match(r"(\S*srun |)lightning-peft\b", line)]
-    found = [line.strip() for line in found if not any(word in line for word in NOT_RUN)]
+    found = [line.strip() for line in commands(page) if not any(word in line for word in NOT_RUN)]
     # tests/end_to_end/test_every_preset_learns.py trains what stands in a preset alone
     return [line for line in found if not re.fullmatch(r"method=\w+", line)]
 
@@ -163,11 +160,11 @@ def _trained(folder, to):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", [page for page in PAGES if _commands(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if _runnable(page)])
 def test_the_commands_of_a_page_run_one_after_another(page, here):
-    commands = [_words(line, embedded=page == EMBEDDED) for line in _commands(page)]
-    named = " ".join(word for _, words in commands for word in words)
-    own = [words for command, words in commands if command == "train" and "-m" not in words]
+    lines = [_words(line, embedded=page == EMBEDDED) for line in _runnable(page)]
+    named = " ".join(word for _, words in lines for word in words)
+    own = [words for command, words in lines if command == "train" and "-m" not in words]
     if own and "run/adapter" in named:
         own[0].append("hydra.run.dir=run")
     elif re.search(r"\brun\b", named.replace("hydra.run.dir", "")) and "ckpt_path=last" not in named:
@@ -175,7 +172,7 @@ def test_the_commands_of_a_page_run_one_after_another(page, here):
     if "another" in named:
         _trained(here, "run_again")
         shutil.copytree(here / "run_again" / "adapter", here / "another")
-    for command, words in commands:
+    for command, words in lines:
         if "ckpt_path=last" in words:  # of a run that was cut off after its first step
             run(*(word for word in words if word != "ckpt_path=last"), "trainer.max_steps=1", cwd=here)
             shutil.rmtree(here / "run" / "adapter")
