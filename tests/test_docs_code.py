@@ -64,6 +64,7 @@ def _python(page):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own call
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Lightning's, of a run that goes on in a new folder
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 @pytest.mark.parametrize("page", [p for p in PAGES if _python(p)])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, here):
     codes = [compile(code, page, "exec") for code in _python(page)]
