@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_peft import BottleneckAdapter, LoRA, PeftCallback, adapt
+from lightning_peft import BottleneckAdapter, LoRA, PeftCallback, Selective, adapt
+from lightning_peft.cli.inspected import inspected
+from lightning_peft.tasks import task_from_config
+from lightning_peft.tasks.base_model import BaseModel
 from tests.end_to_end.command import run
 
 
@@ -125,20 +128,17 @@ def test_what_trained_in_place_is_compared_with_the_bases_own_files(tmp_path, be
     assert not any(k.startswith("classifier") for k in found)
 
 
-def test_what_was_enlarged_before_it_trained_has_no_start_and_is_told_so(tmp_path, build, bert_folder):
-    from transformers import AutoModel
-
-    from lightning_peft import Selective
-    from lightning_peft.cli.opened import _with_originals
-    from lightning_peft.tasks import task_from_config
-    from lightning_peft.tasks.base_model import BaseModel
-
-    model = AutoModel.from_pretrained(bert_folder)
+def test_what_was_enlarged_before_it_trained_has_no_start_and_is_told_so(tmp_path, bert_folder):
+    task = task_from_config({"name": "embedding", "loss_type": "ranking"})
+    model = BaseModel(str(bert_folder)).load(task)
     model.resize_token_embeddings(model.config.vocab_size + 7)
     adapter = adapt(model, Selective(keep_originals=False))
-    _with_originals(adapter, BaseModel(str(bert_folder)), task_from_config({"name": "embedding"}))
-    lost = set(adapter.tree.record.in_place) - set(adapter.tree.record.originals)
-    assert lost == {"embeddings.word_embeddings.weight"}
+    adapter.save(tmp_path / "adapter", task=task.to_config(), model={"name_or_path": str(bert_folder)})
+    found = inspected(str(tmp_path / "adapter"), check_base=False)
+    (note,) = [note for note in found.notes if "Of another shape than in the base" in note]
+    assert note.endswith("compare with: embeddings.word_embeddings.weight")
+    assert "embeddings.word_embeddings" not in {change.name for change in found.changes}
+    assert len(found.changes) > 10
 
 
 @pytest.mark.parametrize(
