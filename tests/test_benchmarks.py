@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_script
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.slow
 def test_the_benchmark_of_data_loading_writes_its_figures(tmp_path):
     small = ["--steps", "2", "--copies", "1", "--output", str(tmp_path / "found.json")]
-    subprocess.run([sys.executable, FOLDER / "data_loading.py", *small], cwd=tmp_path, check=True, capture_output=True)
+    run_script(FOLDER / "data_loading.py", *small, cwd=tmp_path)
     found, kept = (json.loads(p.read_text()) for p in (tmp_path / "found.json", FOLDER / "results/data_loading.json"))
     assert found.keys() == kept.keys()
     assert 0 < found["training"]["waiting_share"] < 1
@@ -38,7 +38,7 @@ def test_the_benchmark_of_data_loading_writes_its_figures(tmp_path):
 )
 def test_a_benchmark_writes_its_figures(name, small, tmp_path):
     words = [*small, "--output", str(tmp_path / "found.json")]
-    subprocess.run([sys.executable, FOLDER / f"{name}.py", *words], cwd=tmp_path, check=True, capture_output=True)
+    run_script(FOLDER / f"{name}.py", *words, cwd=tmp_path)
     found, kept = (json.loads(p.read_text()) for p in (tmp_path / "found.json", FOLDER / f"results/{name}.json"))
     assert found.keys() == kept.keys()
 
@@ -86,8 +86,7 @@ def test_a_sweep_of_rates_makes_the_runs_that_are_missing_and_no_other(tmp_path)
     file.write_text("".join(json.dumps(row) + "\n" for row in done))
     words = ["head", "--steps", "1", "--output", str(file)]
     for _ in range(2):
-        command = [sys.executable, FOLDER / "learning_rates.py", *words]
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        run_script(FOLDER / "learning_rates.py", *words, cwd=tmp_path)
         *before, last = (json.loads(line) for line in file.read_text().splitlines())
         assert before == done
         assert (last["factor"], last["lr"], last["steps"]) == (10.0, pytest.approx(10 * last["default"]), 1)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import transformers
 
-from tests.end_to_end.command import run
+from tests.processes import run
 from tests.test_docs_code import PAGES, commands
 
 NOT_RUN = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -29,9 +29,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
     ],
 )
 def test_the_example_runs(script, words, said, tmp_path):
-    done = subprocess.run([sys.executable, EXAMPLES / script, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert said in done.stdout
+    assert said in run_script(EXAMPLES / script, *words, cwd=tmp_path).stdout
 
 
 def test_every_example_is_run_by_a_test():

@@ -44,7 +44,7 @@ def main() -> None:
     from lightning_peft.cli.forecast import show_forecast
     from lightning_peft.cli.inspected import show_inspection
     from lightning_peft.cli.jobs import Jobs, report, stop
-    from lightning_peft.cli.overrides import problem_with, with_entries_added
+    from lightning_peft.cli.overrides import understood
     from lightning_peft.cli.plan import show_plan
     from lightning_peft.cli.shrink import show_shrink
 
@@ -72,13 +72,14 @@ def main() -> None:
             overrides = BARE_WORDS[command].as_overrides(overrides)
         except ValueError as error:
             stop(f"{command}: {error}")
-    problem = problem_with(command, overrides, asks=_only_asks(arguments))
-    if problem is not None:
-        stop(problem)
+    try:
+        overrides = understood(command, overrides, asks=_only_asks(arguments))
+    except ValueError as error:
+        stop(str(error))
     program = sys.argv[0]
     # argparse takes flags before the overrides only; people write them anywhere
     flags.sort(key=lambda a: a not in ("-m", "--multirun"))
-    sys.argv = [program, *flags, *with_entries_added(command, overrides)]
+    sys.argv = [program, *flags, *overrides]
     jobs = Jobs(known[command], arguments)
     # Hydra asks its task function for the file that it stands in, which an object does not have
     run = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=command)(lambda config: jobs(config))

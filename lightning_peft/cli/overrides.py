@@ -23,8 +23,11 @@ Options = dict[str, Any]
 Compose = Callable[..., Options]
 
 
-def problem_with(command: str, overrides: list[str], *, asks: bool = False) -> str | None:
-    """Composes the configuration, each value of a sweep by itself, and says in a sentence what fails.
+def understood(command: str, overrides: list[str], *, asks: bool = False) -> list[str]:
+    """Composes the configuration, each value of a sweep by itself, and returns the overrides as Hydra wants them.
+
+    Hydra refuses names that no file has, and wants ``++`` before them. A dictionary that is empty in its file has no
+    names of its own, so any may be given like other options: ``generation.max_new_tokens=4``.
 
     Args:
         command: the command, which is the name of its configuration.
@@ -32,40 +35,27 @@ def problem_with(command: str, overrides: list[str], *, asks: bool = False) -> s
         asks: whether help or the configuration itself is asked for, so mandatory values may be missing.
 
     Returns:
-        The problem with the nearest right name, or None.
+        The same overrides, with ``++`` before entries of free-form dictionaries.
+
+    Raises:
+        ValueError: if something fails, in a sentence, with the nearest right name.
     """
     from hydra.errors import HydraException
 
     with _composing(command) as compose:
         try:
-            words = _parse(_with_entries_added(_parse(overrides), compose))
+            said = _with_entries_added(_parse(overrides), compose)
+            words = _parse(said)
         except HydraException as error:
-            return _first_line(error)
+            raise ValueError(_first_line(error)) from None
         for chosen in _alternatives(words):
             try:
                 wrong = _problem_of(command, words, chosen, compose, asks)
             except HydraException as error:
                 wrong = _in_a_sentence(str(error), words, chosen, compose)
             if wrong is not None:
-                return wrong
-    return None
-
-
-def with_entries_added(command: str, overrides: list[str]) -> list[str]:
-    """Lets entries of free-form dictionaries be given like any option: ``generation.max_new_tokens=4``.
-
-    Hydra refuses names that no file has, and wants ``++`` before them. A dictionary that is empty in its file has no
-    names of its own, so any may be given.
-
-    Args:
-        command: the command, which is the name of its configuration.
-        overrides: the overrides as given, in which `problem_with` found no problem.
-
-    Returns:
-        The same overrides, with ``++`` before such entries.
-    """
-    with _composing(command) as compose:
-        return _with_entries_added(_parse(overrides), compose)
+                raise ValueError(wrong)
+    return said
 
 
 @contextmanager

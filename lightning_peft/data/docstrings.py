@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import random
 import sysconfig
 import warnings
@@ -123,7 +124,11 @@ def _docstrings() -> tuple[tuple[str, str, str], ...]:
 
 
 def _files(root: Path) -> list[Path]:
-    return [p for p in sorted(root.rglob("*.py")) if not _LEFT_OUT.intersection(p.relative_to(root).parts)]
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        found += [Path(folder) / name for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def _parsed(path: Path) -> ast.Module | None:
@@ -139,11 +144,23 @@ def _of_file(path: Path) -> Iterator[tuple[str, str]]:
     tree = _parsed(path)
     if tree is None:
         return
-    for node in ast.walk(tree):
-        if isinstance(node, Definition):
-            text = ast.get_docstring(node)
-            if text and len(text) > _SHORTEST:
-                yield text, _signature(node)
+    for node in _definitions(tree):
+        text = ast.get_docstring(node)
+        if text and len(text) > _SHORTEST:
+            yield text, _signature(node)
+
+
+def _definitions(tree: ast.Module) -> Iterator[Definition]:
+    """Level by level, as ``ast.walk`` finds them; it looks into expressions too, where there are none."""
+    level: list[ast.AST] = [tree]
+    while level:
+        below: list[ast.AST] = []
+        for node in level:
+            if isinstance(node, Definition):
+                yield node
+            for field in ("cases", "body", "handlers", "orelse", "finalbody"):
+                below += getattr(node, field, ())
+        level = below
 
 
 def _signature(node: Definition) -> str:

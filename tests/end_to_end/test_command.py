@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from lightning.fabric.utilities.logger import _flatten_dict
 
-from tests.end_to_end.command import COMMAND, run
+from tests.processes import COMMAND, run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.end_to_end.command import run
+from tests.processes import run
 
 SWEEP = ("-m", "+sweep=methods")
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lightning_peft import LoRA, adapt
-from tests.end_to_end.command import run
+from tests.processes import run
 
 
 @pytest.fixture

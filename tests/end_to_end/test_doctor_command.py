@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import SIZES
-from tests.end_to_end.command import run
+from tests.processes import run
 
 
 @pytest.fixture(scope="module")

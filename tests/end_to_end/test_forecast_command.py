@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from tests.end_to_end.command import run
+from tests.processes import run
 
 
 @pytest.fixture

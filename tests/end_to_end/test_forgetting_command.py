@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.end_to_end.command import run
+from tests.processes import run
 
 
 @pytest.mark.slow

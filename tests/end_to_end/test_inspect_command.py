@@ -14,7 +14,7 @@ from lightning_peft import BottleneckAdapter, LoRA, PeftCallback, Selective, ada
 from lightning_peft.cli.inspected import inspected
 from lightning_peft.tasks import task_from_config
 from lightning_peft.tasks.base_model import BaseModel
-from tests.end_to_end.command import run
+from tests.processes import run
 
 
 @pytest.fixture

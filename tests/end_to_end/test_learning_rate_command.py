@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.end_to_end.command import run
+from tests.processes import run
 
 ROWS = [{"text": "red " * (1 + i % 5) if i % 2 else "blue " * (1 + i % 4), "label": i % 2} for i in range(24)]
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lightning_peft import LoRA, adapt
-from tests.end_to_end.command import run
+from tests.processes import run
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 

@@ -10,7 +10,7 @@ import yaml
 from optuna.trial import TrialState
 
 from lightning_peft.analysis.study import load
-from tests.end_to_end.command import run
+from tests.processes import run
 
 RATE = "optimizer.lr=choice(0.005,1e-9)"
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.end_to_end.command import run
+from tests.processes import run
 
 
 @pytest.fixture
