@@ -12,7 +12,7 @@ from typing import Any
 from lightning_peft.analysis import data_faults, learning_faults, run_faults
 from lightning_peft.analysis.diagnosis import Diagnosis, LossCurve
 from lightning_peft.analysis.learning_faults import Rate
-from lightning_peft.analysis.run_files import RunFiles, read_config
+from lightning_peft.analysis.run_files import RunFiles, read_config, why_failed
 from lightning_peft.core.method import Method, Scheduled
 from lightning_peft.data.module import LENGTH_OF_ROWS
 from lightning_peft.methods.config import method_from_config, method_to_config
@@ -59,7 +59,9 @@ def examine(folder: str | Path, *, check_base: bool = True) -> Examination:
     saved = SavedRun.read(run.folder)
     method = _method(run, saved)
     base = saved.base(run.option("model")) if check_base else Base(why="check_base=false leaves the base unread")
-    guessing = data_faults.no_better_than_guessing(_reached(run, saved), run.labels, run.option("monitor"))
+    guessing = data_faults.no_better_than_guessing(
+        _reached(run, saved), run.labels, run.option("monitor"), _scored(run)
+    )
     guesses = guessing.found is not None
     diagnoses = [
         _unended(run, saved),
@@ -67,7 +69,8 @@ def examine(folder: str | Path, *, check_base: bool = True) -> Examination:
         _overfitting(run, saved),
         data_faults.truncation(run.cuts, run.option("data", "max_length") or LENGTH_OF_ROWS),
         guessing,
-        run_faults.another_base(saved.fingerprints, base.mismatch, base.why),
+        run_faults.another_base(saved.fingerprints, base.mismatch, base.why, compared=base.compared),
+        run_faults.unreadable(saved.damaged),
         *_forgetting(run),
     ]
     name = run.option("model", "name_or_path") or saved.record.get("base", {}).get("name")
@@ -94,6 +97,7 @@ def _unended(run: RunFiles, saved: SavedRun) -> Diagnosis:
         epochs=_limit(run.option("trainer", "max_epochs")),
         step=step,
         steps=_limit(run.option("trainer", "max_steps")),
+        failed=why_failed(run.folder),
     )
 
 
@@ -164,6 +168,13 @@ def _reached(run: RunFiles, saved: SavedRun) -> dict[str, float]:
     metrics = {n: v for n, v in (run.metrics or saved.reached).items() if isinstance(v, int | float)}
     best = {n.removeprefix("best/"): v for n, v in metrics.items() if n.startswith("best/")}
     return {n: float(v) for n, v in {**metrics, **best}.items() if math.isfinite(v)}
+
+
+def _scored(run: RunFiles) -> int | None:
+    """How many rows a validation looked at, where ``trainer.limit_val_batches`` is a number of batches."""
+    batches = run.option("trainer", "limit_val_batches")
+    rows = run.option("data", "eval_batch_size") or run.option("data", "batch_size")
+    return batches * rows if type(batches) is int and isinstance(rows, int) else None
 
 
 def _forgetting(run: RunFiles) -> Iterable[Diagnosis]:

@@ -45,11 +45,13 @@ class Base:
     Attributes:
         why: what was compared, or why nothing was.
         mismatch: in which way it is another one; None where it is not, or was not compared.
+        compared: whether it was.
         starts: what trained tensors started as, by their name in a checkpoint, where that is no draw of numbers.
     """
 
     why: str
     mismatch: str | None = None
+    compared: bool = False
     starts: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -63,7 +65,8 @@ class SavedRun:
         best: its best checkpoint.
         adapter: its exported adapter's folder; None where there is none.
         tensors: that adapter's tensors.
-        lacking: a sentence for each of them that is missing or cannot be read.
+        lacking: a sentence for each of them that is missing.
+        damaged: a sentence for each of them that is there and cannot be read.
     """
 
     last: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +75,7 @@ class SavedRun:
     adapter: SavedAdapter | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> SavedRun:
@@ -98,7 +102,7 @@ class SavedRun:
         return saved
 
     def _tried(self, path: Path, name: str, read: Any) -> Any:
-        return tried(path, name, read, self.lacking)
+        return tried(path, name, read, self.damaged if path.exists() else self.lacking)
 
     @property
     def method(self) -> dict[str, Any] | None:
@@ -259,7 +263,7 @@ class SavedRun:
                 refuse_another_base(model, self.record["base"], "the checkpoint was made")
             except ValueError as error:
                 mismatch, _, _ = str(error).partition("; check_base=False")
-                return Base("", mismatch)
+                return Base("", mismatch, compared=True)
         if unread:
             return Base(f"the base was not compared: {unread[0].message}")
         drawn = isinstance(method, DataDriven) and method.needs_data
@@ -274,7 +278,7 @@ class SavedRun:
         why = f"the base in {spec.name_or_path} on this machine is the same"
         if self.record["base"]["fingerprint"] == OF_NOTHING:
             why = "all weights train, so none is left by which to tell another base"
-        return Base(why, starts=starts)
+        return Base(why, compared=True, starts=starts)
 
 
 def _are_nothing(moments: Any) -> bool:

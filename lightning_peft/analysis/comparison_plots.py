@@ -7,6 +7,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.analysis.comparison import Comparison
+from lightning_peft.analysis.comparison_table import lost_in
 from lightning_peft.analysis.plots import INK, figure_of
 from lightning_peft.analysis.settings import LONG, Setting, numbers
 
@@ -22,6 +23,7 @@ _Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in points."""
 _GREY = "#8a8f98"
 _DASHES = ("-", "--", ":", "-.")
+_BESIDE = 28  # characters of a legend that stands beside its drawing; longer ones stand below
 
 
 def figures(comparison: Comparison) -> dict[str, Figure]:
@@ -87,9 +89,9 @@ def _look(comparison: Comparison, setting: Setting) -> tuple[str, str, str]:
     """Colour, mark and dashes."""
     own = coloured(comparison)
     if setting.name not in own:
-        return _GREY, ".", "-"
+        return _GREY, "x" if setting.pruned else ".", "-"
     number = own.index(setting.name)
-    return COLOURS[number], _MARKS[number], _DASHES[number % len(_DASHES)]
+    return COLOURS[number], "x" if setting.pruned else _MARKS[number], _DASHES[number % len(_DASHES)]
 
 
 def _costs(
@@ -119,10 +121,21 @@ def _costs(
         place.plot(*zip(*joined, strict=True), color=INK, linewidth=0.8, alpha=0.5, zorder=0, linestyle="--")
     place.set_xlabel(label)
     place.set_ylabel(comparison.monitor)
+    told = [
+        "bars: standard deviation over the seeds" if any(s.spread for s, _ in points) else "",
+        "dashes: the Pareto front" if len(joined) > 1 else "",
+        "crosses: pruned" if any(s.pruned for s, _ in points) else "",
+    ]
+    _explain(place, told)
     place.margins(x=0.12, y=0.12)
     figure.draw_without_rendering()  # the axes have their place only then
     _name(place, comparison, points)
     return figure
+
+
+def _explain(place: Axes, told: Sequence[str]) -> None:
+    """What the marks of a drawing mean, above it."""
+    place.set_title("; ".join(filter(None, told)), fontsize=_LETTERS, loc="left", color=INK)
 
 
 def _name(place: Axes, comparison: Comparison, points: Sequence[tuple[Setting, float]]) -> None:
@@ -181,9 +194,12 @@ def _curves(
         return None
     from matplotlib.ticker import MaxNLocator
 
-    figure = figure_of(7.2, 3.8)
-    place = figure.subplots()
     own = coloured(comparison)
+    labels = [_in_a_legend(comparison, s) for s in comparison.settings if s.name in own]
+    below = max(map(len, labels)) > _BESIDE
+    figure = figure_of(7.2, 3.8 + (0.17 * len(labels) if below else 0))
+    place = figure.subplots()
+    banded = False
     for setting, curves in zip(comparison.settings, lines, strict=True):
         steps, middle, low, high = _over_seeds(curves)
         if not steps:
@@ -205,10 +221,16 @@ def _curves(
         if setting.name in own and few and any(h > b for b, h in zip(low, high, strict=True)):
             band: Any = place.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
             band.set_gid(group_of(comparison, setting))
+            banded = True
     place.set_xlabel(across)
     place.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     place.set_ylabel(label)
-    place.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    several = any(len(curves) > 1 for curves in lines)
+    _explain(
+        place, ["lines: means over the seeds" if several else "", "bands: from the least to the most" if banded else ""]
+    )
+    where = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.16) if below else (1.0, 1.0)}
+    place.legend(frameon=False, fontsize=_LETTERS, labelcolor=INK, **where)
     return figure
 
 
@@ -235,9 +257,11 @@ def _forgetting(comparison: Comparison) -> Figure | None:
     figure = figure_of(7.2, 0.9 + 0.32 * len(found))
     place = figure.subplots()
     for row, (setting, value) in enumerate(found):
-        (bar,) = place.barh([row], [value], 0.7, color=_look(comparison, setting)[0])
+        colour, spread = _look(comparison, setting)[0], [setting.forgetting_spread or 0.0]
+        (bar,) = place.barh([row], [value], 0.7, color=colour, xerr=spread, capsize=2, ecolor=INK)
         bar.set_gid(group_of(comparison, setting))
     place.set_yticks(range(len(found)), [_shown(comparison, s) for s, _ in found])
     place.invert_yaxis()
-    place.set_xlabel("forgetting (0: nothing)")
+    place.set_xlabel(lost_in(comparison.settings))
+    _explain(place, ["bars: standard deviation over the seeds" if any(s.forgetting_spread for s, _ in found) else ""])
     return figure

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_peft.analysis.comparison import Comparison
 from lightning_peft.analysis.comparison_plots import figures, group_of
-from lightning_peft.analysis.comparison_table import columns, notes
+from lightning_peft.analysis.comparison_table import columns, fronts, notes
 from lightning_peft.analysis.plots import page_style, page_svg
 from lightning_peft.analysis.study import Search
 from lightning_peft.analysis.study_plots import TITLES as SEARCH_TITLES
@@ -66,7 +66,7 @@ def write_report(
         names=names,
         plots=plots,
         left_out={str(path): reason for path, reason in left_out.items()},
-        by_memory=comparison.by_memory if len(comparison.by_memory) > 1 else (),
+        fronts=fronts(comparison),
     )
     with written_file(folder / PAGE) as scratch:
         scratch.write_text(page, encoding="utf-8")
@@ -117,12 +117,14 @@ def _setting_rows(comparison: Comparison) -> list[dict[str, Any]]:
             f"{comparison.monitor} mean": s.score,
             f"{comparison.monitor} std": s.spread,
             "seeds": len(s.runs),
+            "pruned": s.pruned,
             "p": comparison.p_values[s.name],
             "trained_parameters": s.trained,
             "checkpoint_bytes": s.checkpoint_bytes,
             "step_seconds": s.step_seconds,
             "peak_bytes": s.peak_bytes,
             "forgetting": s.forgetting,
+            "forgetting std": s.forgetting_spread,
             "front_of_memory": s.name in comparison.by_memory,
             "front_of_time": s.name in comparison.by_time,
             "recommended": s.name == comparison.recommended,

@@ -47,6 +47,12 @@ def columns(comparison: Comparison) -> list[Column]:
             settings,
             lambda s: _score(s, _digits(settings)),
         ),
+        _column(
+            "ended",
+            "pruned trials had fewer steps, so they might have come further",
+            settings,
+            lambda s: (float(s.pruned), "pruned" if s.pruned else ""),
+        ),
         Column(
             "p",
             "chance of such a difference from the best where there is none: Welch's t-test, Holm's correction",
@@ -64,12 +70,31 @@ def columns(comparison: Comparison) -> list[Column]:
         ),
         _column(
             "forgot",
-            "what was lost of the base's own ability: growth of the loss of held-out text, or 1 - CKA of the layers",
+            f"what was lost of the base's own ability: {lost_in(settings)}; mean over the seeds, and their standard "
+            "deviation",
             settings,
-            lambda s: (s.forgetting, "" if s.forgetting is None else f"{s.forgetting:.3g}"),
+            lambda s: (s.forgetting, _forgotten(s)),
         ),
     ]
     return [column for column in found if any(column.shown)]
+
+
+def lost_in(settings: Sequence[Setting]) -> str:
+    """What is counted as forgotten, with its unit.
+
+    Args:
+        settings: those that are compared.
+    """
+    kinds = {run.forgetting_kind for s in settings for run in s.runs if run.forgetting is not None}
+    told = {"loss": "growth of the loss on held-out text (nats a token)", "cka": "drift of the layers (1 - CKA)"}
+    return " or ".join(told[kind] for kind in sorted(told, reverse=True) if kind in kinds)
+
+
+def _forgotten(setting: Setting) -> str:
+    if setting.forgetting is None:
+        return ""
+    spread = setting.forgetting_spread
+    return f"{setting.forgetting:.3g}" + ("" if spread is None else f" ± {spread:.2g}")
 
 
 def _column(title: str, note: str, settings: Sequence[Setting], cell: Any) -> Column:
@@ -136,8 +161,8 @@ def notes(comparison: Comparison) -> list[str]:
     if tested:
         alike = len(tested) - len(unlike)
         found.append(
-            f"Of {len(tested)} settings, {len(unlike)} differ from {settings[0].name} at p < {ALPHA:g}; the seeds do "
-            f"not tell the other {alike} from it."
+            f"{len(unlike)} of {len(tested)} other settings differ from {settings[0].name} at p < {ALPHA:g}; the seeds "
+            f"do not tell {alike} from it."
             if alike
             else f"All {'others' if len(tested) == len(settings) - 1 else 'that could be tested'} differ from "
             f"{settings[0].name} at p < {ALPHA:g}."
@@ -148,3 +173,17 @@ def notes(comparison: Comparison) -> list[str]:
     if len({s.runs[0].settings.get("data.train_files") for s in settings}) > 1:
         found.append("The settings were trained on different data.")
     return found
+
+
+def fronts(comparison: Comparison) -> list[str]:
+    """Which settings no other is as good as for as little, a sentence for each cost; none where one alone is compared.
+
+    Args:
+        comparison: the report.
+    """
+    settings, told = comparison.settings, []
+    for what, names in {"memory": comparison.by_memory, "time": comparison.by_time}.items():
+        if names and len(settings) > 1:
+            those = "; ".join(s.name for s in settings if s.name in names)
+            told.append(f"No other is as good in as little {what}: {'all' if len(names) == len(settings) else those}.")
+    return told

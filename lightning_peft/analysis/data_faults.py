@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning_peft.analysis.data_summary import Cut, percent
+from lightning_peft.analysis.data_summary import LOST, Cut, percent
 from lightning_peft.analysis.diagnosis import Diagnosis, number
-
-LOST = 0.05
-"""Share of the supervised tokens that a cut may take: the summary of the data says nothing of less either."""
 
 
 def truncation(cuts: Mapping[str, Cut], max_length: int | None) -> Diagnosis:
@@ -31,19 +28,18 @@ def truncation(cuts: Mapping[str, Cut], max_length: int | None) -> Diagnosis:
     eaten = {n: c for n, c in cuts.items() if c.supervised and c.supervised_lost > LOST * c.supervised}
     if not eaten:
         return Diagnosis(subject, evidence)
-    # tokens of a whole row where rows are cut, which the length is to have room for
-    needed = max(-(-c.tokens // c.looked_at) for c in eaten.values())
-    longer = max(needed, 2 * (max_length or 0))
+    enough = max(c.enough for c in eaten.values())
     return Diagnosis(
         subject,
         evidence,
         "The cut to data.max_length takes what is to be learnt: the model never sees the end of its answers.",
-        f"data.max_length={longer} or more (lightning-peft data shows what is lost at which length); shorter prompts",
+        f"data.max_length={enough} loses next to nothing (lightning-peft data data.max_length=... shows what another "
+        "length loses); or shorter prompts",
     )
 
 
 def no_better_than_guessing(
-    metrics: Mapping[str, float], labels: Mapping[str, int] | None, monitor: str | None
+    metrics: Mapping[str, float], labels: Mapping[str, int] | None, monitor: str | None, scored: int | None = None
 ) -> Diagnosis:
     """Whether a metric is no better than always saying the most frequent label gives.
 
@@ -51,17 +47,19 @@ def no_better_than_guessing(
         metrics: what the run reached, by name, of the validation.
         labels: how often each label occurs there; None where that is not known.
         monitor: the metric by which checkpoints were chosen.
+        scored: how many rows each validation looked at; None for all of them.
     """
     subject = "guessing"
     if not labels:
         return Diagnosis.unseen(subject, "the summary of the data counts no labels of the rows that validate")
     rows, most = sum(labels.values()), max(labels.values())
     share = most / rows
+    scored = rows if scored is None else min(scored, rows)
     # what saying one label alone gives, and by how much rows that are drawn anew would change it
-    error = (share * (1 - share) / rows) ** 0.5
+    error = (share * (1 - share) / scored) ** 0.5
     guesses = {
         "accuracy": (share, error),
-        "mcc": (0.0, rows**-0.5),
+        "mcc": (0.0, scored**-0.5),
         "f1_macro": (2 * share / (1 + share) / len(labels), error / len(labels)),
     }
     known = [n for n in metrics if n.rpartition("/")[2] in guesses and n.startswith("val/")]
@@ -72,8 +70,9 @@ def no_better_than_guessing(
         return Diagnosis.unseen(subject, f"the rows that validate have one label, {next(iter(labels))!r}")
     guess, by_chance = guesses[chosen.rpartition("/")[2]]
     label = max(labels, key=lambda name: labels[name])
+    on = f" on {scored:,} rows" if scored < rows else ""
     evidence = (
-        f"{chosen} {number(metrics[chosen])}, and always saying {label!r} ({percent(most, rows)} of {rows:,} rows) "
+        f"{chosen} {number(metrics[chosen])}{on}, and always saying {label!r} ({percent(most, rows)} of {rows:,} rows) "
         f"gives {number(guess)}"
     )
     if metrics[chosen] > guess + by_chance:

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+LOST = 0.05
+"""Share of the supervised tokens that a cut may take before anything is said of it."""
+
 _BINS = 12
 
 
@@ -69,6 +72,8 @@ class Cut:
         tokens_lost: of them, those that the model does not see.
         supervised: supervised tokens without the cut; 0 where no token is supervised.
         supervised_lost: of them, those that are not learnt.
+        enough: the least length of a row with which no more than `LOST` of the supervised tokens can be lost; 0 where
+            no token is supervised.
     """
 
     looked_at: int
@@ -77,6 +82,7 @@ class Cut:
     tokens_lost: int
     supervised: int
     supervised_lost: int
+    enough: int
 
 
 @dataclass(frozen=True)

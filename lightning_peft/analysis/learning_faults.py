@@ -103,7 +103,7 @@ def movement(moved: Movement | None, curve: LossCurve | None, rate: Rate) -> Dia
         share = moved.share(rate.own)
         seen.append(
             f"{moved.numbers:,} trained numbers moved by {number(moved.moved)} in {moved.steps:,} steps, "
-            f"{share:.2g} times what is usual at {rate.method}'s own rate"
+            f"{_times(share)} what is usual at {rate.method}'s own rate"
         )
         stands = share < HARDLY
     if curve is None and not seen:
@@ -192,7 +192,8 @@ def rate_too_low(curve: LossCurve | None, rate: Rate, moved: Movement | None) ->
     share = late / whole if whole > 0 else 0.0
     steady = curve.fell and share >= STEADY
     evidence = f"{rate}; "
-    evidence += f"{share:.0%} of the loss's fall is in the last quarter" if curve.fell else "no fall of the loss"
+    last = f"{share:.0%} of its fall in" if share > 0 else "it rose in"
+    evidence += f"the loss fell, {last} the last quarter" if curve.fell else "no fall of the loss"
     share_moved = 1.0 if moved is None else moved.share(rate.own)
     small = rate.times <= 1 / FAR or (share_moved < 1 / FAR and rate.times < 1)
     stands = rate.adam and share_moved < HARDLY
@@ -247,7 +248,7 @@ def overfitting(
     """
     subject = "overfitting"
     if len(validation) < 3:
-        return Diagnosis.unseen(subject, f"{len(validation)} validation losses are known, and three are needed")
+        return Diagnosis.unseen(subject, f"of three validation losses that are needed {len(validation)} are known")
     losses = [loss for _, loss in validation]
     place = min(range(len(losses)), key=losses.__getitem__)
     step, least, end = validation[place][0], losses[place], losses[-1]
@@ -277,6 +278,10 @@ def _falls_after(curve: LossCurve, step: float) -> bool:
     return bool(before and after) and fmean(after[-max(1, len(after) // 2) :]) < fmean(
         before[-max(1, len(before) // 2) :]
     )
+
+
+def _times(share: float) -> str:
+    return f"{share:,.0f} times" if share >= 10 else f"{share:.2g} times"
 
 
 def _ordinal(place: int) -> str:

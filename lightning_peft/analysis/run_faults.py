@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning_peft.analysis.diagnosis import Diagnosis, number
 
@@ -13,7 +13,15 @@ Of likenesses between layers (1 - CKA) it is the same share of the whole range.
 """
 
 
-def unended(*, metrics: bool, epoch: int | None, epochs: int | None, step: int | None, steps: int | None) -> Diagnosis:
+def unended(
+    *,
+    metrics: bool,
+    epoch: int | None,
+    epochs: int | None,
+    step: int | None,
+    steps: int | None,
+    failed: str | None = None,
+) -> Diagnosis:
     """Whether the run came to no end.
 
     Args:
@@ -22,6 +30,7 @@ def unended(*, metrics: bool, epoch: int | None, epochs: int | None, step: int |
         epochs: how many the run was to have; None where it has no such end.
         step: the last step that is known; None where nothing tells.
         steps: how many the run was to have; None where it has no such end.
+        failed: why it failed, in a sentence; None where it said nothing.
     """
     subject = "end"
     reached = "no step is known" if step is None else f"step {step:,}"
@@ -35,27 +44,50 @@ def unended(*, metrics: bool, epoch: int | None, epochs: int | None, step: int |
         what = "The run trained to its end, but stopped before it wrote its metrics and its adapter."
         remedy = "lightning-peft export adapter=.../checkpoints/best.ckpt to=FOLDER"
     else:
-        what = "The run did not end."
+        what = "The run did not end." if failed is None else f"The run failed: {failed}"
         remedy = (
             "the command that began it, with ckpt_path=last and hydra.run.dir= its folder, goes on where it stopped"
             if epoch is not None or step is not None
             else "the command that began it, again: it saved nothing to go on from"
         )
+        if failed is not None:
+            remedy = f"what the sentence says; then {remedy}"
     return Diagnosis(subject, f"there is no metrics.json; {reached}", what, remedy)
 
 
-def another_base(adapter: Mapping[str, str | None], mismatch: str | None, compared: str) -> Diagnosis:
+def unreadable(damaged: Sequence[str]) -> Diagnosis:
+    """Whether what the run saved can be read.
+
+    Args:
+        damaged: a sentence for each checkpoint or adapter that is there and cannot be.
+    """
+    subject = "files"
+    if not damaged:
+        return Diagnosis(subject, "what the run saved can be read")
+    return Diagnosis(
+        subject,
+        "; ".join(damaged),
+        "What the run saved cannot be read.",
+        "move it away: ckpt_path=last goes on from the newest checkpoint that is whole, and lightning-peft export "
+        "adapter=.../checkpoints/best.ckpt to=FOLDER writes an adapter anew",
+    )
+
+
+def another_base(
+    adapter: Mapping[str, str | None], mismatch: str | None, said: str, *, compared: bool = True
+) -> Diagnosis:
     """Whether the adapter, the checkpoint and the base on this machine belong together.
 
     Args:
         adapter: fingerprints of the base by the file that tells them; None where values could not be read.
         mismatch: in which way the base on this machine is another one than the checkpoint's; None where it is not.
-        compared: what the base on this machine is, or why it was not compared.
+        said: what the base on this machine is, or why it was not compared.
+        compared: whether it was.
     """
     subject = "base"
     told = {name: print_ for name, print_ in adapter.items() if print_ is not None}
     if not told:
-        why = f"neither a checkpoint nor the adapter's folder tells its base's fingerprint; {compared}"
+        why = f"neither a checkpoint nor the adapter's folder tells its base's fingerprint; {said}"
         return Diagnosis.unseen(subject, why)
     evidence = ", ".join(f"{name} {print_}" for name, print_ in told.items())
     if len(set(told.values())) > 1:
@@ -72,7 +104,8 @@ def another_base(adapter: Mapping[str, str | None], mismatch: str | None, compar
             "The base that config.yaml names is not the one that the adapter was trained on.",
             "model.name_or_path and model.revision: name the weights of the training",
         )
-    return Diagnosis(subject, f"{evidence}; {compared}")
+    evidence = f"{evidence}; {said}"
+    return Diagnosis(subject, evidence) if compared else Diagnosis.unseen(subject, evidence)
 
 
 def forgetting(kind: str, before: float | None, forgotten: float) -> Diagnosis:

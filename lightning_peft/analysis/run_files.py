@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_peft.analysis.data_summary import Cut
 from lightning_peft.core.options import misfits
-from lightning_peft.core.problems import an, nearest_path
+from lightning_peft.core.problems import an, and_more, nearest_path, shortened
 from lightning_peft.formats.reading import read_json
 
 CONFIG = "config.yaml"
@@ -22,8 +22,11 @@ FORECAST = "forecast.json"
 COST = "cost.json"
 FORGETTING = "forgetting.json"
 FOUND_RATE = "lr_find.json"
+ERROR = "error.txt"
+"""Why a run failed; the command writes it, and takes it away when the run is begun again."""
 
 _LONGEST = 2**20  # bytes of a configuration, some hundred times what one takes
+_SHOWN = 8  # runs that are named
 _LOSSES = ("train/loss", "val/loss")
 _SPLIT: dict[str, Any] = {"labels": dict[str, int] | None, "tokens": dict[str, Any] | None}
 _CUT: dict[str, Any] = dict.fromkeys(Cut.__dataclass_fields__, int)
@@ -148,6 +151,19 @@ def tried(path: Path, name: str, read: Callable[[Path], Any], lacking: list[str]
         return None
 
 
+def why_failed(folder: Path) -> str | None:
+    """The first line of why a run failed; None where nothing says it.
+
+    Args:
+        folder: the run's.
+    """
+    path = folder / ERROR
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return shortened(file.readline(_LONGEST).strip(), 300)
+
+
 def refuse_other_folders(folder: Path) -> None:
     """Refuses what is no run's folder.
 
@@ -161,8 +177,8 @@ def refuse_other_folders(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} is no folder; a run's has a {CONFIG} and {LOG} in it{nearest_path(folder)}")
     if any((folder / name).exists() for name in (CONFIG, LOG, METRICS, "checkpoints")):
         return
-    below = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}"))
-    hint = f"; runs below it: {', '.join(map(str, below[-3:]))}" if below else ""
+    below = sorted(path.parent for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/{CONFIG}"))
+    hint = f"; runs below it: {', '.join(map(str, below[:_SHOWN]))}{and_more(len(below) - _SHOWN)}" if below else ""
     raise FileNotFoundError(f"{folder} is no run's folder: it has no {CONFIG}, {LOG} or checkpoints{hint}")
 
 

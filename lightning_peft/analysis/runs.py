@@ -44,9 +44,12 @@ class Run:
         peak_bytes: the most memory that a step took; None where it is not known.
         peak_measured: whether that was measured on a GPU; it was counted by the forecast else.
         forgetting: how much of the base's ability was lost; None where it was not measured.
+        forgetting_kind: in what: ``"loss"``, how much that of held-out text grew, or ``"cka"``, how far the layers'
+            outputs drifted; None where it was not measured.
         layers: how far each layer drifted, 1 - CKA; empty where it was not measured.
         curve: step and value of the metric.
         losses: step and training loss.
+        pruned: whether a search ended it early, as it promised little.
     """
 
     folder: Path
@@ -63,9 +66,11 @@ class Run:
     peak_bytes: int | None = None
     peak_measured: bool = False
     forgetting: float | None = None
+    forgetting_kind: str | None = None
     layers: Mapping[str, float] = field(default_factory=dict)
     curve: tuple[tuple[int, float], ...] = ()
     losses: tuple[tuple[int, float], ...] = ()
+    pruned: bool = False
 
 
 def find_runs(folders: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
@@ -126,6 +131,7 @@ def read_run(folder: Path) -> Run:
         peak_bytes=_whole(measured if measured is not None else forecast.get("peak")),
         peak_measured=measured is not None,
         forgetting=_numbers(folder / FORGETTING).get("forgetting"),
+        forgetting_kind=read_json(folder / FORGETTING).get("kind") if (folder / FORGETTING).is_file() else None,
         layers=_layers(folder / FORGETTING),
         curve=_points(record.metrics.get(str(monitor), ())),
         losses=_points(record.losses),

@@ -75,6 +75,17 @@ class Setting:
         """How much of the base's ability was lost."""
         return self.average(lambda run: run.forgetting)
 
+    @property
+    def forgetting_spread(self) -> float | None:
+        """The standard deviation of what was lost; None where one run has it, or none."""
+        found = [run.forgetting for run in self.runs if run.forgetting is not None]
+        return stdev(found) if len(found) > 1 else None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether a search ended it early."""
+        return any(run.pruned for run in self.runs)
+
 
 def by_setting(runs: Sequence[Run]) -> list[Setting]:
     """Runs that differ in nothing but their seed, together, under a name that tells them from the others.

@@ -23,17 +23,19 @@ class BareWords:
     """What a command makes of words that stand alone.
 
     Attributes:
-        option: the option that they are the value of.
-        several: whether it is a list, which takes any number of them.
+        options: the options that they are the values of, in their order.
+        several: whether the last one is a list, which takes any number of them.
 
     Example:
-        >>> BareWords("run").as_overrides(["outputs/a b", "seed=1"])
+        >>> BareWords(("run",)).as_overrides(["outputs/a b", "seed=1"])
         ['run="outputs/a b"', 'seed=1']
-        >>> BareWords("runs", several=True).as_overrides(["one", "two"])
+        >>> BareWords(("a", "b")).as_overrides(["one", "two"])
+        ['a="one"', 'b="two"']
+        >>> BareWords(("runs",), several=True).as_overrides(["one", "two"])
         ['runs=["one","two"]']
     """
 
-    option: str
+    options: tuple[str, ...]
     several: bool = False
 
     def as_overrides(self, arguments: Sequence[str]) -> list[str]:
@@ -44,17 +46,19 @@ class BareWords:
                 have a ``=`` in it, as the folders of a sweep have.
 
         Raises:
-            ValueError: if there are several words and the option takes one, or the option is given as well.
+            ValueError: if there are more words than options that they can be, or an option is given as well.
         """
         words = [a for a in arguments if is_word(a) or os.path.exists(a)]
         others = [a for a in arguments if a not in words]
-        if not words:
-            return others
         shown = " and ".join(map(repr, words))
-        if len(words) > 1 and not self.several:
-            raise ValueError(f"one {self.option} is expected, but got {shown}")
-        again = next((a for a in others if a.partition("=")[0].lstrip("+") == self.option), None)
+        if len(words) > len(self.options) and not self.several:
+            names = f"one {self.options[0]} is" if len(self.options) == 1 else f"{' and '.join(self.options)} are"
+            raise ValueError(f"{names} expected, but got {shown}")
+        named = {a.partition("=")[0].lstrip("+"): a for a in others}
+        again = next((named[option] for option in self.options[: len(words)] if option in named), None)
         if again is not None:
-            raise ValueError(f"{self.option} is given twice: {shown} and {again!r}; leave one of them out")
-        values = ",".join(map(quoted, words))
-        return [f"{self.option}={f'[{values}]' if self.several else values}", *others]
+            option = again.partition("=")[0].lstrip("+")
+            raise ValueError(f"{option} is given twice: {shown} and {again!r}; leave one of them out")
+        if self.several and words:
+            return [f"{self.options[0]}=[{','.join(map(quoted, words))}]", *others]
+        return [*(f"{option}={quoted(word)}" for option, word in zip(self.options, words, strict=False)), *others]

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lightning_peft.analysis.data_page import NUMBERS, write_data_page
 from lightning_peft.analysis.data_report import print_data
-from lightning_peft.analysis.run_files import CONFIG, METRICS
+from lightning_peft.analysis.run_files import CONFIG, ERROR, METRICS
 from lightning_peft.callbacks.check_monitor import CheckMonitor
 from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.callbacks.learning_rate import FindLearningRate
@@ -360,5 +360,6 @@ def _precision(given: str | int | None) -> str | int | None:
 @rank_zero_only
 def _keep_config(config: DictConfig) -> None:
     """Writes what the run was made with, every reference to another value replaced by that value."""
+    (Path(config.run_dir) / ERROR).unlink(missing_ok=True)  # of an earlier try
     with written_file(Path(config.run_dir) / CONFIG) as scratch:
         scratch.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")

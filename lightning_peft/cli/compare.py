@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,12 +13,13 @@ from rich.text import Text
 
 from lightning_peft.analysis.comparison import Comparison, compared
 from lightning_peft.analysis.comparison_report import search_note, write_report
-from lightning_peft.analysis.comparison_table import Column, columns, notes
+from lightning_peft.analysis.comparison_table import Column, columns, fronts, notes
+from lightning_peft.analysis.run_files import why_failed
 from lightning_peft.analysis.runs import Run, find_runs, read_run
 from lightning_peft.analysis.study import INSTALL, Search, read_search
 from lightning_peft.cli.report import short
 
-_NAME = 18  # characters that a setting's name has at least, "gradual_unfreezing" among them
+_NAME = 18  # characters that a setting's name has room for at least, "gradual_unfreezing" among them
 _LISTED = 8  # runs that are left out that are named in a terminal; the page has all
 
 
@@ -33,12 +35,13 @@ def compare(config: DictConfig) -> Path:
     """
     folders = [config.folders] if isinstance(config.folders, str) else list(config.folders)
     runs, left_out = _read(folders)
-    comparison = compared(runs)
     search = _search(folders)
+    pruned = () if search is None else [search.folder / str(t.number) for t in search.trials if t.state == "pruned"]
+    comparison = compared([replace(run, pruned=run.folder in pruned) for run in runs])
     page = write_report(comparison, left_out, Path(config.run_dir), search)
     _print(comparison, left_out)
     if search is not None:
-        print(search_note(search))
+        Console(highlight=False, markup=False).print(search_note(search))
     print(f"\nwith plots           {short(page)}\nas pictures, CSV     {short(page.parent)}")
     return page
 
@@ -51,7 +54,9 @@ def _read(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
         ValueError: if no run can be compared.
     """
     finished, unfinished = find_runs(folders)
-    runs, left_out = [], dict.fromkeys(unfinished, "did not end")
+    runs: list[Run] = []
+    reasons = {folder: why_failed(folder) for folder in unfinished}
+    left_out = {folder: f"failed: {why}" if why else "did not end" for folder, why in reasons.items()}
     for folder in finished:
         try:
             runs.append(read_run(folder))
@@ -80,18 +85,14 @@ def _search(folders: Sequence[str]) -> Search | None:
 def _print(comparison: Comparison, left_out: Mapping[Path, str]) -> None:
     console = Console(highlight=False, markup=False)  # options such as [q_proj] are no markup
     told = columns(comparison)
-    shown = _that_fit(told, console.width - _NAME)
+    words = [len(word) for setting in comparison.settings for word in setting.name.split()]
+    shown = _that_fit(told, console.width - min(max(_NAME, *words), console.width // 2))
     console.print(_table(comparison, shown))
     console.print(Text.assemble("\n", (f"Take {comparison.recommended}.", "bold"), f" {comparison.reason}."))
     for note in notes(comparison):
         console.print(note)
-    for what, names in {"memory": comparison.by_memory, "time": comparison.by_time}.items():
-        if 1 < len(names) < len(comparison.settings):
-            console.print(
-                f"No other is as good in as little {what}: "
-                + "; ".join(s.name for s in comparison.settings if s.name in names)
-                + "."
-            )
+    for front in fronts(comparison):
+        console.print(front)
     if len(shown) < len(told):
         console.print(f"Not shown for want of room: {', '.join(c.title for c in told[len(shown) :])}.")
     if left_out:

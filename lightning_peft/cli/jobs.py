@@ -7,7 +7,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,8 +17,10 @@ from hydra.errors import InstantiationException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from lightning_peft.analysis.run_files import CONFIG, ERROR, METRICS
 from lightning_peft.cli.report import print_sweep
 from lightning_peft.cli.sweep import Outcome, Sweep
+from lightning_peft.formats.writing import written_file
 
 _MISTAKES = (ValueError, TypeError, OSError, RuntimeError, ImportError, InstantiationException)
 _FULL = "HYDRA_FULL_ERROR"
@@ -46,6 +50,7 @@ class Jobs:
         try:
             result = self.command(config)
         except Exception as error:
+            _keep_reason(config, error)
             if sweep.folder is not None:
                 sweep.note(self._failed(error))
                 if not str(HydraConfig.get().sweeper._target_).startswith(_BASIC_SWEEPER):
@@ -116,6 +121,14 @@ def stop(message: str) -> NoReturn:
     """
     print(f"lightning-peft: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _keep_reason(config: DictConfig, error: Exception) -> None:
+    """Writes why a training failed into its folder, for those who look at it when the terminal is gone."""
+    folder = Path(config.get("run_dir") or "")
+    if (folder / CONFIG).is_file() and not (folder / METRICS).exists():
+        with suppress(OSError), written_file(folder / ERROR) as scratch:
+            scratch.write_text(f"{_reason(error)}\n", encoding="utf-8")
 
 
 def _reason(error: Exception) -> str:

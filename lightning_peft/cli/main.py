@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 CONFIG_PATH = "pkg://lightning_peft.conf"
 BARE_WORDS = {
-    "compare": BareWords("folders", several=True),
-    "doctor": BareWords("run"),
-    "inspect": BareWords("adapter"),
+    "compare": BareWords(("folders",), several=True),
+    "diff": BareWords(("a", "b")),
+    "doctor": BareWords(("run",)),
+    **dict.fromkeys(("eval", "predict", "export", "inspect", "shrink"), BareWords(("adapter",))),
 }
 _WITH_A_VALUE = (
     "-c",
@@ -72,6 +73,10 @@ def main() -> None:
             overrides = BARE_WORDS[command].as_overrides(overrides)
         except ValueError as error:
             stop(f"{command}: {error}")
+    else:
+        word = next(filter(is_word, overrides), None)
+        if word is not None:
+            stop(f"{command}: {word!r} is no option: what is given to it is written option=value")
     try:
         overrides = understood(command, overrides, asks=_only_asks(arguments))
     except ValueError as error:

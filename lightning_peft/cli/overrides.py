@@ -168,7 +168,7 @@ def _problem_of(command: str, words: list[Override], chosen: list[str], compose:
     missing = [m for m in _missing(config) if m not in drawn and not m.startswith("hydra.")]
     if missing and not asks:
         return f"{command} needs {missing[0]}=..." + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
-    keys = [w.key_or_group for w in words if "." in w.key_or_group and w.key_or_group not in drawn]
+    keys = [w.key_or_group for w in words if w.key_or_group not in {*drawn, *_groups(config)}]
     return _word_for_a_number(config, compose(*_choices(given)), keys)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_peft.analysis.data_summary import Cut, Shown, Spread, TokenCounts, percent
+from lightning_peft.analysis.data_summary import LOST, Cut, Shown, Spread, TokenCounts, percent
 from lightning_peft.data.files import Example
 from lightning_peft.data.module import TextDataModule
 from lightning_peft.data.parts import LABELS, Part, parts_of, row_lengths, row_supervised
@@ -22,7 +23,6 @@ WHOLE = 1_000_000_000
 """Instead of ``max_length``: longer than any text."""
 
 _BEGINNING = 10_000  # rows of a stream
-_LOST = 0.05  # of the supervised tokens: more is worth a sentence
 
 
 def look_at_texts(data: TextDataModule, sample: int | None) -> Look:
@@ -125,11 +125,15 @@ def _cut(data: TextDataModule, view: _Encoded, sample: int | None) -> Cut:
     whole = without_cut(data, [view.examples[i] for i in chosen])
     before, supervised = np.zeros(len(chosen), dtype=np.int64), 0
     after, supervised_after = np.zeros(len(chosen), dtype=np.int64), 0
+    texts: list[tuple[int, int]] = []  # the tokens of each, and how many of them are supervised
     for part in view.parts:
-        before += [len(feature[part.ids]) for feature in whole]
+        lengths = [len(feature[part.ids]) for feature in whole]
+        before += lengths
         after += row_lengths(kept, part.ids)
         if part.labels is not None:
-            supervised += sum(int(np.count_nonzero(np.asarray(feature[part.labels]) != IGNORED)) for feature in whole)
+            learnt = [int(np.count_nonzero(np.asarray(feature[part.labels]) != IGNORED)) for feature in whole]
+            supervised += sum(learnt)
+            texts += zip(lengths, learnt, strict=True)
             supervised_after += int(row_supervised(kept, part).sum())
     return Cut(
         looked_at=len(chosen),
@@ -138,7 +142,18 @@ def _cut(data: TextDataModule, view: _Encoded, sample: int | None) -> Cut:
         tokens_lost=int((before - after).sum()),
         supervised=supervised,
         supervised_lost=supervised - supervised_after,
+        enough=_enough(np.array(texts)) if supervised else 0,
     )
+
+
+def _enough(texts: np.ndarray) -> int:
+    """The least length that takes no more than `LOST` of what is supervised, wherever in a text that is."""
+    lengths, learnt = texts.T
+
+    def suffices(length: int) -> bool:
+        return bool(np.minimum(learnt, np.maximum(lengths - length, 0)).sum() <= LOST * learnt.sum())
+
+    return bisect.bisect_left(range(int(lengths.max())), True, key=suffices)
 
 
 def without_cut(data: TextDataModule, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -175,7 +190,7 @@ def _padding(tokenizer: Any) -> list[str]:
 
 def _lost(data: TextDataModule, name: str, view: View) -> list[str]:
     cut = None if view.tokens is None else view.tokens.cut
-    if cut is None or cut.supervised_lost <= _LOST * cut.supervised:
+    if cut is None or cut.supervised_lost <= LOST * cut.supervised:
         return []
     share = percent(cut.supervised_lost, cut.supervised)
     limits = f"data.max_length={data.max_length}" + (" and the task's own" if isinstance(data.task, Cutting) else "")

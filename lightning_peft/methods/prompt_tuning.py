@@ -42,7 +42,7 @@ class PromptTuning:
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     modules_to_save: list[str] | None = None
-    learning_rate: float = 1e-2
+    learning_rate: float = 1e-1
 
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     mergeable: ClassVar[bool] = False

@@ -13,7 +13,7 @@ from scipy import stats
 
 from lightning_peft.analysis.comparison import compared, pareto
 from lightning_peft.analysis.comparison_report import PAGE, write_report
-from lightning_peft.analysis.comparison_table import columns, notes
+from lightning_peft.analysis.comparison_table import columns, fronts, notes
 from lightning_peft.analysis.runs import Run
 from lightning_peft.analysis.settings import numbers
 
@@ -228,8 +228,34 @@ def test_what_was_forgotten_is_drawn_by_method_and_by_layer(tmp_path):
     found = compared(runs + several("full", FULL, forgetting=0.3, layers={"0": 0.2, "1": 0.4}))
     write_report(found, {}, tmp_path)
     assert {"forgetting.png", "drift.svg"} <= {path.name for path in tmp_path.iterdir()}
-    assert [column.shown for column in columns(found) if column.title == "forgot"] == [["0.1", "0.3"]]
+    assert [column.shown for column in columns(found) if column.title == "forgot"] == [["0.1 ± 0", "0.3 ± 0"]]
 
 
 def test_numbers_that_nobody_took_are_no_columns():
     assert [c.title for c in columns(compared(several("lora", LORA)))] == ["val/accuracy", "trained"]
+
+
+def test_the_front_is_told_of_whoever_is_on_it():
+    one = several("lora", LORA, step_seconds=0.1)
+    assert fronts(compared(one)) == []
+    assert fronts(compared(one + several("ia3", IA3, step_seconds=0.2))) == [
+        "No other is as good in as little time: lora."
+    ]
+    both = fronts(compared(one + several("ia3", IA3, step_seconds=0.05)))
+    assert both == ["No other is as good in as little time: all."]
+
+
+def test_a_pruned_trial_is_marked_in_the_table_and_the_numbers(tmp_path):
+    found = compared(several("lora", LORA) + several("ia3", IA3, pruned=True))
+    assert [column.shown for column in columns(found) if column.title == "ended"] == [["", "pruned"]]
+    page = write_report(found, {}, tmp_path)
+    with (page.parent / "settings.csv").open() as file:
+        assert [row["pruned"] for row in csv.DictReader(file)] == ["False", "True"]
+
+
+def test_what_is_forgotten_has_its_unit_and_its_spread():
+    runs = [*several("lora", LORA[:2], forgetting=0.1, forgetting_kind="loss")]
+    (first, second) = (replace(run, forgetting=value) for run, value in zip(runs, (0.1, 0.3), strict=True))
+    (column,) = (c for c in columns(compared([first, second])) if c.title == "forgot")
+    assert column.shown == ["0.2 ± 0.14"]
+    assert "growth of the loss on held-out text (nats a token)" in column.note

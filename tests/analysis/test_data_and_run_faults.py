@@ -6,19 +6,19 @@ import pytest
 
 from lightning_peft.analysis.data_faults import no_better_than_guessing, truncation
 from lightning_peft.analysis.data_summary import Cut
-from lightning_peft.analysis.run_faults import another_base, forgetting, unended
+from lightning_peft.analysis.run_faults import another_base, forgetting, unended, unreadable
 
 LABELS = {"a": 60, "b": 40}
 
 
 def test_a_cut_is_a_fault_where_it_takes_what_is_learnt():
-    eaten = Cut(looked_at=10, rows=9, tokens=400, tokens_lost=200, supervised=100, supervised_lost=60)
+    eaten = Cut(looked_at=10, rows=9, tokens=400, tokens_lost=200, supervised=100, supervised_lost=60, enough=52)
     found = truncation({"train": eaten}, 16)
     assert found.found is not None
     assert "90.0% of the rows are cut, 60.0% of what is learnt is lost" in found.evidence
-    assert found.remedy.startswith("data.max_length=40 or more")
-    assert truncation({"train": Cut(10, 9, 400, 200, 0, 0)}, 16).found is None, "labels of whole rows"
-    assert truncation({"train": Cut(10, 1, 400, 4, 100, 4)}, 16).found is None
+    assert found.remedy.startswith("data.max_length=52 loses next to nothing")
+    assert truncation({"train": Cut(10, 9, 400, 200, 0, 0, 0)}, 16).found is None, "labels of whole rows"
+    assert truncation({"train": Cut(10, 1, 400, 4, 100, 4, 30)}, 16).found is None
     assert not truncation({}, 16).seen
 
 
@@ -36,6 +36,14 @@ def test_a_cut_is_a_fault_where_it_takes_what_is_learnt():
 )
 def test_a_metric_is_compared_with_what_one_label_alone_gives(metrics, guesses):
     assert (no_better_than_guessing(metrics, LABELS, None).found is not None) is guesses
+
+
+def test_a_metric_of_few_rows_differs_by_chance_by_more():
+    metrics = {"val/accuracy": 0.7}
+    assert no_better_than_guessing(metrics, LABELS, None, scored=50).found is None
+    few = no_better_than_guessing(metrics, LABELS, None, scored=16)
+    assert few.found is not None, "16 rows differ by 12%"
+    assert "val/accuracy 0.7 on 16 rows, and" in few.evidence
 
 
 def test_the_metric_that_chose_the_checkpoint_decides():
@@ -59,6 +67,8 @@ def test_a_run_ends_with_its_metrics():
     assert unended(metrics=False, epoch=1, epochs=4, step=10, steps=None).found == "The run did not end."
     assert "stopped before it wrote" in unended(metrics=False, epoch=4, epochs=4, step=40, steps=None).found
     assert "no step is known" in unended(metrics=False, epoch=None, epochs=4, step=None, steps=None).evidence
+    failed = unended(metrics=False, epoch=None, epochs=4, step=None, steps=None, failed="token_indices is empty")
+    assert failed.found == "The run failed: token_indices is empty"
 
 
 def test_bases_are_told_apart_by_their_fingerprints():
@@ -67,6 +77,13 @@ def test_bases_are_told_apart_by_their_fingerprints():
     assert "different bases" in another_base({**same, "adapter": "bb"}, None, "").found
     assert "config.yaml names" in another_base(same, "values differ", "").found
     assert not another_base({"last.ckpt": None}, None, "").seen
+    assert not another_base(same, None, "it has no weights", compared=False).seen
+    assert another_base({**same, "adapter": "bb"}, None, "", compared=False).found is not None
+
+
+def test_what_was_saved_and_cannot_be_read_is_a_fault():
+    assert unreadable([]).found is None
+    assert unreadable(["last.ckpt (10 bytes) is cut short"]).evidence == "last.ckpt (10 bytes) is cut short"
 
 
 def test_forgetting_counts_against_what_the_base_knew():

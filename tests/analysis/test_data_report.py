@@ -30,7 +30,7 @@ from lightning_peft.analysis.data_summary import (
 def summary():
     labels = {f"label number {i} <of> many": 100 - i for i in range(20)}
     spreads = {"length": Spread.of([3, 5, 8, 64, 64, 64], "tokens", 64)}
-    cut = Cut(1000, 312, 150_000, 26_544, 6_000, 2_544)
+    cut = Cut(1000, 312, 150_000, 26_544, 6_000, 2_544, 301)
     numbers = {"tokens": TokenCounts(123_456, 3_456, cut), "spreads": spreads, "streamed": False}
     again = {"duplicates": 3, "same_inputs": 0, "in_training": 0, "inputs_in_training": 0}
     train = SplitSummary(examples=2_000, rows=2_000, labels=labels, **numbers, **again)
