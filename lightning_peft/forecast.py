@@ -220,7 +220,7 @@ def spoken_batch(task: Task, rows: int, tokens: int | None) -> str:
         tokens: of each row; None for images.
     """
     if isinstance(task, Processed):
-        return f"{rows} images"
+        return f"{rows} image{'s' if rows > 1 else ''}"
     return f"{rows} {'pairs of ' if isinstance(task, DPO | Embedding) else 'x '}{tokens} tokens"
 
 

@@ -249,12 +249,17 @@ def uneven_answers(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> Path:
     """A tiny Llama with a BERT tokenizer."""
+    return save_llama(tmp_path_factory.mktemp("llama"), tokenizer_folder)
+
+
+def save_llama(folder: Path, tokenizer_folder: str, **sizes: int) -> Path:
+    """Saves a tiny Llama with a BERT tokenizer; its sizes are `SIZES`, but for those that are given."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("llama")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0)
+    sizes = {**SIZES, **sizes}
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

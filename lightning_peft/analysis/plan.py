@@ -46,6 +46,13 @@ class Plan:
         trainable: trained parameters.
         total: parameters of the model, adapters aside.
         trainable_bytes: bytes of the trained parameters.
+        saved_bytes: bytes of the tensors that are saved of the adapter.
+        checkpoint_bytes: bytes of the tensors in a checkpoint: what is saved, what trains beside the adapter, and two
+            numbers for each trained parameter, as optimizers of Adam's kind keep them.
+        first: the first module that trains, in the order in which the model defines them; ``""`` where the adapter
+            stands before all modules.
+        share_before: the share of the weights of linear layers and convolutions that lie before it: what they give
+            needs no backward pass.
         originals_bytes: bytes of the base's originals that are kept beside what trains in place.
         merge_bytes: bytes of the originals that wait on the CPU while the adapter is merged; before it is, an upper
             bound: all weights of the modules that it changes. 0 if it cannot be merged.
@@ -59,6 +66,10 @@ class Plan:
     trainable: int
     total: int
     trainable_bytes: int
+    saved_bytes: int
+    checkpoint_bytes: int
+    first: str
+    share_before: float
     originals_bytes: int
     merge_bytes: int
     linears: int
@@ -76,6 +87,14 @@ class Plan:
         width = max((len(r.place) for r in self.rows), default=0)
         lines += [f"  {r.place:<{width}}  {r.what}, {r.modules} x, {r.parameters:,} parameters" for r in self.rows]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    @property
+    def beginning(self) -> str:
+        """One line: where the model begins to train; empty where that is its beginning."""
+        share = round(100 * self.share_before)
+        if not share:
+            return ""
+        return f"Trains from {self.first} on; the {share}% of the linear weights before it need no backward pass"
 
     @property
     def summary(self) -> str:
@@ -114,6 +133,12 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
         what = "new, in place" if key in new else "in place"
         entries.append((_join(path, owner), what, owner, tensor.numel(), tensor.numel() * tensor.element_size()))
     rows = _grouped(entries)
+    trainable_bytes = sum(r.bytes for r in rows)
+    saved_bytes = sum(map(_bytes, (*tree.state_dict().values(), *(base[key] for key in record.in_place))))
+    checkpoint_bytes = saved_bytes + 2 * trainable_bytes
+    first, share_before = _beginning(
+        modules, [*tree.layers_by_module, *(k.rpartition(".")[0] for k in record.in_place)]
+    )
     names, covered = _coverage(model, modules, tree)
     merge_bytes = _merge_bytes(model, modules, name, tree)
     return Plan(
@@ -121,12 +146,17 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
         rows=rows,
         trainable=sum(r.parameters for r in rows),
         total=sum(map(number_of, base.values())),
-        trainable_bytes=sum(r.bytes for r in rows),
+        trainable_bytes=trainable_bytes,
+        saved_bytes=saved_bytes,
+        checkpoint_bytes=checkpoint_bytes,
+        first=_join(path, first),
+        share_before=share_before,
         originals_bytes=sum(map(_bytes, (record.originals or {}).values())),
         merge_bytes=merge_bytes,
         linears=len(names),
         covered=len(covered),
         notes=(
+            f"Saved, it takes {size(saved_bytes)}; a checkpoint, with AdamW's state, {size(checkpoint_bytes)}",
             *(_reach(names, covered, _unreached_stacks(modules, tree)) if _changes_weights(tree) else ()),
             *_notes([_join(path, n) for n in record.new], record.originals is None, method),
             *_costs(merge_bytes),
@@ -159,6 +189,9 @@ def plan_within(outer: Module, path: str, name: str) -> Plan:
         trainable=plan.trainable + sum(r.parameters for r in beside),
         total=plan.total + sum(map(number_of, outside.values())),
         trainable_bytes=plan.trainable_bytes + sum(r.bytes for r in beside),
+        checkpoint_bytes=plan.checkpoint_bytes + 3 * sum(r.bytes for r in beside),
+        # what trains before the adapted submodule needs a backward pass through all of it
+        share_before=0.0 if beside else plan.share_before,
     )
 
 
@@ -193,6 +226,23 @@ def _costs(merge_bytes: int) -> list[str]:
     if not merge_bytes:
         return []
     return [f"Merging keeps up to {size(merge_bytes)} of original weights on the CPU, or none (keep_originals=False)"]
+
+
+def _beginning(modules: dict[str, Module], places: Iterable[str]) -> tuple[str, float]:
+    """The first module in or below which something trains, and the share of the linear weights before it."""
+    trained = set(places)
+    sizes = {
+        name: number_of(weight)
+        for name, module in modules.items()
+        if (issubclass(class_of(module), Linear) or isinstance(module, _ConvNd) or is_conv1d(module))
+        and (weight := module._parameters.get("weight")) is not None
+    }
+    before = 0
+    for name in modules:
+        if name in trained:
+            return name, before / max(1, sum(sizes.values())) if name else 0.0
+        before += sizes.get(name, 0)
+    return "", 0.0
 
 
 def _grouped(entries: list[tuple[str, str, str, int, int]]) -> tuple[PlanRow, ...]:

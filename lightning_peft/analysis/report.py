@@ -17,6 +17,8 @@ def print_plan(plan: Plan) -> None:
     """
     if not sys.stdout.isatty():
         print(plan)
+        if plan.beginning:
+            print(f"  {plan.beginning}")
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -40,7 +42,7 @@ def print_plan(plan: Plan) -> None:
         console.print(table)
     else:
         print(_narrow(plan, console.width))
-    for note in plan.notes:
+    for note in filter(None, (*plan.notes, plan.beginning)):
         console.print(Text(note, style="dim"))
 
 

@@ -102,8 +102,12 @@ def train(config: DictConfig) -> float | None:
     folder = module.save_adapter(target)
     write_json(Path(config.run_dir) / METRICS, written)  # by which a run is known to have ended
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    print_training(config.monitor, score, best, module, folder, list(words))
+    print_training(config.monitor, score, best, module, folder, list(words), swept=_is_swept())
     return score
+
+
+def _is_swept() -> bool:
+    return HydraConfig.initialized() and bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def _reached(config: DictConfig, trainer: L.Trainer, module: PeftModule) -> tuple[float | None, dict[str, Any]]:
@@ -138,9 +142,8 @@ def _note_found_rate(config: DictConfig, module: PeftModule) -> None:
 
 def _refuse_sweep_over_devices(trainer: L.Trainer) -> None:
     """Each further process would run the whole sweep by itself."""
-    sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     starts = not getattr(getattr(trainer.strategy, "cluster_environment", None), "creates_processes_externally", True)
-    if sweeps and starts and trainer.num_devices > 1:
+    if _is_swept() and starts and trainer.num_devices > 1:
         raise ValueError(
             f"a sweep trains on one device in each run, but got trainer.devices={trainer.num_devices}; leave it at 1, "
             "run the settings one by one, or start the command by torchrun or srun"

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_peft.analysis.sizes import size
 from lightning_peft.analysis.step_cost import StepCost, cost_of_forward, cost_of_step, operations
 from lightning_peft.cli.targets import made
 from lightning_peft.core.imitation import UnknownShape, imitated, inputs_for
 from lightning_peft.core.method import DataDriven, Method, require_method
+from lightning_peft.forecast import spoken_batch
 from lightning_peft.handle import Adapter, adapt
 from lightning_peft.methods.hf_peft import HFPeft
 from lightning_peft.tasks import task_from_config
@@ -46,7 +46,10 @@ def show_plan(config: DictConfig) -> None:
         adapter = adapt(model, method)
         cost = None if forward is None else _cost(adapter, method, inputs, forward)
     print(adapter.plan)
-    for line in [*_said(adapter, cost, config.batch_size, length), *([f"Counted with {note}"] if note else [])]:
+    for line in [
+        *_said(cost, spoken_batch(task, config.batch_size, length)),
+        *([f"Counted with {note}"] if note else []),
+    ]:
         print(f"  {line}")
 
 
@@ -92,16 +95,13 @@ def _cost(adapter: Adapter, method: Method, inputs: dict[str, Any], forward: int
         raise
 
 
-def _said(adapter: Adapter, cost: StepCost | None, batch: int, length: int) -> list[str]:
-    saved = sum(t.numel() * t.element_size() for t in adapter.state_dict().values())
-    lines = [f"Saved, it takes {size(saved)}; a checkpoint has two more numbers for each parameter, the optimizer's"]
+def _said(cost: StepCost | None, batch: str) -> list[str]:
     if cost is None:
-        return [*lines, "What a step costs cannot be counted: numbers of the model or the data decide it"]
+        return ["What a step costs cannot be counted: numbers of the model or the data decide it"]
     spared = round(100 * cost.share_below)
     return [
-        *lines,
         f"Trains from {cost.first or 'the end'} on"
         + (f"; the {spared}% of the forward pass before it need no backward pass" if spared else ""),
-        f"A step of {batch} x {length} tokens takes {operations(cost.forward + cost.backward)}, "
+        f"A step of {batch} takes {operations(cost.forward + cost.backward)}, "
         f"{100 * cost.of_full:.0f}% of what training all weights takes",
     ]

@@ -38,7 +38,14 @@ _OF_ONE_METHOD = (
 
 
 def print_training(
-    monitor: str, score: float | None, best: Path | None, module: PeftModule, folder: Path, words: list[str]
+    monitor: str,
+    score: float | None,
+    best: Path | None,
+    module: PeftModule,
+    folder: Path,
+    words: list[str],
+    *,
+    swept: bool = False,
 ) -> None:
     """Says what a run reached, where it lies, how small it is, and what to try next.
 
@@ -49,6 +56,7 @@ def print_training(
         module: the trained module.
         folder: the exported adapter.
         words: the words of the command line that made this run.
+        swept: whether it is one of a sweep.
     """
     plan = module.adapter.plan
     words = [word.removeprefix("++") for word in words]  # which the command adds by itself where Hydra wants it
@@ -77,7 +85,8 @@ def print_training(
     _print_command("predict", f"adapter={shown_folder}", "output=predictions.jsonl", *new_data)
     if module.method.mergeable:
         _print_command("export", f"adapter={shown_folder}", "to=merged", "format=merged")
-    _print_command("-m", "method=lora,bitfit,houlsby,prompt_tuning", "seed=1,2", *same_setting)
+    if not swept:
+        _print_command("-m", "method=lora,bitfit,houlsby,prompt_tuning", "seed=1,2", *same_setting)
 
 
 def _print_command(*words: str) -> None:
@@ -123,6 +132,8 @@ def print_sweep(runs: Sequence[Outcome]) -> None:
         table.add_row(str(run.run), Text(run.chosen), value, f"{trained:,}", Text(str(folder.relative_to(shared))))
     print()
     Console().print(table)
+    print("\nNext:")
+    _print_command("compare", short(shared))
 
 
 def print_exported(folder: Path, form: str, module: PeftModule) -> None:

@@ -43,6 +43,7 @@ from lightning_peft import (
 )
 from lightning_peft.core.quantized import dequantized, full_weight, is_quantized, memory, number_of, requantized
 from lightning_peft.tasks.quantization import note_full_weights
+from tests.conftest import save_llama
 
 pytestmark = [
     pytest.mark.usefixtures("codes_in_order"),
@@ -68,6 +69,12 @@ METHODS = {
     "prefix": PrefixTuning(num_virtual_tokens=3),
 }
 WEIGHTS = ["lora", "dora", "pissa", "ia3", "oft", "bat", "sparse"]
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory, tokenizer_folder):
+    """A tiny Llama whose rows are whole blocks of codes: bitsandbytes' AVX-512 kernel reads other rows wrongly."""
+    return save_llama(tmp_path_factory.mktemp("llama"), tokenizer_folder, hidden_size=64, intermediate_size=128)
 
 
 @pytest.fixture
