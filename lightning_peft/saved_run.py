@@ -18,6 +18,7 @@ from lightning_peft.callbacks.interrupt import NAME
 from lightning_peft.core.fingerprint import OF_NOTHING
 from lightning_peft.core.method import DataDriven
 from lightning_peft.formats.base_identity import refuse_another_base
+from lightning_peft.formats.folder import OF_A_RUN as ADAPTER
 from lightning_peft.formats.folder import SavedAdapter, read_folder
 from lightning_peft.formats.reading import read_checkpoint
 from lightning_peft.formats.tensor_file import read_tensors
@@ -28,7 +29,6 @@ from lightning_peft.tasks import task_from_config
 from lightning_peft.tasks.base_model import BaseModel
 
 BEST, LAST, INTERRUPTED = "checkpoints/best.ckpt", "checkpoints/last.ckpt", f"checkpoints/{NAME}"
-ADAPTER = "adapter"
 
 _MOVES_BY = 5
 """Steps after which each trained tensor has moved: warm-up makes none in the first, and of a product that starts at

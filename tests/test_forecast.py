@@ -199,6 +199,7 @@ def test_what_lies_between_two_counted_sizes_is_no_more_than_fits():
 def test_cards_are_known_by_name_and_the_smallest_is_first():
     assert [card.name for card in gpus_named(["H200", "T4"])] == ["T4", "H200"]
     assert len(gpus_named(None)) == len(KNOWN)
+    assert [card.name for card in gpus_named(["h100", "l4", "H100-80GB"])] == ["L4", "H100-80GB"]
     assert gpus_named("T4")[0].seconds(10**12, "bf16-mixed") > gpus_named("T4")[0].seconds(10**12, "16-mixed")
     with pytest.raises(ValueError, match="'H20' is unknown; did you mean 'H200'"):
         gpus_named(["H20"])

@@ -61,9 +61,10 @@ def compared(runs: Sequence[Run]) -> Comparison:
     Raises:
         ValueError: if there is no run, or they were judged by several metrics.
     """
-    monitors = sorted({f"{run.monitor} ({run.mode})" for run in runs})
+    monitors = {f"{run.monitor} ({run.mode})": run.folder for run in reversed(runs)}
     if len(monitors) != 1:
-        raise ValueError(f"runs that are compared are judged by one metric, but got {', '.join(monitors) or 'no run'}")
+        told = ", ".join(f"{monitor} in {folder}" for monitor, folder in sorted(monitors.items()))
+        raise ValueError(f"runs that are compared are judged by one metric, but got {told or 'no run'}")
     sign = 1 if runs[0].mode == "max" else -1
     settings = tuple(sorted(by_setting(runs), key=lambda s: -sign * s.score))
     chances = p_values(settings)

@@ -69,16 +69,23 @@ def gpus_named(names: str | list[str] | None) -> list[Gpu]:
     """Cards by name, those with the least memory first.
 
     Args:
-        names: one or some of `KNOWN`; None is all.
+        names: one or some of `KNOWN`, in letters of any case; the beginning of one name alone will do. None is all.
 
     Raises:
-        ValueError: if one is unknown.
+        ValueError: if one is unknown, or the beginning of several.
     """
     names = [names] if isinstance(names, str) else names
     if names == []:
         raise ValueError("gpus is empty; name some, or leave it out to have all that are known")
-    unknown = [str(name) for name in names or () if name not in KNOWN]
-    if unknown:
-        near = nearest(unknown[0], KNOWN) or f"; known are {', '.join(KNOWN)}"
-        raise ValueError(f"gpus: {unknown[0]!r} is unknown{near}")
-    return sorted((KNOWN[name] for name in (KNOWN if names is None else names)), key=lambda gpu: gpu.memory)
+    found = list(KNOWN.values()) if names is None else [_named(str(name)) for name in names]
+    return sorted(dict.fromkeys(found), key=lambda gpu: gpu.memory)
+
+
+def _named(name: str) -> Gpu:
+    exact = [known for known in KNOWN if known.lower() == name.lower()]
+    begun = exact or [known for known in KNOWN if known.lower().startswith(f"{name.lower()}-")]
+    if len(begun) != 1:
+        some = " or ".join(begun)
+        near = f" is {some}; write which" if begun else f" is unknown{nearest(name, KNOWN)}"
+        raise ValueError(f"gpus: {name!r}{near}; known are {', '.join(KNOWN)}")
+    return KNOWN[begun[0]]

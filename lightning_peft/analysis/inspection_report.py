@@ -101,11 +101,26 @@ def _table(found: Inspection, console: Console) -> Table:
         rows = {kind.name: _cells_of_kind(kind) for kind in kinds(changes)}
     else:
         rows = {change.name: _cells(change, bars) for change in changes}
-    taken = sum(1 + max(len(title), *(len(cells[title]) for cells in rows.values())) for title in titles)
-    room = max(8, console.width - taken - 1)
-    for name, cells in rows.items():
-        table.add_row(broken(name.removeprefix(prefix), room), *(cells[title] for title in titles))
+    lines = [(name.removeprefix(prefix), *(cells[title] for title in titles)) for name, cells in rows.items()]
+    add_rows(table, lines, console.width)
     return table
+
+
+def add_rows(table: Table, rows: Sequence[Sequence[Any]], width: int) -> None:
+    """Adds rows that begin with a dotted name, which is broken at its dots where the line has no room.
+
+    Args:
+        table: with a heading for each cell.
+        rows: the cells of each.
+        width: of the terminal, in characters.
+    """
+    taken = sum(
+        1 + max([len(str(column.header)), *(len(row[place]) for row in rows)])
+        for place, column in enumerate(table.columns)
+        if place
+    )
+    for name, *cells in rows:
+        table.add_row(broken(name, max(8, width - taken - 1)), *cells)
 
 
 def _cells(change: Change, bars: str) -> dict[str, str | Text]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_peft.analysis.run_files import CONFIG, COST, FORECAST, FORGETTING, METRICS, found_rate, read_config
 from lightning_peft.core.problems import nearest_path
-from lightning_peft.formats.folder import read_folder
+from lightning_peft.formats.folder import OF_A_RUN, read_folder
 from lightning_peft.formats.reading import read_json
 from lightning_peft.formats.training_record import TrainingRecord
 
@@ -87,6 +87,8 @@ def find_runs(folders: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     """
     found: dict[Path, bool] = {}
     for folder in map(Path, folders):
+        if folder.is_file():
+            raise NotADirectoryError(f"{folder} is a file; a folder of runs is expected")
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder{nearest_path(folder)}")
         below = [path.parent for path in sorted(folder.rglob(CONFIG)) if ".hydra" not in path.parts]
@@ -193,9 +195,9 @@ def _layers(path: Path) -> dict[str, float]:
 
 def _record(folder: Path) -> TrainingRecord:
     """How the training went; runs whose weights lie in parts have no adapter, so nothing is known of it."""
-    if not (folder / "adapter").is_dir():
+    if not (folder / OF_A_RUN).is_dir():
         return TrainingRecord()
-    return read_folder(folder / "adapter").training or TrainingRecord()
+    return read_folder(folder / OF_A_RUN).training or TrainingRecord()
 
 
 def _points(points: Iterable[Any]) -> tuple[tuple[int, float], ...]:

@@ -33,7 +33,7 @@ from lightning_peft.cli.targets import made
 from lightning_peft.core.method import Method
 from lightning_peft.core.problems import nearest_path
 from lightning_peft.data.summary import summarise
-from lightning_peft.formats.folder import refuse_occupied
+from lightning_peft.formats.folder import OF_A_RUN, refuse_occupied
 from lightning_peft.formats.serving import consumer_of
 from lightning_peft.formats.writing import write_json, written_file
 from lightning_peft.module import PeftModule
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 def train(config: DictConfig) -> float | None:
     """Trains, keeps the best checkpoint, exports the adapter; returns the monitored metric for a sweeper."""
-    target = Path(config.run_dir) / "adapter"
+    target = Path(config.run_dir) / OF_A_RUN
     monitor_as_the_task_says(config)
     if config.skip_finished or config.ckpt_path == "last":
         refuse_other_settings(config)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lightning_peft.analysis.difference import Difference, Differences, Side, Subspaces, differences
 from lightning_peft.analysis.inspection import shared_prefix
+from lightning_peft.analysis.inspection_report import add_rows
 from lightning_peft.cli.opened import opened
 from lightning_peft.cli.report import short
 from lightning_peft.formats.reading import naming
@@ -93,15 +94,17 @@ def _print_table(console: Console, rows: Sequence[Difference], what: str) -> Non
     spaces = any(d.columns for d in rows)
     for title in ("norm of a", "of b", "difference", *(("columns", "rows") if spaces else ())):
         table.add_column(title, justify="right", no_wrap=True)
-    for d in shown:
-        alike = (_phi(d.columns), _phi(d.rows)) if spaces else ()
-        table.add_row(
-            d.name.removeprefix(prefix), f"{d.norms[0]:.3g}", f"{d.norms[1]:.3g}", f"{d.relative:.1%}", *alike
-        )
+    rows_shown = [(d.name.removeprefix(prefix), *_cells(d, spaces=spaces)) for d in shown]
+    add_rows(table, rows_shown, console.width)
     console.print()
     console.print(table)
     if len(shown) < len(rows):
         console.print(f"The {len(shown)} of {len(rows)} that differ most")
+
+
+def _cells(d: Difference, *, spaces: bool) -> list[str]:
+    alike = [_phi(d.columns), _phi(d.rows)] if spaces else []
+    return [f"{d.norms[0]:.3g}", f"{d.norms[1]:.3g}", f"{d.relative:.1%}", *alike]
 
 
 def _phi(spaces: Subspaces | None) -> str:

@@ -35,9 +35,14 @@ def show_forecast(config: DictConfig) -> None:
     require_method(method)
     base, (task, note) = BaseModel.of(options["model"]), task_for(options["task"])
     rows, length = config.batch_size, min(config.length, base.positions() or config.length)
+    console = Console(highlight=False)
     with imitated_step(base, task, method, options["optimizer"], config.precision) as step:
         computed = step.operations(rows, length)
         found = {rows: step.memory(rows, length)}
+        # at once: the largest batch takes a count of several steps, minutes for models of many layers
+        console.print(Text(f"A step of {spoken_batch(task, rows, length)} in {config.precision}, {_spoken(method)}:"))
+        console.print(_parts(found[rows], computed))
+        console.print()
 
         def peak(count: int) -> int:
             if count not in found:
@@ -45,10 +50,6 @@ def show_forecast(config: DictConfig) -> None:
             return found[count].peak
 
         largest = largest_batches(peak, [card.memory - RESERVE for card in cards], rows)
-    console = Console(highlight=False)
-    console.print(Text(f"A step of {spoken_batch(task, rows, length)} in {config.precision}, {_spoken(method)}:"))
-    console.print(_parts(found[rows], computed))
-    console.print()
     seconds = [card.seconds(computed, config.precision) for card in cards]
     console.print(_fits(found[rows].peak, cards, largest, seconds))
     console.print(

@@ -126,12 +126,15 @@ def print_sweep(runs: Sequence[Outcome]) -> None:
     for column in (0, 2, 3):
         table.columns[column].justify = "right"
     table.columns[1].overflow = table.columns[4].overflow = "fold"
+    console = Console()
+    # a number that goes on in the next line is read as another one
+    table.columns[1].min_width = min(max(len(word) for run in runs for word in run.chosen.split()), console.width // 3)
     for run, folder in zip(runs, folders, strict=True):
         trained = json.loads((folder / METRICS).read_text())[TRAINABLE]
         value = f"{run.score:.4f}" if only else f"{run.monitor} {run.score:.4f}"
         table.add_row(str(run.run), Text(run.chosen), value, f"{trained:,}", Text(str(folder.relative_to(shared))))
     print()
-    Console().print(table)
+    console.print(table)
     print("\nNext:")
     _print_command("compare", short(shared))
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft.analysis.inspection import shared_prefix
+from lightning_peft.analysis.inspection_report import add_rows
 from lightning_peft.analysis.shrink import Shrunk, check_numbers, kept_in_all, require_room, shrink
 from lightning_peft.analysis.sizes import size
 from lightning_peft.cli.commands import evaluated, load
@@ -64,10 +65,9 @@ def print_shrunk(changes: Sequence[Shrunk]) -> None:
     for title in ("rank", "was", "kept", "relative error"):
         table.add_column(title, justify="right", no_wrap=True)
     shown = changes if len(changes) <= _ROWS else sorted(changes, key=lambda c: c.kept)[:_ROWS]
-    for change in shown:
-        table.add_row(change.place.removeprefix(prefix), str(change.rank), str(change.before), *_shares(change.kept))
-    kept = kept_in_all(changes)
-    table.add_row("in all", str(sum(c.rank for c in changes)), str(sum(c.before for c in changes)), *_shares(kept))
+    rows = [(c.place.removeprefix(prefix), str(c.rank), str(c.before), *_shares(c.kept)) for c in shown]
+    ranks = str(sum(c.rank for c in changes)), str(sum(c.before for c in changes))
+    add_rows(table, [*rows, ("in all", *ranks, *_shares(kept_in_all(changes)))], console.width)
     console.print(table)
     if len(shown) < len(changes):
         console.print(f"The {len(shown)} of {len(changes)} modules of which the least is kept")

@@ -41,6 +41,7 @@ from lightning_peft.formats.writing import write_json, written_whole
 from lightning_peft.methods.config import method_from_config, method_to_config
 
 PEFT_CONFIG = "adapter_config.json"
+OF_A_RUN = "adapter"  # in a run's folder, what the training exports
 MANIFEST = "lightning_peft.json"
 TOKENIZER = "tokenizer_config.json"
 
@@ -255,6 +256,8 @@ def read_folder(path: Path) -> SavedAdapter:
     if not path.exists():
         raise FileNotFoundError(f"{path} holds no adapter: there is no such folder{nearest_path(path)}")
     there = sorted(p.name for p in path.iterdir())[:8]
+    if any((path / OF_A_RUN / file).is_file() for file in (MANIFEST, PEFT_CONFIG)):
+        raise FileNotFoundError(f"{path} holds no adapter itself; that of a run is {path / OF_A_RUN}")
     raise FileNotFoundError(f"{path} holds no adapter ({MANIFEST} or {PEFT_CONFIG}); there is: {there}")
 
 
