@@ -70,7 +70,7 @@ def examine(folder: str | Path, *, check_base: bool = True) -> Examination:
         data_faults.truncation(run.cuts, run.option("data", "max_length") or LENGTH_OF_ROWS),
         guessing,
         run_faults.another_base(saved.fingerprints, base.mismatch, base.why, compared=base.compared),
-        run_faults.unreadable(saved.damaged),
+        run_faults.unreadable(saved.damaged, best=bool(saved.best)),
         *_forgetting(run),
     ]
     name = run.option("model", "name_or_path") or saved.record.get("base", {}).get("name")
@@ -171,10 +171,12 @@ def _reached(run: RunFiles, saved: SavedRun) -> dict[str, float]:
 
 
 def _scored(run: RunFiles) -> int | None:
-    """How many rows a validation looked at, where ``trainer.limit_val_batches`` is a number of batches."""
-    batches = run.option("trainer", "limit_val_batches")
+    """How many rows a validation looked at, where ``trainer.limit_val_batches`` leaves some out."""
+    limit = run.option("trainer", "limit_val_batches")
     rows = run.option("data", "eval_batch_size") or run.option("data", "batch_size")
-    return batches * rows if type(batches) is int and isinstance(rows, int) else None
+    if type(limit) is float and limit < 1:
+        return int(limit * sum((run.labels or {}).values())) or None
+    return limit * rows or None if type(limit) is int and isinstance(rows, int) else None
 
 
 def _forgetting(run: RunFiles) -> Iterable[Diagnosis]:

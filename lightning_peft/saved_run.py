@@ -98,7 +98,7 @@ class SavedRun:
             try:
                 saved.record = record_of(saved.last)
             except ValueError as error:
-                saved.lacking.append(str(error))
+                saved.damaged.append(str(error))
         return saved
 
     def _tried(self, path: Path, name: str, read: Any) -> Any:

@@ -122,7 +122,7 @@ def _costs(
     place.set_xlabel(label)
     place.set_ylabel(comparison.monitor)
     told = [
-        "bars: standard deviation over the seeds" if any(s.spread for s, _ in points) else "",
+        "whiskers: standard deviation over the seeds" if any(s.spread for s, _ in points) else "",
         "dashes: the Pareto front" if len(joined) > 1 else "",
         "crosses: pruned" if any(s.pruned for s, _ in points) else "",
     ]
@@ -257,11 +257,13 @@ def _forgetting(comparison: Comparison) -> Figure | None:
     figure = figure_of(7.2, 0.9 + 0.32 * len(found))
     place = figure.subplots()
     for row, (setting, value) in enumerate(found):
-        colour, spread = _look(comparison, setting)[0], [setting.forgetting_spread or 0.0]
+        colour, spread = _look(comparison, setting)[0], setting.forgetting_spread
         (bar,) = place.barh([row], [value], 0.7, color=colour, xerr=spread, capsize=2, ecolor=INK)
         bar.set_gid(group_of(comparison, setting))
     place.set_yticks(range(len(found)), [_shown(comparison, s) for s, _ in found])
     place.invert_yaxis()
     place.set_xlabel(lost_in(comparison.settings))
-    _explain(place, ["bars: standard deviation over the seeds" if any(s.forgetting_spread for s, _ in found) else ""])
+    _explain(
+        place, ["whiskers: standard deviation over the seeds" if any(s.forgetting_spread for s, _ in found) else ""]
+    )
     return figure

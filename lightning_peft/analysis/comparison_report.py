@@ -93,7 +93,7 @@ def search_note(search: Search) -> str:
 def _groups_of_trials(comparison: Comparison, search: Search) -> dict[int, str]:
     """For each trial's number the word by which a page finds the setting that its run belongs to."""
     of = {run.folder: group_of(comparison, setting) for setting in comparison.settings for run in setting.runs}
-    folders = {trial.number: search.folder / str(trial.number) for trial in search.trials}
+    folders = {trial.number: search.run(trial) for trial in search.trials}
     return {number: of[folder] for number, folder in folders.items() if folder in of}
 
 

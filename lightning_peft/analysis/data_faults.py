@@ -29,12 +29,16 @@ def truncation(cuts: Mapping[str, Cut], max_length: int | None) -> Diagnosis:
     if not eaten:
         return Diagnosis(subject, evidence)
     enough = max(c.enough for c in eaten.values())
+    longer = (
+        f"data.max_length={enough} loses next to nothing (lightning-peft data data.max_length=... shows another one)"
+    )
+    if max_length is not None and enough <= max_length:
+        longer = f"a larger limit of the task's own, such as task.max_target_length={enough}"
     return Diagnosis(
         subject,
         evidence,
         "The cut to data.max_length takes what is to be learnt: the model never sees the end of its answers.",
-        f"data.max_length={enough} loses next to nothing (lightning-peft data data.max_length=... shows what another "
-        "length loses); or shorter prompts",
+        f"{longer}; or shorter prompts",
     )
 
 

@@ -83,9 +83,9 @@ def gpus_named(names: str | list[str] | None) -> list[Gpu]:
 
 def _named(name: str) -> Gpu:
     exact = [known for known in KNOWN if known.lower() == name.lower()]
-    begun = exact or [known for known in KNOWN if known.lower().startswith(f"{name.lower()}-")]
-    if len(begun) != 1:
-        some = " or ".join(begun)
-        near = f" is {some}; write which" if begun else f" is unknown{nearest(name, KNOWN)}"
-        raise ValueError(f"gpus: {name!r}{near}; known are {', '.join(KNOWN)}")
+    begun = exact or [known for known in KNOWN if known.lower().startswith(name.lower())]
+    if not begun:
+        raise ValueError(f"gpus: {name!r} is unknown{nearest(name, KNOWN)}")
+    if len(begun) > 1:
+        raise ValueError(f"gpus: {name!r} may be {' or '.join(begun)}; write which")
     return KNOWN[begun[0]]

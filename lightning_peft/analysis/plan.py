@@ -49,10 +49,9 @@ class Plan:
         saved_bytes: bytes of the tensors that are saved of the adapter.
         checkpoint_bytes: bytes of the tensors in a checkpoint: what is saved, what trains beside the adapter, and two
             numbers for each trained parameter, as optimizers of Adam's kind keep them.
-        first: the first module that trains, in the order in which the model defines them; ``""`` where the adapter
-            stands before all modules.
-        share_before: the share of the weights of linear layers and convolutions that lie before it: what they give
-            needs no backward pass.
+        first: the layer of a stack, such as ``"encoder.layer.4"``, in which the first module lies that trains; ``""``
+            where it lies in none.
+        layers_before: how many layers of that stack come before it.
         originals_bytes: bytes of the base's originals that are kept beside what trains in place.
         merge_bytes: bytes of the originals that wait on the CPU while the adapter is merged; before it is, an upper
             bound: all weights of the modules that it changes. 0 if it cannot be merged.
@@ -69,7 +68,7 @@ class Plan:
     saved_bytes: int
     checkpoint_bytes: int
     first: str
-    share_before: float
+    layers_before: int
     originals_bytes: int
     merge_bytes: int
     linears: int
@@ -86,15 +85,22 @@ class Plan:
         lines = [f"{self.method}: {self.summary}"]
         width = max((len(r.place) for r in self.rows), default=0)
         lines += [f"  {r.place:<{width}}  {r.what}, {r.modules} x, {r.parameters:,} parameters" for r in self.rows]
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"  {note}" for note in (self.storage, *self.notes))])
 
     @property
     def beginning(self) -> str:
-        """One line: where the model begins to train; empty where that is its beginning."""
-        share = round(100 * self.share_before)
-        if not share:
+        """One line: where the model begins to train; empty where that is the first layer of a stack, or in none."""
+        if not self.layers_before:
             return ""
-        return f"Trains from {self.first} on; the {share}% of the linear weights before it need no backward pass"
+        many = "layer" if self.layers_before == 1 else f"{self.layers_before} layers"
+        return f"Trains from {self.first} on; no backward pass goes through the {many} before it"
+
+    @property
+    def storage(self) -> str:
+        """One line: what it takes on a disk."""
+        return (
+            f"Saved, it takes {size(self.saved_bytes)}; a checkpoint, with AdamW's state, {size(self.checkpoint_bytes)}"
+        )
 
     @property
     def summary(self) -> str:
@@ -135,8 +141,7 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
     rows = _grouped(entries)
     trainable_bytes = sum(r.bytes for r in rows)
     saved_bytes = sum(map(_bytes, (*tree.state_dict().values(), *(base[key] for key in record.in_place))))
-    checkpoint_bytes = saved_bytes + 2 * trainable_bytes
-    first, share_before = _beginning(
+    first, layers_before = _beginning(
         modules, [*tree.layers_by_module, *(k.rpartition(".")[0] for k in record.in_place)]
     )
     names, covered = _coverage(model, modules, tree)
@@ -148,15 +153,14 @@ def plan_of(model: Module, name: str, path: str = "") -> Plan:
         total=sum(map(number_of, base.values())),
         trainable_bytes=trainable_bytes,
         saved_bytes=saved_bytes,
-        checkpoint_bytes=checkpoint_bytes,
+        checkpoint_bytes=saved_bytes + 2 * trainable_bytes,
         first=_join(path, first),
-        share_before=share_before,
+        layers_before=layers_before,
         originals_bytes=sum(map(_bytes, (record.originals or {}).values())),
         merge_bytes=merge_bytes,
         linears=len(names),
         covered=len(covered),
         notes=(
-            f"Saved, it takes {size(saved_bytes)}; a checkpoint, with AdamW's state, {size(checkpoint_bytes)}",
             *(_reach(names, covered, _unreached_stacks(modules, tree)) if _changes_weights(tree) else ()),
             *_notes([_join(path, n) for n in record.new], record.originals is None, method),
             *_costs(merge_bytes),
@@ -191,7 +195,7 @@ def plan_within(outer: Module, path: str, name: str) -> Plan:
         trainable_bytes=plan.trainable_bytes + sum(r.bytes for r in beside),
         checkpoint_bytes=plan.checkpoint_bytes + 3 * sum(r.bytes for r in beside),
         # what trains before the adapted submodule needs a backward pass through all of it
-        share_before=0.0 if beside else plan.share_before,
+        layers_before=0 if beside else plan.layers_before,
     )
 
 
@@ -228,21 +232,18 @@ def _costs(merge_bytes: int) -> list[str]:
     return [f"Merging keeps up to {size(merge_bytes)} of original weights on the CPU, or none (keep_originals=False)"]
 
 
-def _beginning(modules: dict[str, Module], places: Iterable[str]) -> tuple[str, float]:
-    """The first module in or below which something trains, and the share of the linear weights before it."""
+def _beginning(modules: dict[str, Module], places: Iterable[str]) -> tuple[str, int]:
+    """The layer in which the first module lies that trains, and how many layers of its stack come before it.
+
+    Layers of a stack run in their order; of other modules the order in which a model defines them says little.
+    """
     trained = set(places)
-    sizes = {
-        name: number_of(weight)
-        for name, module in modules.items()
-        if (issubclass(class_of(module), Linear) or isinstance(module, _ConvNd) or is_conv1d(module))
-        and (weight := module._parameters.get("weight")) is not None
-    }
-    before = 0
-    for name in modules:
-        if name in trained:
-            return name, before / max(1, sum(sizes.values())) if name else 0.0
-        before += sizes.get(name, 0)
-    return "", 0.0
+    parts = next((name for name in modules if name in trained), "").split(".")
+    number = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+    if number is None:
+        return "", 0
+    stack = modules[".".join(parts[:number])]
+    return ".".join(parts[: number + 1]), list(stack._modules).index(parts[number])
 
 
 def _grouped(entries: list[tuple[str, str, str, int, int]]) -> tuple[PlanRow, ...]:

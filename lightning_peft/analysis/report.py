@@ -42,7 +42,7 @@ def print_plan(plan: Plan) -> None:
         console.print(table)
     else:
         print(_narrow(plan, console.width))
-    for note in filter(None, (*plan.notes, plan.beginning)):
+    for note in filter(None, (plan.storage, *plan.notes, plan.beginning)):
         console.print(Text(note, style="dim"))
 
 

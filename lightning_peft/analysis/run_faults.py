@@ -55,11 +55,12 @@ def unended(
     return Diagnosis(subject, f"there is no metrics.json; {reached}", what, remedy)
 
 
-def unreadable(damaged: Sequence[str]) -> Diagnosis:
+def unreadable(damaged: Sequence[str], *, best: bool) -> Diagnosis:
     """Whether what the run saved can be read.
 
     Args:
         damaged: a sentence for each checkpoint or adapter that is there and cannot be.
+        best: whether the best checkpoint was read.
     """
     subject = "files"
     if not damaged:
@@ -68,8 +69,8 @@ def unreadable(damaged: Sequence[str]) -> Diagnosis:
         subject,
         "; ".join(damaged),
         "What the run saved cannot be read.",
-        "move it away: ckpt_path=last goes on from the newest checkpoint that is whole, and lightning-peft export "
-        "adapter=.../checkpoints/best.ckpt to=FOLDER writes an adapter anew",
+        "move it away: ckpt_path=last goes on from the newest checkpoint that is whole"
+        + (", lightning-peft export adapter=.../checkpoints/best.ckpt to=FOLDER writes an adapter" if best else ""),
     )
 
 

@@ -161,7 +161,7 @@ def why_failed(folder: Path) -> str | None:
     if not path.is_file():
         return None
     with path.open(encoding="utf-8", errors="replace") as file:
-        return shortened(file.readline(_LONGEST).strip(), 300)
+        return shortened(file.readline(_LONGEST).strip(), 300) or None
 
 
 def refuse_other_folders(folder: Path) -> None:

@@ -76,6 +76,14 @@ class Search:
     on_a_log_scale: frozenset[str] = frozenset()
     importances: Mapping[str, float] = field(default_factory=dict)
 
+    def run(self, trial: Trial) -> Path:
+        """The folder of a trial's run, as ``conf/sweep/optuna.yaml`` lays it out.
+
+        Args:
+            trial: one of the study's.
+        """
+        return self.folder / str(trial.number)
+
     @property
     def options(self) -> list[str]:
         """The options that were searched."""

@@ -24,7 +24,7 @@ class BareWords:
 
     Attributes:
         options: the options that they are the values of, in their order.
-        several: whether the last one is a list, which takes any number of them.
+        several: whether there is one option, a list, which takes any number of words.
 
     Example:
         >>> BareWords(("run",)).as_overrides(["outputs/a b", "seed=1"])

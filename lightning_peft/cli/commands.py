@@ -21,13 +21,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from lightning_peft.analysis.data_page import NUMBERS, write_data_page
 from lightning_peft.analysis.data_report import print_data
-from lightning_peft.analysis.run_files import CONFIG, ERROR, METRICS
+from lightning_peft.analysis.run_files import CONFIG, METRICS
 from lightning_peft.callbacks.check_monitor import CheckMonitor
 from lightning_peft.callbacks.epoch_lines import EpochLines
 from lightning_peft.callbacks.learning_rate import FindLearningRate
 from lightning_peft.callbacks.progress_bar import ProgressBar
 from lightning_peft.callbacks.validate_at_end import ValidateAtEnd
 from lightning_peft.cli.going_on import finished_score, is_finished, refuse_other_settings, to_go_on_from
+from lightning_peft.cli.jobs import reason_kept
 from lightning_peft.cli.report import TRAINABLE, print_exported, print_metrics, print_training, short
 from lightning_peft.cli.targets import made
 from lightning_peft.core.method import Method
@@ -56,6 +57,11 @@ def train(config: DictConfig) -> float | None:
         return finished_score(config)
     refuse_occupied(target)
     _keep_config(config)
+    with reason_kept(Path(config.run_dir)):
+        return _trained(config, target)
+
+
+def _trained(config: DictConfig, target: Path) -> float | None:
     _require_steps(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     method = _method(config)
@@ -363,6 +369,5 @@ def _precision(given: str | int | None) -> str | int | None:
 @rank_zero_only
 def _keep_config(config: DictConfig) -> None:
     """Writes what the run was made with, every reference to another value replaced by that value."""
-    (Path(config.run_dir) / ERROR).unlink(missing_ok=True)  # of an earlier try
     with written_file(Path(config.run_dir) / CONFIG) as scratch:
         scratch.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")

@@ -35,8 +35,9 @@ def compare(config: DictConfig) -> Path:
     """
     folders = [config.folders] if isinstance(config.folders, str) else list(config.folders)
     runs, left_out = _read(folders)
-    search = _search(folders)
-    pruned = () if search is None else [search.folder / str(t.number) for t in search.trials if t.state == "pruned"]
+    searches = _searches(folders)
+    search = searches[0] if len(searches) == 1 else None
+    pruned = {found.run(trial) for found in searches for trial in found.trials if trial.state == "pruned"}
     comparison = compared([replace(run, pruned=run.folder in pruned) for run in runs])
     page = write_report(comparison, left_out, Path(config.run_dir), search)
     _print(comparison, left_out)
@@ -68,18 +69,18 @@ def _read(folders: Sequence[str]) -> tuple[list[Run], dict[Path, str]]:
     return runs, left_out
 
 
-def _search(folders: Sequence[str]) -> Search | None:
-    """The study of which the runs are trials; a page has room for one."""
+def _searches(folders: Sequence[str]) -> list[Search]:
+    """The studies of which runs are trials; a page has room for one."""
     try:
         searches = [found for folder in folders if (found := read_search(Path(folder))) is not None]
     except ModuleNotFoundError:
         print(f"A search is among the folders, which is drawn with Optuna: {INSTALL}")
-        return None
+        return []
     if len(searches) > 1:
         print(
             f"The folders hold {len(searches)} searches; a page shows how one went on, so compare each by itself too."
         )
-    return searches[0] if len(searches) == 1 else None
+    return searches
 
 
 def _print(comparison: Comparison, left_out: Mapping[Path, str]) -> None:

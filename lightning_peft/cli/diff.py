@@ -89,7 +89,7 @@ def _in_words(found: Differences) -> list[str]:
 def _print_table(console: Console, rows: Sequence[Difference], what: str) -> None:
     shown = rows if len(rows) <= _ROWS else sorted(rows, key=lambda d: -d.relative)[:_ROWS]
     prefix = shared_prefix(d.name for d in rows)
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True)
     table.add_column(f"{prefix}..." if prefix else what, overflow="fold")
     spaces = any(d.columns for d in rows)
     for title in ("norm of a", "of b", "difference", *(("columns", "rows") if spaces else ())):

@@ -25,8 +25,6 @@ def show_findings(config: DictConfig) -> None:
     """
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ValueError("doctor looks at one run at a time, and its exit code is that run's; leave -m out")
-    if not isinstance(config.check_base, bool):
-        raise ValueError(f"check_base must be true or false, but got {config.check_base!r}")
     found = examine(Path(str(config.run)), check_base=config.check_base)
     print_examination(found)
     if found.findings:

@@ -6,8 +6,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ from hydra.errors import InstantiationException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from lightning_peft.analysis.run_files import CONFIG, ERROR, METRICS
+from lightning_peft.analysis.run_files import ERROR
 from lightning_peft.cli.report import print_sweep
 from lightning_peft.cli.sweep import Outcome, Sweep
 from lightning_peft.formats.writing import written_file
@@ -50,7 +50,6 @@ class Jobs:
         try:
             result = self.command(config)
         except Exception as error:
-            _keep_reason(config, error)
             if sweep.folder is not None:
                 sweep.note(self._failed(error))
                 if not str(HydraConfig.get().sweeper._target_).startswith(_BASIC_SWEEPER):
@@ -123,12 +122,20 @@ def stop(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _keep_reason(config: DictConfig, error: Exception) -> None:
-    """Writes why a training failed into its folder, for those who look at it when the terminal is gone."""
-    folder = Path(config.get("run_dir") or "")
-    if (folder / CONFIG).is_file() and not (folder / METRICS).exists():
+@contextmanager
+def reason_kept(folder: Path) -> Iterator[None]:
+    """A block that writes into a run's folder why it failed, for those who look there when the terminal is gone.
+
+    Args:
+        folder: the run's.
+    """
+    (folder / ERROR).unlink(missing_ok=True)  # of an earlier try
+    try:
+        yield
+    except Exception as error:
         with suppress(OSError), written_file(folder / ERROR) as scratch:
-            scratch.write_text(f"{_reason(error)}\n", encoding="utf-8")
+            scratch.write_text(f"{_reason(error).strip()}\n", encoding="utf-8")
+        raise
 
 
 def _reason(error: Exception) -> str:

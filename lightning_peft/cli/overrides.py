@@ -169,7 +169,8 @@ def _problem_of(command: str, words: list[Override], chosen: list[str], compose:
     if missing and not asks:
         return f"{command} needs {missing[0]}=..." + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
     keys = [w.key_or_group for w in words if w.key_or_group not in {*drawn, *_groups(config)}]
-    return _word_for_a_number(config, compose(*_choices(given)), keys)
+    groups = [word for word in _choices(given) if word.lstrip("+").partition("=")[0] in _groups(config)]
+    return _word_for_a_number(config, compose(*groups), keys)
 
 
 def _word_for_a_number(config: Options, usual: Options, keys: list[str]) -> str | None:

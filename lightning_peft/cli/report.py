@@ -128,15 +128,17 @@ def print_sweep(runs: Sequence[Outcome]) -> None:
     table.columns[1].overflow = table.columns[4].overflow = "fold"
     console = Console()
     # a number that goes on in the next line is read as another one
-    table.columns[1].min_width = min(max(len(word) for run in runs for word in run.chosen.split()), console.width // 3)
+    longest = max((len(word) for run in runs for word in run.chosen.split()), default=0)
+    table.columns[1].min_width = min(longest, console.width // 3)
     for run, folder in zip(runs, folders, strict=True):
         trained = json.loads((folder / METRICS).read_text())[TRAINABLE]
         value = f"{run.score:.4f}" if only else f"{run.monitor} {run.score:.4f}"
         table.add_row(str(run.run), Text(run.chosen), value, f"{trained:,}", Text(str(folder.relative_to(shared))))
     print()
     console.print(table)
-    print("\nNext:")
-    _print_command("compare", short(shared))
+    if only is not None:
+        print("\nNext:")
+        _print_command("compare", short(shared))
 
 
 def print_exported(folder: Path, form: str, module: PeftModule) -> None:

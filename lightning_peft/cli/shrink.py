@@ -60,7 +60,7 @@ def print_shrunk(changes: Sequence[Shrunk]) -> None:
     """
     prefix = shared_prefix(c.place for c in changes)
     console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True)
     table.add_column(f"{prefix}..." if prefix else "module", overflow="fold")
     for title in ("rank", "was", "kept", "relative error"):
         table.add_column(title, justify="right", no_wrap=True)

@@ -31,7 +31,7 @@ from lightning_peft.core.tree import AdapterTree
 
 _KINDS = ("bias", "norm", "embedding", "head", "weight")
 _FULL, _SOME_LAYERS = 2e-4, 5e-4  # rates for whole matrices
-_RATES = {"head": 2e-2, "bias": 5e-3, "norm": 5e-3, "embedding": 2e-3}  # the fewer numbers train, the larger
+_RATES = {"head": 2e-2, "bias": 5e-3, "norm": 5e-3, "embedding": 6e-3}  # the fewer numbers train, the larger
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Selective:
             costs a second copy of what trains.
         modules_to_save: modules that train in full, as copies that the adapter owns.
         learning_rate: suits AdamW. None takes what suits ``parameter_types``: 2e-2 for the head, 5e-3 for biases and
-            norms, 2e-3 for embeddings; 5e-4 for whole layers of certain numbers, 2e-4 for all; of several the smallest.
+            norms, 6e-3 for embeddings; 5e-4 for whole layers of certain numbers, 2e-4 for all; of several the smallest.
             It is fixed here, whatever the options become later.
 
     Raises:

@@ -17,6 +17,8 @@ def test_a_cut_is_a_fault_where_it_takes_what_is_learnt():
     assert found.found is not None
     assert "90.0% of the rows are cut, 60.0% of what is learnt is lost" in found.evidence
     assert found.remedy.startswith("data.max_length=52 loses next to nothing")
+    own = truncation({"train": eaten}, 512)
+    assert own.remedy.startswith("a larger limit of the task's own"), "data.max_length cuts nothing"
     assert truncation({"train": Cut(10, 9, 400, 200, 0, 0, 0)}, 16).found is None, "labels of whole rows"
     assert truncation({"train": Cut(10, 1, 400, 4, 100, 4, 30)}, 16).found is None
     assert not truncation({}, 16).seen
@@ -82,8 +84,11 @@ def test_bases_are_told_apart_by_their_fingerprints():
 
 
 def test_what_was_saved_and_cannot_be_read_is_a_fault():
-    assert unreadable([]).found is None
-    assert unreadable(["last.ckpt (10 bytes) is cut short"]).evidence == "last.ckpt (10 bytes) is cut short"
+    assert unreadable([], best=True).found is None
+    found = unreadable(["last.ckpt (10 bytes) is cut short"], best=True)
+    assert found.evidence == "last.ckpt (10 bytes) is cut short"
+    assert "best.ckpt" in found.remedy
+    assert "best.ckpt" not in unreadable(["best.ckpt (10 bytes) is cut short"], best=False).remedy
 
 
 def test_forgetting_counts_against_what_the_base_knew():

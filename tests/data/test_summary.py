@@ -69,6 +69,8 @@ def test_supervised_tokens_that_the_cut_loses_are_counted_exactly(summary):
         31 - 9,
     )
     assert train.tokens.cut.tokens_lost == (1 + 20 + 3 - 12) + (1 + 2 + 31 - 12)
+    # a token less takes 2 of 37, which is more than a twentieth
+    assert train.tokens.cut.enough == 1 + 2 + 31 - 1
     assert any(note.startswith("train: the cut to data.max_length=12 loses 59.5%") for note in found.notes)
 
 

@@ -528,6 +528,8 @@ def test_entries_of_dictionaries_and_options_of_swept_methods_are_given_like_any
         (["model=hf", "model.name_or_path=held"], "the folder 'held' has no config.json and no tokenizer"),
         (["monitor=val/acuracy", "mode=max"], "is logged by no validation; did you mean 'val/accuracy'"),
         (["+method=lora"], "method"),
+        (["force=no"], "force must be true or false, but got 'no'"),
+        (["seed=one"], "seed must be a number like 0, but got 'one'"),
         (["hydra.run.dir=held"], "held/adapter already holds an adapter"),
     ],
 )
@@ -548,7 +550,7 @@ def test_a_mistake_is_one_sentence_before_training(tmp_path, words, said):
     [
         (["for=vlm"], "for=vlm is unknown; did you mean 'vllm'?"),
         (["for=vllm", "format=merged"], "for=vllm is a form of the adapter; leave it out for format=merged"),
-        (["for=vllm", "max_lora_rank=many"], "max_lora_rank must be a whole number of 1 or more, but got 'many'"),
+        (["for=vllm", "max_lora_rank=many"], "max_lora_rank must be a number like 16, but got 'many'"),
     ],
 )
 def test_a_mistake_about_whom_an_export_is_for_is_said_before_anything_loads(tmp_path, words, said):

@@ -89,10 +89,12 @@ def test_a_sweep_is_compared_in_the_terminal_and_on_a_page(swept):
     [
         ("nowhere", "nowhere: there is no such folder"),
         ("folders=.", "holds no run"),
+        ("config.yaml", "config.yaml is a file; a folder of runs is expected"),
         ("seed=1", "there is no 'seed'"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(tmp_path, given, said):
+    (tmp_path / "config.yaml").write_text("")
     failed = run("compare", given, cwd=tmp_path, check=False)
     assert failed.returncode == 2
     assert said in failed.stderr
@@ -105,6 +107,25 @@ def test_runs_that_did_not_end_are_no_comparison(tmp_path):
     (tmp_path / "cut" / "config.yaml").write_text(yaml.safe_dump(config))
     failed = run("compare", "cut", cwd=tmp_path, check=False)
     assert "none of the 1 runs in cut can be compared: cut: did not end" in failed.stderr
+
+
+@pytest.mark.slow
+def test_why_a_training_failed_is_told_when_its_terminal_is_gone(tmp_path):
+    words = ["method=trainable_tokens", "hydra.run.dir=failed", "trainer.max_steps=1", "data.limit=8"]
+    assert run(*words, cwd=tmp_path, check=False).returncode == 2
+    assert (tmp_path / "failed" / "error.txt").read_text().startswith("token_indices is empty")
+    compared = run("compare", "failed", cwd=tmp_path, check=False)
+    assert "failed: token_indices is empty" in compared.stderr
+    examined = run("doctor", "failed", cwd=tmp_path, check=False)
+    assert "The run failed: token_indices is empty" in examined.stdout
+    run(*words, "method.token_indices=[1996]", cwd=tmp_path)
+    assert not (tmp_path / "failed" / "error.txt").exists(), "it has ended since"
+
+
+def test_another_command_leaves_no_reason_of_its_failure(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    assert run("doctor", "nowhere", cwd=tmp_path, check=False).returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_every_method_that_needs_nothing_more_is_in_the_sweep():

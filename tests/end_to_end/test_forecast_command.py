@@ -48,7 +48,7 @@ def test_a_model_that_fits_nowhere_is_told_to(tmp_path, words):
     ("wrong", "said"),
     [
         ("length=0", "length must be 1 or more, but got 0"),
-        ("gpus=[A100]", "gpus: 'A100' is A100-40GB or A100-80GB; write which"),
+        ("gpus=[A100]", "gpus: 'A100' may be A100-40GB or A100-80GB; write which"),
         ("batch_size=null", "batch_size must be 1 or more, but got None"),
         ("optimizer.name=LBFGS", "only with other optimizers"),
         ("precision=bf16", "precision must be one of 32-true"),
