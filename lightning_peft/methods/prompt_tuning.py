@@ -31,7 +31,7 @@ class PromptTuning:
         prompt_tuning_init_text: the text for ``"TEXT"``, repeated or cut to the number of virtual tokens.
         tokenizer_name_or_path: its tokenizer; None takes the model's own name.
         modules_to_save: modules that train in full, as copies that the adapter owns.
-        learning_rate: suits AdamW; large, as the paper's 0.3, since nothing else moves.
+        learning_rate: suits AdamW; large, as the paper's 0.3 (for Adafactor), since nothing else moves.
 
     Raises:
         ValueError: if a number or a choice is out of its range, or the text is missing.
@@ -42,7 +42,7 @@ class PromptTuning:
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     modules_to_save: list[str] | None = None
-    learning_rate: float = 1e-1
+    learning_rate: float = 3e-2
 
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     mergeable: ClassVar[bool] = False
