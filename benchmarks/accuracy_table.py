@@ -44,7 +44,8 @@ def rows() -> dict[str, tuple[str, ...]]:
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in (Path(__file__).parent / "results" / "embedded_accuracy.jsonl").read_text().splitlines():
         row = json.loads(line)
-        runs[row["method"]].append(row)
+        if row["lr"] is None:  # of other rates than the method's own the pages about them tell
+            runs[row["method"]].append(row)
     found = {}
     for name in sorted((n for n in runs if ":" not in n), key=lambda n: -mean(r["accuracy"] for r in runs[n])):
         first, theirs = runs[name][0], accuracies(runs.get(f"hf_peft:{name}", []))
