@@ -141,7 +141,8 @@ def _own_rate(method: Method) -> tuple[float, str]:
     if len(set(rates.values())) < 2:
         return next(iter(rates.values()), method.learning_rate), type(method).__name__
     name, _ = max(alike, key=lambda pair: sum(own.get(k, v) == v for k, v in pair[1].items()))
-    return rates[name], name
+    bears = name.replace("_", "") == type(method).__name__.lower()
+    return rates[name], type(method).__name__ if bears else name
 
 
 def _rate_of(preset: dict[str, Any]) -> float:

@@ -69,10 +69,11 @@ def gpus_named(names: str | list[str] | None) -> list[Gpu]:
     """Cards by name, those with the least memory first.
 
     Args:
-        names: one or some of `KNOWN`, in letters of any case; the beginning of one name alone will do. None is all.
+        names: one or some of `KNOWN`, in letters of any case, without its memory where one card alone has
+            the name. None is all.
 
     Raises:
-        ValueError: if one is unknown, or the beginning of several.
+        ValueError: if one is unknown, or the name of cards with more and with less memory.
     """
     names = [names] if isinstance(names, str) else names
     if names == []:
@@ -83,7 +84,7 @@ def gpus_named(names: str | list[str] | None) -> list[Gpu]:
 
 def _named(name: str) -> Gpu:
     exact = [known for known in KNOWN if known.lower() == name.lower()]
-    begun = exact or [known for known in KNOWN if known.lower().startswith(name.lower())]
+    begun = exact or [known for known in KNOWN if known.lower().startswith(f"{name.lower()}-")]
     if not begun:
         raise ValueError(f"gpus: {name!r} is unknown{nearest(name, KNOWN)}")
     if len(begun) > 1:

@@ -106,7 +106,9 @@ def test_one_seed_twice_is_no_second_sample():
 
 
 def test_runs_judged_by_several_metrics_are_refused():
-    with pytest.raises(ValueError, match=r"by one metric, but got val/accuracy \(max\), val/loss \(min\)"):
+    with pytest.raises(
+        ValueError, match=r"by one metric, but got val/accuracy \(max\) in runs/lora/0, val/loss \(min\) in runs/ia3/0"
+    ):
         compared([run("lora", 0, 0.9), run("ia3", 0, 0.5, monitor="val/loss", mode="min")])
 
 

@@ -272,7 +272,9 @@ def test_a_launcher_runs_a_sweep_in_other_processes_and_what_is_said_at_the_end_
     away = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (here.returncode, away.returncode) == (2, 2), away.stderr
     table, failures = here.stdout.rindex("chosen"), here.stderr.rindex("1 of 3 runs failed")
-    assert away.stdout[away.stdout.rindex("chosen") :] == here.stdout[table:].replace("in here", "in away")
+    told = here.stdout[table:].replace("in here", "in away").partition("\nNext:\n")[0]
+    assert away.stdout[away.stdout.rindex("chosen") :].partition("\nNext:\n")[0] == told
+    assert away.stdout.endswith("lightning-peft compare away\n")
     assert away.stderr[away.stderr.rindex("1 of 3 runs failed") :] == here.stderr[failures:]
     logs = [path.read_text() for path in tmp_path.glob("away/*/.submitit/*/*_log.*")]
     assert "lightning-peft eval adapter=away/2/0/adapter " in "".join([away.stdout, *logs]), "what can be pasted"

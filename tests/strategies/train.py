@@ -144,6 +144,8 @@ def main():
             found = {"error": f"{type(error).__name__}: {error}"}
         if os.environ.get("RANK", "0") == "0":
             Path(f"{job['save']}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():  # whose threads may abort a process that ends before them
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

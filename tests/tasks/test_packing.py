@@ -118,7 +118,12 @@ def test_packed_rows_have_the_losses_and_gradients_that_they_have_alone(kind, at
 def test_flex_attention_keeps_packed_rows_apart():
     model, batch = _adapted(_model(attention="flex_attention").eval(), LoRA(r=4)), _batch()
     with torch.no_grad():  # it has no backward pass on a CPU
-        total, shape = _run(model, batch)
+        try:
+            total, shape = _run(model, batch)
+        except Exception as error:
+            if "cur_qSplitSize2" in str(error):
+                pytest.skip("torch's own source of flex attention does not compile for this CPU")
+            raise
         assert shape == (2, 20)
         torch.testing.assert_close(total, _alone(_adapted(_model().eval(), LoRA(r=4)), batch), rtol=1e-5, atol=0)
 
