@@ -144,8 +144,10 @@ def main():
             found = {"error": f"{type(error).__name__}: {error}"}
         if os.environ.get("RANK", "0") == "0":
             Path(f"{job['save']}.json").write_text(json.dumps(found))
-    if torch.distributed.is_initialized():  # whose threads may abort a process that ends before them
-        torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        sys.stderr.flush()
+        os._exit(0)  # taking down the process groups of several Trainers aborts now and then, when all is written
 
 
 if __name__ == "__main__":
