@@ -23,6 +23,7 @@ _Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in points."""
 _GREY = "#8a8f98"
 _DASHES = ("-", "--", ":", "-.")
+_WHISKERS = "whiskers: standard deviation over the seeds"
 _BESIDE = 28  # characters of a legend that stands beside its drawing; longer ones stand below
 
 
@@ -122,7 +123,7 @@ def _costs(
     place.set_xlabel(label)
     place.set_ylabel(comparison.monitor)
     told = [
-        "whiskers: standard deviation over the seeds" if any(s.spread for s, _ in points) else "",
+        _WHISKERS if any(s.spread for s, _ in points) else "",
         "dashes: the Pareto front" if len(joined) > 1 else "",
         "crosses: pruned" if any(s.pruned for s, _ in points) else "",
     ]
@@ -263,7 +264,5 @@ def _forgetting(comparison: Comparison) -> Figure | None:
     place.set_yticks(range(len(found)), [_shown(comparison, s) for s, _ in found])
     place.invert_yaxis()
     place.set_xlabel(lost_in(comparison.settings))
-    _explain(
-        place, ["whiskers: standard deviation over the seeds" if any(s.forgetting_spread for s, _ in found) else ""]
-    )
+    _explain(place, [_WHISKERS if any(s.forgetting_spread for s, _ in found) else ""])
     return figure

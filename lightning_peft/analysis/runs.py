@@ -114,7 +114,7 @@ def read_run(folder: Path) -> Run:
     score, trained = metrics.pop(f"best/{monitor}", None), metrics.pop("trainable_parameters", None)
     if score is None or trained is None:
         raise ValueError(f"{METRICS} has no finite best/{monitor}: nothing validated, or the run diverged")
-    cost, forecast = _numbers(folder / COST), _numbers(folder / FORECAST)
+    cost, forecast, forgotten = _numbers(folder / COST), _numbers(folder / FORECAST), _read(folder / FORGETTING)
     measured = cost.get("peak_bytes")
     record = _record(folder)
     return Run(
@@ -132,9 +132,9 @@ def read_run(folder: Path) -> Run:
         step_seconds=cost.get("step_seconds"),
         peak_bytes=_whole(measured if measured is not None else forecast.get("peak")),
         peak_measured=measured is not None,
-        forgetting=_numbers(folder / FORGETTING).get("forgetting"),
-        forgetting_kind=read_json(folder / FORGETTING).get("kind") if (folder / FORGETTING).is_file() else None,
-        layers=_layers(folder / FORGETTING),
+        forgetting=_numbers_of(forgotten).get("forgetting"),
+        forgetting_kind=forgotten.get("kind"),
+        layers=_layers(forgotten),
         curve=_points(record.metrics.get(str(monitor), ())),
         losses=_points(record.losses),
     )
@@ -182,14 +182,21 @@ def _preset(folder: Path) -> str | None:
     return str(found)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """The entries of a file; one that the run did not write has none."""
+    return read_json(path) if path.is_file() else {}
+
+
 def _numbers(path: Path) -> dict[str, float]:
-    """The entries of a file that are numbers; a file that the run did not write has none."""
-    found = read_json(path) if path.is_file() else {}
+    return _numbers_of(_read(path))
+
+
+def _numbers_of(found: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
-def _layers(path: Path) -> dict[str, float]:
-    found = read_json(path).get("layers") if path.is_file() else None
+def _layers(forgotten: Mapping[str, Any]) -> dict[str, float]:
+    found = forgotten.get("layers")
     return {k: float(v) for k, v in found.items() if isinstance(v, int | float)} if isinstance(found, dict) else {}
 
 

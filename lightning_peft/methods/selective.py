@@ -31,7 +31,7 @@ from lightning_peft.core.tree import AdapterTree
 
 _KINDS = ("bias", "norm", "embedding", "head", "weight")
 _FULL, _SOME_LAYERS = 2e-4, 5e-4  # rates for whole matrices
-_RATES = {"head": 2e-2, "bias": 5e-3, "norm": 5e-3, "embedding": 6e-3}  # the fewer numbers train, the larger
+_RATES = {"head": 2e-2, "bias": 5e-3, "norm": 5e-3, "embedding": 6e-3}  # larger where a step moves few numbers
 
 
 @dataclass
